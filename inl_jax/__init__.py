@@ -1,0 +1,1 @@
+"""INL-LLM in JAX."""

@@ -1,0 +1,419 @@
+"""What a run is: frozen dataclasses, their checks, and how a config file is loaded.
+
+A config file is a Python file that assigns one value, `config = TrainConfig(...)`. Single fields
+are overridden as `--section.field value`. Every mistake is an `InputError` of one line that names
+the field, the value found and what to do.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: one line that names it, the value found and what to do."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _require_positive(section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value > 0, f"{prefix}{name}={value}: must be positive")
+
+
+def _require_not_negative(section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 0, f"{prefix}{name}={value}: must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: everything that decides the parameters and the function they compute."""
+
+    vocab_size: int = 50257
+    """Rows of the embedding, V. At least the tokenizer's size."""
+    d_model: int = 128
+    """Width of the residual stream, D."""
+    num_layers: int = 4
+    """Blocks, L."""
+    num_iterations: int = 3
+    """Integrator iterations per block, T. 0 drops the integrator."""
+    d_ff: int = 512
+    """Feed-forward width, F."""
+    max_seq_len: int = 256
+    """Longest sequence the model is built for."""
+    controller_width: int = 64
+    """Hidden units of each of the four controllers, C."""
+    context: Literal["mean", "decay", "attention"] = "decay"
+    """How a block brings in the earlier positions."""
+    num_heads: int = 1
+    """Query heads (attention context only). The head width is d_model / num_heads."""
+    num_kv_heads: int = 1
+    """Key and value heads (attention context only), shared by groups of query heads."""
+    dt: float = 0.1
+    """Integrator time step."""
+    excitation_amplitude: float = 0.03
+    """Amplitude A of the harmonic excitation."""
+    kappa: float = 1.0
+    """How sharply alpha falls to 0 near equilibrium; inf keeps alpha = alpha0."""
+    dropout: float = 0.0
+    """Dropout rate on the embedding, the integrator's output and the feed-forward's output."""
+    param_dtype: DType = "float32"
+    """Storage type of the parameters. bfloat16 adds float32 master weights to the optimizer."""
+    compute_dtype: DType = "auto"
+    """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
+    remat: Literal["none", "block"] = "block"
+    """What to recompute in the backward pass. block: keep only the input of each block."""
+
+    def __post_init__(self):
+        _require_positive(
+            self, "model.", "vocab_size", "d_model", "num_layers", "d_ff", "max_seq_len",
+            "controller_width", "num_heads", "num_kv_heads", "dt", "kappa",
+        )  # fmt: skip
+        _require_not_negative(self, "model.", "num_iterations", "excitation_amplitude")
+        _require(
+            0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1"
+        )
+        _require(
+            self.param_dtype != "auto",
+            "model.param_dtype=auto: choose float32, bfloat16 or float64",
+        )
+        _require(
+            self.d_model % 2 == 0,
+            f"model.d_model={self.d_model}: must be even (sinusoidal positions are sin, cos pairs)",
+        )
+        _require(
+            self.d_model % self.num_heads == 0 and self.head_dim % 2 == 0,
+            f"model.num_heads={self.num_heads}: must divide model.d_model={self.d_model} into "
+            "heads of even width",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
+        )
+        _require(
+            not (self.num_iterations == 0 and self.context == "mean"),
+            "model.num_iterations=0 with model.context=mean: nothing would read the context; "
+            "use model.context decay or attention",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, K."""
+        return self.d_model // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from, how it becomes tokens, and how tokens become sequences."""
+
+    paths: tuple[str, ...] = ("stdlib",)
+    """Sources: a text file, .jsonl[.gz], .parquet, a directory, a glob, hf:owner/name (or hf:path
+    of a local dataset), or stdlib (the running interpreter's own library)."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in every batch, one per path. Empty: one corpus, read evenly."""
+    column: str = ""
+    """Text column of jsonl, parquet and Hugging Face sources. Empty: found by name."""
+    hf_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    max_documents: int = 0
+    """Documents to read from each source; 0 reads all."""
+    tokenizer: str = "gpt2"
+    """bytes, bpe:<vocabulary size>, gpt2, a tokenizer.json, or the id of a hub repository."""
+    seq_len: int = 256
+    """Tokens per training sequence, S."""
+    validation_fraction: float = 0.01
+    """Share of documents (of bytes, for one big file) held out for validation."""
+    bad_utf8: Literal["replace", "error"] = "replace"
+    """What to do with bytes that are not UTF-8. replace counts and reports them."""
+    cache_dir: str = "~/.cache/inl_jax"
+    """Where prepared tokens are kept."""
+
+    def __post_init__(self):
+        _require(len(self.paths) > 0, "data.paths is empty: name a file, a directory or stdlib")
+        _require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights has {len(self.weights)} values for {len(self.paths)} data.paths: "
+            "give one weight per path, or none",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"data.weights={self.weights}: every weight must be positive and finite",
+        )
+        _require_positive(self, "data.", "seq_len")
+        _require_not_negative(self, "data.", "max_documents")
+        _require(
+            0 <= self.validation_fraction <= 1,
+            f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW under a warmup-cosine schedule, counted in optimizer updates."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Updates of linear warmup from 0 to the peak."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the end of the run, as a fraction of the peak."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of kernels and the embedding; nothing else is decayed."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self):
+        _require_positive(self, "optim.", "learning_rate", "eps", "clip_norm")
+        _require_not_negative(self, "optim.", "warmup_steps", "weight_decay")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}={value}: must be at least 0, below 1")
+        _require(
+            0 <= self.final_lr_fraction <= 1,
+            f"optim.final_lr_fraction={self.final_lr_fraction}: must lie between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis. The product is the number of devices."""
+
+    data: int | Literal["rest"] = "rest"
+    """Replicas that each read their own rows. rest: all devices the other axes leave."""
+    fsdp: int = 1
+    """Devices that share parameters and optimizer state, and also split the rows."""
+    tensor: int = 1
+    """Devices that split the feed-forward, attention heads and controllers."""
+
+    def __post_init__(self):
+        _require_positive(self, "mesh.", "fsdp", "tensor")
+        _require(self.data == "rest" or self.data > 0, f"mesh.data={self.data}: positive, or rest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. Steps are optimizer updates everywhere."""
+
+    name: str = "custom"
+    """Shown beside the true parameter count."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    run_dir: str = "runs/custom"
+    """Checkpoints, metrics and the config of this run. A second start resumes from it."""
+    init_from: str = ""
+    """Run directory whose weights (only) start this run. Empty: random weights."""
+    seed: int = 0
+    """Decides the initial weights, the order of the data and dropout."""
+    num_steps: int = 1000
+    """Updates in the run; 0 where num_epochs decides."""
+    num_epochs: float = 0.0
+    """Passes over the training tokens; 0 where num_steps decides."""
+    batch_size: int = 16
+    """Sequences per update, over all devices and micro-batches."""
+    accumulate_steps: int = 1
+    """Micro-batches an update is split into. More of them need less memory; results are equal."""
+    log_every: int = 10
+    """Updates between log lines."""
+    eval_every: int = 250
+    """Updates between validation losses; 0: only at the end."""
+    eval_sequences: int = 256
+    """Validation sequences read each time, always the same; 0 reads the whole split."""
+    save_every: int = 250
+    """Updates between checkpoints; 0: only at the end. The last update is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept, beside the best by validation loss."""
+    sample_every: int = 0
+    """Updates between printed samples; 0: none."""
+    sample_prompt: str = "The"
+    """Prompt of those samples."""
+    sample_tokens: int = 64
+    """New tokens in each sample."""
+    max_nonfinite_steps: int = 10
+    """Updates in a row with a non-finite loss or gradient that end the run."""
+
+    def __post_init__(self):
+        _require_positive(
+            self, "", "batch_size", "accumulate_steps", "log_every", "keep_last",
+            "sample_tokens", "max_nonfinite_steps",
+        )  # fmt: skip
+        _require_not_negative(
+            self, "", "num_steps", "num_epochs", "eval_every", "eval_sequences", "save_every",
+            "sample_every", "seed",
+        )  # fmt: skip
+        _require(
+            (self.num_steps > 0) != (self.num_epochs > 0),
+            f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
+            "positive, set the other to 0",
+        )
+        _require(
+            self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,
+            f"optim.warmup_steps={self.optim.warmup_steps}: must be below "
+            f"num_steps={self.num_steps}",
+        )
+        _require(
+            self.batch_size % self.accumulate_steps == 0,
+            f"batch_size={self.batch_size}: must be a multiple of "
+            f"accumulate_steps={self.accumulate_steps}",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"data.seq_len={self.data.seq_len}: must not exceed "
+            f"model.max_seq_len={self.model.max_seq_len}",
+        )
+        _require(self.run_dir != "", "run_dir is empty: name a directory for the run")
+
+
+def to_json(config: TrainConfig) -> str:
+    """`config` as a JSON object, sections as nested objects."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The inverse of `to_json`. Unknown fields are an error that names them."""
+
+    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [f"{prefix}{name}" for name in values if name not in fields]
+        _require(not unknown, f"unknown config fields {', '.join(unknown)}: remove them")
+        kwargs = {}
+        for name, value in values.items():
+            field_type = fields[name].type
+            if dataclasses.is_dataclass(field_type):
+                value = build(field_type, value, f"{prefix}{name}.")
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    return build(TrainConfig, json.loads(text), "")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted field, old value, new value) wherever two configs of one type differ."""
+    for field in dataclasses.fields(old):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            yield f"{prefix}{field.name}", a, b
+
+
+def named_configs() -> dict[str, Path]:
+    """The configs that come with the project, by name ("tiny", "3b", ...)."""
+    here = Path(__file__).parent
+    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a config file and applies overrides.
+
+    Args:
+      path: a Python file that assigns `config = TrainConfig(...)`, or the name of one that comes
+        with the project ("3b").
+      overrides: `["--optim.learning_rate", "3e-5"]`, `["optim.learning_rate=3e-5"]`, or both mixed.
+
+    Raises:
+      InputError: one line, for a file that cannot be read or a field that is unknown, of the wrong
+        type or impossible.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = named_configs()
+        _require(
+            str(path) in known, f"config {path}: no such file, and no config of that name "
+            f"(there are {', '.join(known)})",
+        )  # fmt: skip
+        file = known[str(path)]
+    try:
+        values = runpy.run_path(str(file))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"config {file}: {type(error).__name__}: {error}") from error
+    config = values.get("config")
+    _require(
+        isinstance(config, TrainConfig), f"config {file}: must assign `config = TrainConfig(...)`"
+    )
+    return override(config, overrides)
+
+
+def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """`config` with the fields named on a command line replaced. Raises as `load` does."""
+    args = [arg if arg.startswith("-") or "=" not in arg else f"--{arg}" for arg in overrides]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                TrainConfig, default=config, args=args, prog="", use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code == 0:  # --help was printed
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """Tyro's framed complaint as one line, without its pointer to --help."""
+    text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", boxed).split())
+    text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
+    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
+    return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """For scripts: an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def from_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[TrainConfig, argparse.Namespace]:
+    """The config that `--config FILE --section.field value ...` names, and the script's own flags.
+
+    Args:
+      parser: made with `add_help=False`, holding the flags of the script itself.
+      argv: the command line; the process's own by default.
+    """
+    parser.add_argument("--config", required=True, help="config file, or a name such as tiny")
+    parser.add_argument("-h", "--help", action="store_true", help="show this and every field")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked_for_help = "-h" in argv or "--help" in argv
+    if asked_for_help:
+        parser.print_help()
+        print("\nevery other flag overrides a field of the config:")
+        with_file = "--config" in argv or any(arg.startswith("--config=") for arg in argv)
+        argv = argv if with_file else ["--config", "tiny", *argv]
+    flags, overrides = parser.parse_known_args(argv)
+    with exit_on_input_error():
+        return load(flags.config, [*overrides, "--help"] if asked_for_help else overrides), flags
