@@ -1,0 +1,241 @@
+"""What a run leaves behind, and how it is read again: Orbax behind one small class.
+
+RUN/config.json  tokenizer.json  metrics.jsonl  best.json
+RUN/checkpoints/<step>/params       the parameters, readable alone
+RUN/checkpoints/<step>/optimizer    optimizer state and counters
+RUN/damaged/                        checkpoints that could not be read, moved aside
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, from_json, to_json
+from inl_jax.model import abstract_params
+from inl_jax.tokenizer import Tokenizer
+
+# Fields of the model that change neither the parameters nor the function they compute.
+_FREE_FIELDS = ("model.remat",)
+
+
+class _KeepLastAndBest:
+    """Orbax's preservation policy: the newest `keep_last`, and the best by validation loss."""
+
+    def __init__(self, keep_last: int, best: Path):
+        self._keep_last, self._best = keep_last, best
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        newest = {c.step for c in checkpoints[-self._keep_last :]}
+        best = _read_json(self._best, {}).get("step")
+        return [c.step in newest or c.step == best for c in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, for the process that trains it."""
+
+    def __init__(self, run_dir: str | Path, *, keep_last: int):
+        self._run_dir = Path(run_dir).absolute()
+        self._best = self._run_dir / "best.json"
+        self._orbax = ocp.training.Checkpointer(
+            self._run_dir / "checkpoints",
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=_KeepLastAndBest(keep_last, self._best),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, params: Any, optimizer: Any, *, position: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; returns once the arrays are safe from donation.
+
+        Args:
+          step: the update just finished.
+          params: parameters.
+          optimizer: any tree of arrays beside them.
+          position: plain values, given back by `restore`.
+        """
+        self._orbax.save_checkpointables_async(
+            step, {"params": params, "optimizer": optimizer}, custom_metadata=position
+        )
+
+    def restore(self, abstract: dict[str, Any], *, report=print) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, or None where there is none.
+
+        A checkpoint whose bytes are bad is moved to RUN/damaged and the next older one is tried.
+
+        Args:
+          abstract: `{"params": ..., "optimizer": ...}` of `jax.ShapeDtypeStruct` with shardings.
+          report: told of checkpoints that could not be read.
+
+        Returns:
+          `{"params", "optimizer", "step", "position"}`.
+
+        Raises:
+          InputError: a checkpoint holds other shapes or types than asked for, or all are damaged.
+        """
+        folder = self._run_dir / "checkpoints"
+        damaged: dict[int, str] = {}
+        for step in reversed([c.step for c in self._orbax.checkpoints]):
+            try:
+                metadata = self._orbax.checkpointables_metadata(step)
+                _check_matches(metadata.metadata, abstract, folder / str(step))
+                loaded = self._orbax.load_checkpointables(step, abstract)
+            except InputError:
+                raise
+            except Exception as error:  # Orbax raises many types for bad bytes
+                damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                continue
+            self._set_aside(damaged, report)
+            return {**loaded, "step": step, "position": metadata.custom_metadata}
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise InputError(
+                f"{folder}: no checkpoint can be read ({reasons}); restore one from a copy, or "
+                "choose another run_dir"
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[int, str], report) -> None:
+        for step, reason in damaged.items():
+            aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self._run_dir / "checkpoints" / str(step), aside)
+            report(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
+        if damaged:
+            self._orbax.reload()
+
+    def note_validation(self, step: int, loss: float) -> None:
+        """Records a validation loss of a saved step; the lowest one's checkpoint is kept."""
+        if loss < _read_json(self._best, {}).get("validation_loss", float("inf")):
+            write_text(self._best, json.dumps({"step": step, "validation_loss": loss}))
+
+    def latest_step(self) -> int | None:
+        """The newest saved step."""
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    def wait(self) -> None:
+        """Returns when everything asked for is on disk; raises what went wrong."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits, and releases Orbax's threads."""
+        self._orbax.close()
+
+
+def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
+    """Raises `InputError` naming the first leaf whose shape or type differs, or that is missing."""
+
+    def leaves(tree):
+        flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): _kind(leaf)
+                for path, leaf in flat}  # fmt: skip
+
+    for name in wanted:
+        found, asked = leaves(saved[name]), leaves(wanted[name])
+        for leaf in [*asked, *found]:
+            if found.get(leaf) != asked.get(leaf):
+                raise InputError(
+                    f"{where}: {name}/{leaf} is saved as {found.get(leaf, 'nothing')}, this config "
+                    f"wants {asked.get(leaf, 'nothing')}: use the config of that run, or another "
+                    "run_dir"
+                )
+
+
+def _kind(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def start_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> None:
+    """Makes the run directory, or checks that this config may continue the run in it.
+
+    Raises:
+      InputError: the run there has another model or tokenizer; the field and both values are named.
+    """
+    run_dir = Path(config.run_dir)
+    if (run_dir / "config.json").exists():
+        old = read_config(run_dir)
+        for field, before, now in differences(old, config):
+            if field.startswith("model.") and field not in _FREE_FIELDS:
+                raise InputError(
+                    f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
+                    "or another run_dir"
+                )
+            if field not in ("run_dir", "name"):
+                report(f"changed since this run was started: {field} {before} -> {now}")
+        saved = Tokenizer.load(run_dir)
+        if saved.fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
+                f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
+                f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): use that one, or another "
+                "run_dir"
+            )
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run_dir)
+    write_text(run_dir / "config.json", to_json(config))
+
+
+def read_config(run_dir: str | Path) -> TrainConfig:
+    """The config a run was last started with.
+
+    Raises:
+      InputError: there is no run.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{run_dir}: not a run directory (no config.json in it)")
+    return from_json(path.read_text())
+
+
+def read_params(
+    run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
+) -> tuple[int, Any]:
+    """The parameters of a saved step, without the optimizer: (step, params).
+
+    Args:
+      run_dir: the run.
+      config: its model.
+      step: a saved step, "latest", or "best" (by validation loss).
+      shardings: where to put them; one for each leaf. The default device by default.
+
+    Raises:
+      InputError: no such checkpoint, or it does not fit the config.
+    """
+    folder = Path(run_dir).absolute() / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    if step == "latest":
+        chosen = steps[-1] if steps else None
+    elif step == "best":
+        chosen = _read_json(Path(run_dir) / "best.json", {}).get("step")
+    else:
+        chosen = int(step)
+    if chosen not in steps:
+        raise InputError(f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}")
+    abstract = abstract_params(config)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    where = folder / str(chosen)
+    saved = ocp.checkpointables_metadata(where).metadata
+    _check_matches(saved, {"params": abstract}, where)
+    return chosen, ocp.load_checkpointables(where, {"params": abstract})["params"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else default

@@ -1,0 +1,201 @@
+"""Numbers about a run: arithmetic, memory, throughput, and where they are written."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from inl_jax.config import ModelConfig, TrainConfig
+from inl_jax.model import abstract_params, compute_dtype
+
+# Dense bfloat16 peak in FLOP/s by device kind, from the makers' data sheets (without sparsity).
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Matrix-product FLOPs of a forward pass, per token of a sequence of `seq_len`.
+
+    A training step is three times this (backward is two products for each one), whatever is
+    recomputed. Counted: 2 per multiply-add; the context term of the controllers once; no product
+    with the zero velocity at t = 0; attention over the (S + 1) / 2 positions seen on average.
+    """
+    c = config
+    D, T, Q4C = c.d_model, c.num_iterations, 4 * c.controller_width
+    if c.context == "attention":
+        projections = 2 * D * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        context = projections + 2 * 2 * c.num_heads * c.head_dim * (seq_len + 1) // 2
+    else:
+        context = 2 * D * D
+    integrator = 2 * D * Q4C * (3 * T) if T > 0 else 0  # T outputs, T states, T-1 velocities, 1 h
+    feed_forward = 2 * 2 * D * c.d_ff
+    return c.num_layers * (context + integrator + feed_forward) + 2 * D * c.vocab_size
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+def memory_needed(config: TrainConfig) -> dict[str, int]:
+    """Bytes a training step needs over all devices, by part.
+
+    The state is exact, from shapes. Activations are an estimate for the scans of this version: the
+    input of every block (all of every block without remat), and in one block about 15 float32
+    vectors per token and iteration, which automatic differentiation keeps.
+    """
+    c = config.model
+    params = jax.tree.leaves(abstract_params(c))
+    count = sum(math.prod(p.shape) for p in params)
+    width = jnp.dtype(c.param_dtype).itemsize
+    wide = max(4, width)
+    tokens = config.batch_size // config.accumulate_steps * config.data.seq_len
+    item = compute_dtype(c).itemsize
+    in_block = tokens * c.d_model * (wide * (15 * c.num_iterations + 8) + 3 * wide * 4)
+    blocks = c.num_layers if c.remat == "none" else 1
+    return {
+        "parameters": count * width,
+        "masters": count * 4 if c.param_dtype == "bfloat16" else 0,
+        "moments": 2 * count * wide,
+        "gradients": count * wide,
+        "accumulator": count * wide if config.accumulate_steps > 1 else 0,
+        "activations (estimate)": blocks * in_block + c.num_layers * tokens * c.d_model * item,
+        "logits": 2 * tokens * c.vocab_size * wide,
+    }
+
+
+def memory_found() -> tuple[int, str]:
+    """Bytes of memory of all local devices, and what that is."""
+    devices = jax.local_devices()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if all(limits):
+        return sum(limits), f"{len(devices)} x {devices[0].device_kind} as JAX may use it"
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # counts page cache that can be given back
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.exists() and limit.read_text().strip().isdigit():
+            available = min(available, int(limit.read_text()))
+    return available, "memory of this machine that is free"
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def count(number: float) -> str:
+    """A parameter or token count for people: 1.70B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 1d 02h, 3h 04m, 5m 06s."""
+    seconds = int(seconds)
+    for large, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{large} {seconds % size // part:02d}{small}"
+    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class MetricsLog:
+    """Records of a run: one JSON object a line, and the same on the console.
+
+    On a terminal a progress line is rewritten in place between the log lines.
+    """
+
+    def __init__(self, run_dir: str | Path, num_steps: int):
+        self._num_steps = num_steps
+        self._path = Path(run_dir) / "metrics.jsonl"
+        self._file = None
+        self._terminal = sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        """A line for the console only."""
+        print(f"\r\033[K{line}" if self._terminal else line, flush=True)
+
+    def write(self, record: dict[str, Any], line: str) -> None:
+        """One record to the file, and its line to the console."""
+        if self._file is None:
+            self._file = open(self._path, "a", buffering=1)
+        self._file.write(json.dumps(record) + "\n")
+        self.say(line)
+
+    def progress(self, step: int, loss: float, seconds_left: float) -> None:
+        """Rewrites the progress line of a terminal; elsewhere does nothing."""
+        if self._terminal:
+            filled = 30 * step // self._num_steps
+            bar = "#" * filled + "." * (30 - filled)
+            text = (
+                f"[{bar}] {step}/{self._num_steps}  loss {loss:.4f}  {duration(seconds_left)} left"
+            )
+            print(f"\r\033[K{text}", end="", flush=True)
+
+    def close(self) -> None:
+        """Ends the progress line and the file."""
+        if self._terminal:
+            print("\r\033[K", end="", flush=True)
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """The records of a run in order of steps, at most one of each kind for a step.
+
+    A resumed run writes some steps twice; the later record stands. A last line cut short by a
+    crash is passed over.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    latest = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= up_to:
+            latest[record["step"], "validation_loss" in record] = record
+    return [latest[key] for key in sorted(latest)]
+
+
+class StepTimer:
+    """Seconds per update since it was last read."""
+
+    def __init__(self):
+        self._since, self._step = time.perf_counter(), None
+
+    def start(self, step: int) -> None:
+        """Counting begins after `step`."""
+        self._since, self._step = time.perf_counter(), step
+
+    def lap(self, step: int) -> float:
+        """Seconds per update since the last start or lap."""
+        now = time.perf_counter()
+        seconds = (now - self._since) / max(1, step - self._step)
+        self._since, self._step = now, step
+        return seconds

@@ -1,0 +1,564 @@
+"""Training: a pure `train_step`, and `train(config)`, the loop round it."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from inl_jax import data, metrics
+from inl_jax.checkpoint import Checkpoints, read_config, read_params, start_run
+from inl_jax.config import InputError, TrainConfig, load
+from inl_jax.corpus import Corpus, prepare
+from inl_jax.evaluate import Evaluation, evaluate, tokens_per_byte
+from inl_jax.generate import LanguageModel
+from inl_jax.losses import token_losses
+from inl_jax.model import compute_dtype, hidden_states, init_params, param_count
+from inl_jax.optim import learning_rate_schedule, make_optimizer
+from inl_jax.sharding import (
+    RULES,
+    check_rows,
+    local_rows,
+    make_mesh,
+    optimizer_shardings,
+    param_shardings,
+    place,
+    rows,
+)
+from inl_jax.tokenizer import Tokenizer
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command goes on from there
+EXIT_DIVERGED = 3
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    step: jax.Array  # updates tried, int32
+    skipped: jax.Array  # of them, those left out because something was not finite
+    params: Any
+    opt_state: Any
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns."""
+
+    config: TrainConfig
+    params: Any
+    tokenizer: Tokenizer
+    history: list[dict[str, Any]]  # the log records of the whole run, in order
+    step: int
+    interrupted: bool
+
+    @property
+    def model(self) -> LanguageModel:
+        """The trained model, ready to generate."""
+        return LanguageModel(self.config.model, self.params, self.tokenizer)
+
+
+# --- pure functions
+
+
+def loss_fn(params, batch_BS, dropout_key, *, config: TrainConfig) -> jax.Array:
+    """Mean next-token loss of sequences [B, S + 1], float32."""
+    dropout_key = dropout_key if config.model.dropout > 0 else None
+    hidden = hidden_states(config.model, params, batch_BS[:, :-1], dropout_key=dropout_key)
+    return token_losses(params, hidden, batch_BS[:, 1:]).mean()
+
+
+def init_state(key: jax.Array, *, config: TrainConfig, optimizer) -> TrainState:
+    """The state before the first update."""
+    return state_from_params(init_params(config.model, key), optimizer=optimizer)
+
+
+def state_from_params(params, *, optimizer) -> TrainState:
+    """The state before the first update, from given parameters."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, optimizer.init(params))
+
+
+def train_step(state: TrainState, batch_BS, *, config: TrainConfig, optimizer, schedule):
+    """One optimizer update.
+
+    The rows are dealt to `accumulate_steps` micro-batches in turn, so that each device keeps its
+    own. A non-finite loss or gradient norm leaves parameters and optimizer as they were.
+
+    Args:
+      state: the state, to be donated.
+      batch_BS: tokens, int32 [batch_size, S + 1].
+      config: the run.
+      optimizer: from `make_optimizer`.
+      schedule: its learning rate by update, for the record.
+
+    Returns:
+      The new state and scalar metrics: loss, grad_norm, learning_rate, finite, skipped.
+    """
+    k = config.accumulate_steps
+    micro_kBS = batch_BS.reshape(-1, k, batch_BS.shape[-1]).swapaxes(0, 1)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def micro_step(carry, inputs):
+        params, opt_state = carry
+        batch_BS, i = inputs
+        loss, grads = jax.value_and_grad(loss_fn)(
+            params, batch_BS, jax.random.fold_in(key, i), config=config
+        )
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(jnp.float32, g.dtype)), grads)
+        updates, opt_state = optimizer.update(wide, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    start = (state.params, state.opt_state)
+    if k == 1:
+        (params, opt_state), loss = micro_step(start, (micro_kBS[0], 0))
+    else:
+        (params, opt_state), losses = jax.lax.scan(micro_step, start, (micro_kBS, jnp.arange(k)))
+        loss = losses.mean()
+    grad_norm = optax.tree.get(opt_state, "grad_norm")
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), start
+    )
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    results = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(state.step - state.skipped),
+        "finite": finite,
+        "skipped": skipped,
+    }
+    return TrainState(state.step + 1, skipped, params, opt_state), results
+
+
+# --- the run
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains, or goes on with, the run that `config` describes.
+
+    Raises:
+      InputError: the config, the data, the machine or the run directory does not fit.
+      Diverged: too many updates in a row were not finite. The state before them is saved.
+    """
+    check_machine(config)
+    mesh = make_mesh(config.mesh)
+    check_rows(config, mesh)
+    corpus = prepare(config.data)
+    data.check(corpus, config.data, config.model.vocab_size)
+    num_steps = count_steps(config, corpus)
+    start_run(config, corpus.tokenizer)
+    log = metrics.MetricsLog(config.run_dir, num_steps)
+    checkpoints = Checkpoints(config.run_dir, keep_last=config.keep_last)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), contextlib.closing(checkpoints):
+        optimizer = make_optimizer(config, num_steps)
+        abstract = abstract_state(config, optimizer, mesh)
+        announce(config, corpus, num_steps, mesh, log)
+        state, position = restore_or_init(config, optimizer, abstract, checkpoints, corpus, log)
+        step = int(state.step)
+        run = Run(
+            config, corpus, mesh, num_steps, step=step, position=position,
+            checkpoints=checkpoints, log=log,
+        )  # fmt: skip
+        if step < num_steps:
+            step_fn = compile_step(config, optimizer, num_steps, abstract, mesh, log)
+            state, interrupted = run.loop(step_fn, state)
+        else:
+            log.say(f"the run is complete at update {num_steps}; raise num_steps to go on")
+            run.finish(state)
+            interrupted = False
+    step = int(state.step)
+    history = metrics.read_metrics(config.run_dir, up_to=step)
+    return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
+
+
+def check_machine(config: TrainConfig, *, report=print) -> None:
+    """Says what the run needs and what is here, before anything is allocated.
+
+    Raises:
+      InputError: the memory or the disk does not suffice.
+    """
+    needed, (found, what) = metrics.memory_needed(config), metrics.memory_found()
+    total = sum(needed.values())
+    report(describe_model(config))
+    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.items() if size)
+    report(f"memory: needs {metrics.gib(total)} ({parts}); found {metrics.gib(found)}, {what}")
+    if total > found:
+        raise InputError(
+            f"{config.name} needs {metrics.gib(total)} of memory and {metrics.gib(found)} was "
+            "found: use more devices, lower batch_size or data.seq_len, raise accumulate_steps, "
+            "or choose a smaller config"
+        )
+    existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    checkpoint = sum(needed[part] for part in ("parameters", "masters", "moments", "accumulator"))
+    if 2 * checkpoint > free:
+        raise InputError(
+            f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
+            f"{metrics.gib(checkpoint)}, of which two exist while one is replaced: free some disk "
+            "or choose another run_dir"
+        )
+
+
+def describe_model(config: TrainConfig) -> str:
+    """Name, true parameter count and shape in one line."""
+    m, n = config.model, param_count(config.model)
+    return (
+        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context, "
+        f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
+        f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
+    )
+
+
+def count_steps(config: TrainConfig, corpus: Corpus) -> int:
+    """Updates in the run: `num_steps`, or those that `num_epochs` makes.
+
+    Raises:
+      InputError: the epochs are shorter than the warmup.
+    """
+    if config.num_steps > 0:
+        return config.num_steps
+    windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
+    num_steps = max(1, math.floor(config.num_epochs * windows / config.batch_size))
+    if config.optim.warmup_steps >= num_steps:
+        raise InputError(
+            f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} makes "
+            f"only {num_steps} updates of {config.batch_size} sequences; lower the warmup"
+        )
+    return num_steps
+
+
+def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, log) -> None:
+    """The first lines of a run."""
+    per_update = config.batch_size * config.data.seq_len
+    train_tokens = sum(files.train_tokens for files in corpus.sources)
+    devices = jax.devices()
+    log.say(
+        f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
+        f"{config.data.seq_len}, {config.accumulate_steps} micro-batches) = "
+        f"{num_steps * per_update / train_tokens:.2f} epochs of {metrics.count(train_tokens)} "
+        "tokens"
+    )
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    log.say(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}); mesh {axes}")
+
+
+def abstract_state(config: TrainConfig, optimizer, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, without allocating."""
+    abstract = jax.eval_shape(
+        functools.partial(init_state, config=config, optimizer=optimizer), jax.random.key(0)
+    )
+    params = param_shardings(mesh, config.model)
+    scalar = NamedSharding(mesh, P())
+    opt_state = optimizer_shardings(mesh, params, optimizer, abstract.opt_state)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract,
+        TrainState(scalar, scalar, params, opt_state),
+    )
+
+
+def restore_or_init(
+    config: TrainConfig, optimizer, abstract: TrainState, checkpoints: Checkpoints, corpus: Corpus,
+    log,
+) -> tuple[TrainState, int]:  # fmt: skip
+    """The state to go on from, and the samples already consumed. Never two states in memory."""
+    found = checkpoints.restore(split_params(abstract), report=log.say)
+    if found is not None:
+        position = found["position"]
+        log.say(f"resuming from update {found['step']} in {config.run_dir}")
+        if position["data"] != corpus.fingerprint:
+            log.say("the training data changed since; its order is taken up at the same position")
+        return TrainState(params=found["params"], **found["optimizer"]), position["samples_seen"]
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    if config.init_from:
+        source = read_config(config.init_from).model
+        source = dataclasses.replace(config.model, param_dtype=source.param_dtype)
+        step, params = read_params(config.init_from, source, shardings=shardings.params)
+        log.say(f"starting from the weights of {config.init_from} at update {step}")
+        dtype = config.model.param_dtype
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        fresh = jax.jit(
+            functools.partial(state_from_params, optimizer=optimizer),
+            out_shardings=shardings, donate_argnums=0,
+        )  # fmt: skip
+        return fresh(params), 0
+    log.say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
+    fresh = jax.jit(
+        functools.partial(init_state, config=config, optimizer=optimizer), out_shardings=shardings
+    )
+    return fresh(jax.random.key(config.seed)), 0
+
+
+def split_params(state: TrainState) -> dict[str, Any]:
+    """A state as a checkpoint holds it: the parameters apart from the rest."""
+    rest = state._asdict()
+    return {"params": rest.pop("params"), "optimizer": rest}
+
+
+def compile_step(config, optimizer, num_steps: int, abstract: TrainState, mesh: Mesh, log):
+    """`train_step` compiled for this run, its state donated."""
+    start = time.perf_counter()
+    log.say("compiling the training step ...")
+    batch = jax.ShapeDtypeStruct(
+        (config.batch_size, config.data.seq_len + 1), jnp.int32, sharding=rows(mesh)
+    )
+    step_fn = functools.partial(
+        train_step, config=config, optimizer=optimizer,
+        schedule=learning_rate_schedule(config, num_steps),
+    )  # fmt: skip
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    compiled = jitted.lower(abstract, batch).compile()
+    log.say(f"compiled in {time.perf_counter() - start:.1f} s")
+    return compiled
+
+
+class StopRequest:
+    """Catches SIGTERM and Ctrl-C for as long as it is open; a second Ctrl-C is not caught."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._catch)
+        return self
+
+    def _catch(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exception):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """The loop of one run and what it does on the side: log, save, evaluate, sample."""
+
+    def __init__(self, config, corpus, mesh, num_steps, *, step, position, checkpoints, log):
+        self.config, self.corpus, self.mesh, self.num_steps = config, corpus, mesh, num_steps
+        self.start_step, self.start_position = step, position
+        self.checkpoints, self.log = checkpoints, log
+        self.timer = metrics.StepTimer()
+        self.nonfinite_in_a_row = 0
+        device = jax.devices()[0]
+        flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
+        peak = metrics.peak_flops(device)
+        self.mfu_per_token_rate = flops / (peak * jax.device_count()) if peak else None
+
+    def loop(self, step_fn, state: TrainState) -> tuple[TrainState, bool]:
+        """Updates until the end, or until asked to stop; returns the state and whether asked."""
+        c, last = self.config, self.num_steps
+        samples = data.training_samples(self.corpus, c.data, c.seed)
+        batches = data.training_batches(
+            samples, position=self.start_position, batch_size=c.batch_size,
+            rows=local_rows(c.batch_size), num_batches=last - self.start_step,
+        )  # fmt: skip
+        pending = None
+        with StopRequest() as stop:
+            self.timer.start(self.start_step)
+            for step, batch in enumerate(batches, start=self.start_step + 1):
+                state, results = step_fn(state, place(self.mesh, batch))
+                if pending:  # fetched one update late, so that the device never waits for us
+                    self.record(state, *pending)
+                pending = (step, results)
+                save = step == last or stop.requested or _due(step, c.save_every)
+                side = {
+                    self.evaluate: step == last or _due(step, c.eval_every),
+                    self.sample: _due(step, c.sample_every),
+                }
+                if not (save or any(side.values())):
+                    continue
+                self.record(state, *pending)
+                pending = None
+                if save:  # before anything that could fail
+                    self.save(state, step)
+                if stop.requested:
+                    self.checkpoints.wait()
+                    self.log.say(f"stopped at update {step} as asked, and saved")
+                    return state, True
+                for action, due in side.items():
+                    if due:
+                        action(state, step)
+                self.timer.start(step)
+        self.checkpoints.wait()
+        return state, False
+
+    def record(self, state: TrainState, step: int, results: dict[str, jax.Array]) -> None:
+        """Looks at the results of an update; logs it where it is due."""
+        c = self.config
+        values = {name: value.item() for name, value in jax.device_get(results).items()}
+        loss, finite = values["loss"], values.pop("finite")
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        if not finite:
+            self.log.say(
+                f"update {step} skipped: loss {loss}, gradient norm {values['grad_norm']} "
+                f"({values['skipped']} skipped so far)"
+            )
+        if self.nonfinite_in_a_row >= c.max_nonfinite_steps:
+            self.save(state, int(state.step))
+            self.checkpoints.wait()
+            raise Diverged(
+                f"{self.nonfinite_in_a_row} updates in a row, up to update {step}, had a "
+                f"non-finite loss or gradient (max_nonfinite_steps={c.max_nonfinite_steps}); the "
+                f"parameters before them are saved in {c.run_dir}. Lower optim.learning_rate or "
+                "look at the data"
+            )
+        if not (step == 1 or step == self.num_steps or _due(step, c.log_every)):
+            return
+        seconds = self.timer.lap(step)
+        rate = c.batch_size * c.data.seq_len / seconds
+        left = seconds * (self.num_steps - step)
+        record = {
+            "step": step, "loss": loss, "perplexity": metrics.perplexity(loss),
+            "learning_rate": values["learning_rate"], "grad_norm": values["grad_norm"],
+            "seconds_per_step": seconds, "tokens_per_second": rate,
+            "samples_seen": self.position(step), "skipped": values["skipped"],
+        }  # fmt: skip
+        line = (
+            f"update {step}/{self.num_steps}  loss {loss:.4f}  ppl {record['perplexity']:.2f}  "
+            f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
+            f"{1000 * seconds:.0f} ms  {metrics.count(rate)} tok/s"
+        )
+        if self.mfu_per_token_rate:
+            record["mfu"] = rate * self.mfu_per_token_rate
+            line += f"  MFU {100 * record['mfu']:.1f}%"
+        if values["skipped"]:
+            line += f"  {values['skipped']} skipped"
+        self.log.write(record, f"{line}  {metrics.duration(left)} left")
+        self.log.progress(step, loss, left)
+
+    def position(self, step: int) -> int:
+        """Samples consumed after `step` updates."""
+        return self.start_position + (step - self.start_step) * self.config.batch_size
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts saving the state, once for each step."""
+        if self.checkpoints.latest_step() == step:
+            return
+        position = {"samples_seen": self.position(step), "data": self.corpus.fingerprint}
+        self.checkpoints.save(step, **split_params(state), position=position)
+
+    def evaluate(self, state: TrainState, step: int) -> Evaluation | None:
+        """Validation loss, logged, and noted if the step is saved. None without validation text."""
+        c = self.config
+        if sum(files.validation_tokens for files in self.corpus.sources) == 0:
+            return None
+        batches = data.eval_batches(
+            self.corpus, seq_len=c.data.seq_len, batch_size=c.batch_size // c.accumulate_steps,
+            max_sequences=c.eval_sequences,
+        )  # fmt: skip
+        result = evaluate(
+            c.model, state.params, batches, tokens_per_byte=tokens_per_byte(self.corpus),
+            place=lambda array: place(self.mesh, array[local_rows(len(array))]),
+        )  # fmt: skip
+        record = {
+            "step": step, "validation_loss": result.loss,
+            "validation_perplexity": result.perplexity,
+            "validation_bits_per_byte": result.bits_per_byte,
+        }  # fmt: skip
+        self.log.write(
+            record,
+            f"update {step}/{self.num_steps}  validation loss {result.loss:.4f}  "
+            f"ppl {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits/byte  "
+            f"({result.tokens:,} tokens)",
+        )
+        if self.checkpoints.latest_step() == step:
+            self.checkpoints.note_validation(step, result.loss)
+        return result
+
+    def sample(self, state: TrainState, step: int) -> None:
+        """Prints a continuation of the sample prompt."""
+        c = self.config
+        model = LanguageModel(c.model, state.params, self.corpus.tokenizer)
+        text = model.generate(
+            c.sample_prompt, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
+        )
+        self.log.say(f"sample at update {step}: {c.sample_prompt}{text}")
+
+    def finish(self, state: TrainState) -> None:
+        """For a run that is already complete: the validation loss, if a crash took it."""
+        records = metrics.read_metrics(self.config.run_dir, up_to=self.num_steps)
+        if not any(r["step"] == self.num_steps and "validation_loss" in r for r in records):
+            self.evaluate(state, self.num_steps)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train_inl_llm(
+    data_path: str | Sequence[str],
+    model_size: str = "small",
+    num_epochs: float = 3,
+    batch_size: int = 8,
+    learning_rate: float = 3e-4,
+    max_samples: int | None = None,
+    save_dir: str = "runs/inl_llm",
+    device: str = "auto",
+) -> tuple[LanguageModel, Tokenizer, list[dict[str, Any]]]:
+    """The published guide's entry point, over `train`.
+
+    Args:
+      data_path: a source as in `DataConfig.paths`, or several.
+      model_size: a config that comes with the project: tiny, small, ..., 3b, 4b.
+      num_epochs: passes over the training tokens.
+      batch_size: sequences per update.
+      learning_rate: peak learning rate.
+      max_samples: documents to read; None reads all.
+      save_dir: the run directory; a second call goes on from it.
+      device: "auto", or the one that must be there: "cpu", "cuda" (or "gpu").
+
+    Returns:
+      The model (its `generate` continues text), its tokenizer, and the log records.
+
+    Raises:
+      InputError: as `train` does, and where `device` is not what JAX runs on.
+    """
+    wanted = {"auto": jax.default_backend(), "cuda": "gpu"}.get(device, device)
+    if wanted != jax.default_backend():
+        raise InputError(
+            f"device={device}: JAX runs on {jax.default_backend()} here; install inl_jax[cuda] for "
+            "a GPU, set JAX_PLATFORMS=cpu for the CPU, or pass device='auto'"
+        )
+    base = load(model_size)
+    config = dataclasses.replace(
+        base,
+        data=dataclasses.replace(
+            base.data,
+            paths=(data_path,) if isinstance(data_path, str) else tuple(data_path),
+            max_documents=max_samples or 0,
+        ),
+        optim=dataclasses.replace(base.optim, learning_rate=learning_rate, warmup_steps=0),
+        num_steps=0, num_epochs=num_epochs, batch_size=batch_size, accumulate_steps=1,
+        run_dir=save_dir,
+    )  # fmt: skip
+    # The config's warmup, where the run is long enough for it. Preparing is cached, so cheap here.
+    num_steps = count_steps(config, prepare(config.data))
+    warmup = min(base.optim.warmup_steps, num_steps // 10)
+    config = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, warmup_steps=warmup)
+    )
+    result = train(config)
+    return result.model, result.tokenizer, result.history

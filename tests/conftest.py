@@ -1,0 +1,69 @@
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before any other use of JAX
+
+import pytest  # noqa: E402
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+
+MODEL = {
+    "vocab_size": 300,
+    "d_model": 16,
+    "num_layers": 2,
+    "num_iterations": 3,
+    "d_ff": 32,
+    "max_seq_len": 32,
+    "controller_width": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "remat": "none",
+}
+
+
+@pytest.fixture
+def model_config():
+    """Makes a narrow model: `model_config(context="mean", num_layers=4)`."""
+    return lambda **fields: ModelConfig(**(MODEL | fields))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """About 40 kB of varied text in one file."""
+    path = tmp_path / "text.txt"
+    words = ("the quick brown fox jumps over the lazy dog while seven wizards brew potions").split()
+    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(700)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def train_config(tmp_path, text_file):
+    """Makes a run of seconds on bytes of `text_file`; takes fields by section."""
+
+    def make(*, model=(), data=(), optim=(), **fields):
+        return TrainConfig(
+            model=ModelConfig(**(MODEL | dict(model))),
+            data=DataConfig(
+                **{
+                    "paths": (str(text_file),),
+                    "tokenizer": "bytes",
+                    "seq_len": 32,
+                    "validation_fraction": 0.1,
+                    "cache_dir": str(tmp_path / "cache"),
+                }
+                | dict(data)
+            ),
+            optim=OptimConfig(**{"learning_rate": 1e-2, "warmup_steps": 2} | dict(optim)),
+            **{
+                "run_dir": str(tmp_path / "run"),
+                "num_steps": 8,
+                "batch_size": 8,
+                "log_every": 1,
+                "eval_every": 4,
+                "eval_sequences": 16,
+                "save_every": 4,
+            }
+            | fields,
+        )
+
+    return make
