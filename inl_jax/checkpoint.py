@@ -19,6 +19,8 @@ from orbax.checkpoint import v1 as ocp
 from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, from_json, to_json
 from inl_jax.model import abstract_params
 from inl_jax.tokenizer import Tokenizer
+from inl_jax.tokenizer import load as read_tokenizer
+from inl_jax.tokenizer import load as read_tokenizer
 
 # Fields of the model that change neither the parameters nor the function they compute.
 _FREE_FIELDS = ("model.remat",)
@@ -167,7 +169,7 @@ def start_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> Non
                 )
             if field not in ("run_dir", "name"):
                 report(f"changed since this run was started: {field} {before} -> {now}")
-        saved = Tokenizer.load(run_dir)
+        saved = read_tokenizer(run_dir)
         if saved.fingerprint != tokenizer.fingerprint:
             raise InputError(
                 f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "

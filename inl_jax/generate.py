@@ -14,6 +14,8 @@ from inl_jax.checkpoint import read_config, read_params
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model import DecodeState, decode, init_decode_state
 from inl_jax.tokenizer import Tokenizer
+from inl_jax.tokenizer import load as read_tokenizer
+from inl_jax.tokenizer import load as read_tokenizer
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
@@ -64,7 +66,8 @@ def decode_loop(
     """Generates until every row has met its end token or the limit.
 
     Returns:
-      Tokens [B, max_new_tokens] and how many of each row count, [B], without the end token.
+      Tokens [B, max_new_tokens]; how many of each row count, [B], without the end token; and the
+      state, which takes over the memory of the donated one.
     """
     B = logits_BV.shape[0]
 
@@ -90,8 +93,8 @@ def decode_loop(
     zeros_B = jnp.zeros(B, jnp.int32)
     tokens = jnp.zeros((B, max_new_tokens), jnp.int32)
     carry = (0, logits_BV, state, tokens, zeros_B, jnp.zeros(B, bool), zeros_B)
-    _, _, _, tokens, length_B, _, _ = jax.lax.while_loop(unfinished, body, carry)
-    return tokens, length_B
+    _, _, state, tokens, length_B, _, _ = jax.lax.while_loop(unfinished, body, carry)
+    return tokens, length_B, state
 
 
 def generate(
@@ -136,7 +139,7 @@ def generate(
     max_len = min(padded + max_new_tokens, config.max_seq_len)
     logits_BV, state = prefill(config, params, ids_BP, np.array(lengths), max_len=max_len)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-    tokens, length_B = decode_loop(
+    tokens, length_B, _ = decode_loop(
         config, params, logits_BV, state, keys_B,
         np.int32(-1 if end_id is None else end_id), np.float32(temperature),
         None if top_p == 1 else np.float32(top_p),
@@ -182,7 +185,7 @@ class LanguageModel:
     def from_run(cls, run_dir: str | Path, *, step: int | str = "latest") -> "LanguageModel":
         """The model of a run directory at a saved step, "latest" or "best"."""
         config = read_config(run_dir).model
-        return cls(config, read_params(run_dir, config, step=step)[1], Tokenizer.load(run_dir))
+        return cls(config, read_params(run_dir, config, step=step)[1], read_tokenizer(run_dir))
 
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
         """The continuation of each prompt, without the prompt; one string for one string.

@@ -1,0 +1,37 @@
+"""3b: 1,698,414,592 parameters (1.70B), "3B" in the published guide with the decay context.
+
+    python scripts/train.py --config configs/3b.py --data.paths YOUR_TEXT --run_dir runs/3b
+
+Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens. The published
+           mean context (--model.context mean) has 1,698,168,832 parameters, attention
+           (--model.context attention) 1,949,919,232.
+Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
+Memory     28.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 130,000 updates of 262,144 tokens are about
+           20 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="3b",
+    model=ModelConfig(
+        d_model=2048,
+        num_layers=40,
+        num_iterations=15,
+        d_ff=8192,
+        max_seq_len=4096,
+        num_heads=16,
+        num_kv_heads=4,
+        param_dtype="bfloat16",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=4096),
+    optim=OptimConfig(learning_rate=2e-4, warmup_steps=2000),
+    run_dir="runs/3b",
+    num_steps=130000,
+    batch_size=64,
+    accumulate_steps=64,
+    eval_every=500,
+    save_every=500,
+)

@@ -1,0 +1,37 @@
+"""4b: 2,524,502,784 parameters (2.52B), "4B" in the published guide with the decay context.
+
+    python scripts/train.py --config configs/4b.py --data.paths YOUR_TEXT --run_dir runs/4b
+
+Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 tokens. The published
+           mean context (--model.context mean) has 2,524,171,008 parameters, attention
+           (--model.context attention) 2,948,967,168.
+Hardware   Several GPUs of 80 GB with --mesh.fsdp, or one of 141 GB.
+Memory     42.3 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 190,000 updates of 262,144 tokens are about
+           20 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="4b",
+    model=ModelConfig(
+        d_model=2304,
+        num_layers=48,
+        num_iterations=15,
+        d_ff=9216,
+        max_seq_len=4096,
+        num_heads=18,
+        num_kv_heads=6,
+        param_dtype="bfloat16",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=4096),
+    optim=OptimConfig(learning_rate=1.5e-4, warmup_steps=2000),
+    run_dir="runs/4b",
+    num_steps=190000,
+    batch_size=64,
+    accumulate_steps=64,
+    eval_every=500,
+    save_every=500,
+)

@@ -1,0 +1,37 @@
+"""large: 303,621,120 parameters (303.62M), the published large size with the decay context.
+
+    python scripts/train.py --config configs/large.py --data.paths YOUR_TEXT --run_dir runs/large
+
+Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens. The published
+           mean context (--model.context mean) has 303,547,392 parameters, attention
+           (--model.context attention) 341,326,848.
+Hardware   One GPU of 40 GB or more.
+Memory     4.5 GiB of state (float32 weights, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 50,000 updates of 131,072 tokens are about
+           22 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="large",
+    model=ModelConfig(
+        d_model=1024,
+        num_layers=24,
+        num_iterations=10,
+        d_ff=4096,
+        max_seq_len=2048,
+        num_heads=8,
+        num_kv_heads=2,
+        param_dtype="float32",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=2048),
+    optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000),
+    run_dir="runs/large",
+    num_steps=50000,
+    batch_size=64,
+    accumulate_steps=16,
+    eval_every=500,
+    save_every=500,
+)

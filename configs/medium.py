@@ -1,0 +1,37 @@
+"""medium: 111,924,480 parameters (111.92M), the published medium size with the decay context.
+
+    python scripts/train.py --config configs/medium.py --data.paths YOUR_TEXT --run_dir runs/medium
+
+Shape      D 768, 12 layers x 7 iterations, F 3072, sequences of up to 1024 tokens. The published
+           mean context (--model.context mean) has 111,896,832 parameters, attention
+           (--model.context attention) 123,705,600.
+Hardware   One GPU of 16 GB or more.
+Memory     1.7 GiB of state (float32 weights, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 40,000 updates of 65,536 tokens are about
+           23 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="medium",
+    model=ModelConfig(
+        d_model=768,
+        num_layers=12,
+        num_iterations=7,
+        d_ff=3072,
+        max_seq_len=1024,
+        num_heads=6,
+        num_kv_heads=2,
+        param_dtype="float32",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=1024),
+    optim=OptimConfig(learning_rate=6e-4, warmup_steps=1000),
+    run_dir="runs/medium",
+    num_steps=40000,
+    batch_size=64,
+    accumulate_steps=4,
+    eval_every=500,
+    save_every=500,
+)

@@ -1,0 +1,37 @@
+"""small: 43,097,088 parameters (43.10M), the published small size with the decay context.
+
+    python scripts/train.py --config configs/small.py --data.paths YOUR_TEXT --run_dir runs/small
+
+Shape      D 512, 6 layers x 5 iterations, F 2048, sequences of up to 512 tokens. The published
+           mean context (--model.context mean) has 43,087,872 parameters, attention
+           (--model.context attention) 46,238,208.
+Hardware   One GPU of 8 GB or more; a CPU, slowly.
+Memory     0.6 GiB of state (float32 weights, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 20,000 updates of 32,768 tokens are about
+           15 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="small",
+    model=ModelConfig(
+        d_model=512,
+        num_layers=6,
+        num_iterations=5,
+        d_ff=2048,
+        max_seq_len=512,
+        num_heads=4,
+        num_kv_heads=2,
+        param_dtype="float32",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=512),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=1000),
+    run_dir="runs/small",
+    num_steps=20000,
+    batch_size=64,
+    accumulate_steps=4,
+    eval_every=500,
+    save_every=500,
+)

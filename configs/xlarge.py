@@ -1,0 +1,37 @@
+"""xlarge: 807,997,952 parameters (808.00M), the published xlarge size with the decay context.
+
+    python scripts/train.py --config configs/xlarge.py --data.paths YOUR_TEXT --run_dir runs/xlarge
+
+Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 tokens. The published
+           mean context (--model.context mean) has 807,850,496 parameters, attention
+           (--model.context attention) 933,736,960.
+Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
+Memory     13.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
+           exact from shapes; gradients and activations come on top: see --dry_run.
+Time, loss not measured yet for this size; 60,000 updates of 262,144 tokens are about
+           19 tokens per parameter.
+"""
+
+from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="xlarge",
+    model=ModelConfig(
+        d_model=1536,
+        num_layers=32,
+        num_iterations=12,
+        d_ff=6144,
+        max_seq_len=4096,
+        num_heads=12,
+        num_kv_heads=4,
+        param_dtype="bfloat16",
+    ),
+    data=DataConfig(tokenizer="gpt2", seq_len=4096),
+    optim=OptimConfig(learning_rate=2e-4, warmup_steps=2000),
+    run_dir="runs/xlarge",
+    num_steps=60000,
+    batch_size=64,
+    accumulate_steps=64,
+    eval_every=500,
+    save_every=500,
+)
