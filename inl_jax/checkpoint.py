@@ -20,7 +20,6 @@ from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, fr
 from inl_jax.model import abstract_params
 from inl_jax.tokenizer import Tokenizer
 from inl_jax.tokenizer import load as read_tokenizer
-from inl_jax.tokenizer import load as read_tokenizer
 
 # Fields of the model that change neither the parameters nor the function they compute.
 _FREE_FIELDS = ("model.remat",)
@@ -90,7 +89,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many types for bad bytes
-                damaged[step] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                damaged[step] = _reason(error)
                 continue
             self._set_aside(damaged, report)
             return {**loaded, "step": step, "position": metadata.custom_metadata}
@@ -130,7 +129,10 @@ class Checkpoints:
 
 
 def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
-    """Raises `InputError` naming the first leaf whose shape or type differs, or that is missing."""
+    """Raises `InputError` naming the first leaf whose shape or type differs, or that is missing.
+
+    Raises `OSError` where the bytes of the metadata are bad: Orbax then gives None, not an error.
+    """
 
     def leaves(tree):
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -138,6 +140,8 @@ def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
                 for path, leaf in flat}  # fmt: skip
 
     for name in wanted:
+        if saved.get(name) is None:
+            raise OSError(f"the metadata of {name} cannot be read")
         found, asked = leaves(saved[name]), leaves(wanted[name])
         for leaf in [*asked, *found]:
             if found.get(leaf) != asked.get(leaf):
@@ -146,6 +150,10 @@ def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
                     f"wants {asked.get(leaf, 'nothing')}: use the config of that run, or another "
                     "run_dir"
                 )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _kind(leaf: Any) -> str:
@@ -207,7 +215,7 @@ def read_params(
       shardings: where to put them; one for each leaf. The default device by default.
 
     Raises:
-      InputError: no such checkpoint, or it does not fit the config.
+      InputError: no such checkpoint, or it is damaged or does not fit the config.
     """
     folder = Path(run_dir).absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
@@ -227,9 +235,14 @@ def read_params(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
     where = folder / str(chosen)
-    saved = ocp.checkpointables_metadata(where).metadata
-    _check_matches(saved, {"params": abstract}, where)
-    return chosen, ocp.load_checkpointables(where, {"params": abstract})["params"]
+    try:
+        saved = ocp.checkpointables_metadata(where).metadata
+        _check_matches(saved, {"params": abstract}, where)
+        return chosen, ocp.load_checkpointables(where, {"params": abstract})["params"]
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where} is damaged ({_reason(error)}); there are {steps}") from error
 
 
 def write_text(path: Path, text: str) -> None:

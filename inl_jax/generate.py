@@ -15,7 +15,6 @@ from inl_jax.config import InputError, ModelConfig
 from inl_jax.model import DecodeState, decode, init_decode_state
 from inl_jax.tokenizer import Tokenizer
 from inl_jax.tokenizer import load as read_tokenizer
-from inl_jax.tokenizer import load as read_tokenizer
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:

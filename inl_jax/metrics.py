@@ -143,7 +143,10 @@ class MetricsLog:
     def write(self, record: dict[str, Any], line: str) -> None:
         """One record to the file, and its line to the console."""
         if self._file is None:
+            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
             self._file = open(self._path, "a", buffering=1)
+            if torn:  # by a crash; the next record must not be lost with it
+                self._file.write("\n")
         self._file.write(json.dumps(record) + "\n")
         self.say(line)
 

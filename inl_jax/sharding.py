@@ -36,21 +36,22 @@ RULES = (
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, axes `data`, `fsdp`, `tensor`.
+    """The mesh `data` x `fsdp` x `tensor`: over all devices, or over the first few of one process.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: there are too few devices, or the rest cannot be shared out evenly.
     """
-    n = jax.device_count()
-    shared = config.fsdp * config.tensor
+    n, shared = jax.device_count(), config.fsdp * config.tensor
     data = n // shared if config.data == "rest" else config.data
-    if data * shared != n:
+    wanted = data * shared
+    if not 0 < wanted <= n or (wanted < n and (config.data == "rest" or jax.process_count() > 1)):
         raise InputError(
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}: "
             f"their product must be the number of devices, {n}"
         )
     shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[:wanted])
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -162,6 +162,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_rows(config, mesh)
     corpus = prepare(config.data)
     data.check(corpus, config.data, config.model.vocab_size)
+    check_sample(config, corpus.tokenizer)
     num_steps = count_steps(config, corpus)
     start_run(config, corpus.tokenizer)
     log = metrics.MetricsLog(config.run_dir, num_steps)
@@ -176,12 +177,12 @@ def train(config: TrainConfig) -> TrainResult:
             config, corpus, mesh, num_steps, step=step, position=position,
             checkpoints=checkpoints, log=log,
         )  # fmt: skip
+        run.catch_up(state)
         if step < num_steps:
             step_fn = compile_step(config, optimizer, num_steps, abstract, mesh, log)
             state, interrupted = run.loop(step_fn, state)
         else:
             log.say(f"the run is complete at update {num_steps}; raise num_steps to go on")
-            run.finish(state)
             interrupted = False
     step = int(state.step)
     history = metrics.read_metrics(config.run_dir, up_to=step)
@@ -244,11 +245,21 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> int:
     return num_steps
 
 
+def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises `InputError` where the printed samples would be too long for the model."""
+    longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
+    if config.sample_every > 0 and longest > config.model.max_seq_len:
+        raise InputError(
+            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, beyond "
+            f"model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
+        )
+
+
 def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, log) -> None:
     """The first lines of a run."""
     per_update = config.batch_size * config.data.seq_len
     train_tokens = sum(files.train_tokens for files in corpus.sources)
-    devices = jax.devices()
+    devices = mesh.devices.ravel()
     log.say(
         f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
         f"{config.data.seq_len}, {config.accumulate_steps} micro-batches) = "
@@ -256,7 +267,11 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, lo
         "tokens"
     )
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    log.say(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}); mesh {axes}")
+    unused = jax.device_count() - devices.size
+    log.say(
+        f"{devices.size} x {devices[0].device_kind} ({devices[0].platform}); mesh {axes}"
+        + (f"; {unused} more devices are not used" if unused else "")
+    )
 
 
 def abstract_state(config: TrainConfig, optimizer, mesh: Mesh) -> TrainState:
@@ -365,7 +380,7 @@ class Run:
         device = jax.devices()[0]
         flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
         peak = metrics.peak_flops(device)
-        self.mfu_per_token_rate = flops / (peak * jax.device_count()) if peak else None
+        self.mfu_per_token_rate = flops / (peak * mesh.size) if peak else None
 
     def loop(self, step_fn, state: TrainState) -> tuple[TrainState, bool]:
         """Updates until the end, or until asked to stop; returns the state and whether asked."""
@@ -497,11 +512,13 @@ class Run:
         )
         self.log.say(f"sample at update {step}: {c.sample_prompt}{text}")
 
-    def finish(self, state: TrainState) -> None:
-        """For a run that is already complete: the validation loss, if a crash took it."""
-        records = metrics.read_metrics(self.config.run_dir, up_to=self.num_steps)
-        if not any(r["step"] == self.num_steps and "validation_loss" in r for r in records):
-            self.evaluate(state, self.num_steps)
+    def catch_up(self, state: TrainState) -> None:
+        """On resuming: the validation loss of the saved update, if a stop or a crash took it."""
+        step = self.start_step
+        due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
+        records = metrics.read_metrics(self.config.run_dir, up_to=step)
+        if due and not any(r["step"] == step and "validation_loss" in r for r in records):
+            self.evaluate(state, step)
 
 
 def _due(step: int, every: int) -> bool:

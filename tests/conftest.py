@@ -1,10 +1,21 @@
-import jax
+import atexit
+import os
+import shutil
+import tempfile
+
+# Tests spend their time compiling: one cache for the session and the processes it starts.
+_cache = tempfile.mkdtemp(prefix="inl_jax_xla_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any other use of JAX
 
 import pytest  # noqa: E402
 
-from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 
 MODEL = {
     "vocab_size": 300,
@@ -53,6 +64,7 @@ def train_config(tmp_path, text_file):
                 }
                 | dict(data)
             ),
+            mesh=MeshConfig(data=1),
             optim=OptimConfig(**{"learning_rate": 1e-2, "warmup_steps": 2} | dict(optim)),
             **{
                 "run_dir": str(tmp_path / "run"),

@@ -1,0 +1,178 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from inl_jax.config import InputError, MeshConfig
+from inl_jax.model import abstract_params, boxed_init
+from inl_jax.optim import make_optimizer
+from inl_jax.sharding import (
+    RULES,
+    check_rows,
+    local_rows,
+    make_mesh,
+    param_shardings,
+    place,
+)
+from inl_jax.train import abstract_state, compile_step
+
+CONTEXTS = ["mean", "decay", "attention"]
+MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}
+
+
+class Quiet:
+    def say(self, line):
+        pass
+
+
+def make_state(config, optimizer, abstract):
+    """Random weights, the same on every mesh, and an optimizer state of zeros."""
+    rng = np.random.default_rng(0)
+
+    def leaf(a):
+        value = 0.3 * rng.normal(size=a.shape) if a.ndim else np.zeros(())
+        return jax.device_put(value.astype(a.dtype), a.sharding)
+
+    params = jax.tree.map(leaf, abstract.params)
+    rest = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract)
+    return rest._replace(params=params)
+
+
+def one_update(config, mesh):
+    """Loss, gradient norm and parameters after one update, run as `train` runs it."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        optimizer = make_optimizer(config, 8)
+        abstract = abstract_state(config, optimizer, mesh)
+        step = compile_step(config, optimizer, 8, abstract, mesh, Quiet())
+        batch = np.random.default_rng(1).integers(0, 300, (8, config.data.seq_len + 1), np.int32)
+        state, results = step(make_state(config, optimizer, abstract), place(mesh, batch))
+    return state, results
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@functools.cache
+def on_one_device(config):
+    return jax.device_get(one_update(config, mesh_of(1, 1, 1)))
+
+
+def small_run(train_config, **model):
+    # No warmup, so that the first update moves; eps keeps rounding of gradients near 0 small.
+    return train_config(
+        model=MODEL | model, data={"seq_len": 8, "cache_dir": "c", "paths": ("p",)},
+        optim={"warmup_steps": 0, "eps": 1e-3}, run_dir="r",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "context, shape",
+    [("mean", (2, 2, 2)), ("decay", (2, 2, 2)), ("decay", (1, 8, 1)), ("attention", (2, 2, 2))],
+)
+def test_eight_devices_compute_what_one_does(train_config, context, shape):
+    config = small_run(train_config, context=context)
+    expected, expected_results = on_one_device(config)
+    state, results = one_update(config, mesh_of(*shape))
+    for name in ("loss", "grad_norm"):
+        assert results[name] == pytest.approx(float(expected_results[name]), rel=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.device_get(state.params), expected.params,
+    )  # fmt: skip
+    moment = optax.tree.get_all_with_path(state.opt_state, "nu")[0][1]
+    for tree in (state.params, moment):
+        shard = tree["embedding"].addressable_shards[0].data
+        assert shard.nbytes * shape[1] * shape[2] == tree["embedding"].nbytes
+
+
+def test_the_first_update_moves_every_parameter(train_config):
+    """Without this the comparison above would show nothing."""
+    config = small_run(train_config, context="decay")
+    mesh = mesh_of(1, 1, 1)
+    optimizer = make_optimizer(config, 8)
+    start = make_state(config, optimizer, abstract_state(config, optimizer, mesh)).params
+    end, _ = on_one_device(config)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), start, end.params)))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor(train_config, context):
+    config = train_config(model={"context": context, "param_dtype": "bfloat16", "num_kv_heads": 2})
+
+    def bytes_per_device(*shape):
+        abstract = abstract_state(config, make_optimizer(config, 8), mesh_of(*shape))
+        return sum(
+            np.prod(a.sharding.shard_shape(a.shape), dtype=int) * a.dtype.itemsize
+            for a in jax.tree.leaves(abstract)
+        )
+
+    whole = bytes_per_device(1, 1, 1)
+    assert bytes_per_device(8, 1, 1) == whole
+    # Norms, biases and scalars stay whole; at this width they are some percent.
+    assert bytes_per_device(1, 8, 1) < 0.25 * whole
+    assert bytes_per_device(1, 1, 2) < 0.65 * whole
+    assert bytes_per_device(1, 4, 2) < 0.25 * whole
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_axis_of_every_parameter_has_a_rule(model_config, context):
+    boxed = jax.eval_shape(
+        functools.partial(boxed_init, model_config(context=context)), jax.random.key(0)
+    )
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
+    names = {name for box in boxes for name in box.names}
+    assert names - {None} <= {name for name, _ in RULES}
+    assert all(len(box.names) == box.value.ndim for box in boxes)
+
+
+def test_the_mesh_fills_the_devices_or_says_why_not():
+    assert tuple(make_mesh(MeshConfig()).shape.values()) == (8, 1, 1)
+    assert tuple(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape.values()) == (2, 2, 2)
+    assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
+    for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
+        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* devices, 8"
+        with pytest.raises(InputError, match=fields):
+            make_mesh(wrong)
+
+
+def test_a_micro_batch_must_divide_over_the_devices(train_config):
+    mesh = mesh_of(2, 2, 2)  # rows are split over data and fsdp
+    check_rows(train_config(batch_size=8, accumulate_steps=2), mesh)
+    with pytest.raises(InputError, match="batch_size=8 in accumulate_steps=4 .* of 2 sequences"):
+        check_rows(train_config(batch_size=8, accumulate_steps=4), mesh)
+
+
+@pytest.mark.parametrize(
+    "mesh, change, leaf",
+    [
+        ((1, 1, 8), {}, r"embedding of shape \(300, 16\)"),
+        ((1, 8, 1), {"d_model": 20}, r"kernel of shape \(2, 20, 20\)"),
+        ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "key_kernel of shape"),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(model_config, mesh, change, leaf):
+    with pytest.raises(InputError, match=f"{leaf}.* mesh.fsdp and mesh.tensor"):
+        param_shardings(mesh_of(*mesh), model_config(**change))
+
+
+def test_rows_are_placed_in_order():
+    mesh = mesh_of(2, 2, 2)
+    batch = np.arange(24, dtype=np.int32).reshape(8, 3)
+    assert local_rows(8) == slice(0, 8)
+    placed = place(mesh, batch)
+    np.testing.assert_array_equal(placed, batch)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    assert placed.dtype == jnp.int32
+
+
+def test_shardings_match_the_parameters_in_structure(model_config):
+    for context in CONTEXTS:
+        config = model_config(context=context)
+        shardings = param_shardings(mesh_of(1, 4, 1), config)
+        assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(config))

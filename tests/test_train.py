@@ -1,0 +1,344 @@
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import inl_jax
+from inl_jax import checkpoint
+from inl_jax.config import InputError, override, to_json
+from inl_jax.metrics import read_metrics
+from inl_jax.optim import learning_rate_schedule, make_optimizer
+
+train = importlib.import_module("inl_jax.train")  # the name in the package is the function
+ROOT = Path(__file__).parent.parent
+
+
+def same(a, b):
+    """Bit for bit, leaf by leaf."""
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def saved_state(config, step):
+    folder = Path(config.run_dir).absolute() / "checkpoints" / str(step)
+    return checkpoint.ocp.load_checkpointables(folder)
+
+
+def stepper(config, num_steps=10):
+    """(jitted train_step, first state) outside any loop."""
+    optimizer = make_optimizer(config, num_steps)
+    schedule = learning_rate_schedule(config, num_steps)
+    step = jax.jit(
+        lambda s, b: train.train_step(s, b, config=config, optimizer=optimizer, schedule=schedule)
+    )
+    return step, train.init_state(jax.random.key(0), config=config, optimizer=optimizer)
+
+
+def batches(n, rows=8, seq=16, vocab=257):
+    return jax.random.randint(jax.random.key(7), (n, rows, seq + 1), 0, vocab)
+
+
+@pytest.mark.parametrize("param_dtype", ["float64", "bfloat16"])
+def test_accumulation_equals_the_big_batch(train_config, param_dtype):
+    with jax.enable_x64(param_dtype == "float64"):
+        ends = []
+        for k in (1, 4):
+            config = train_config(model={"param_dtype": param_dtype}, accumulate_steps=k)
+            step, state = stepper(config)
+            for batch in batches(3):
+                state, results = step(state, batch)
+            ends.append((state.params, results["loss"], results["grad_norm"]))
+        tolerance = {"float64": 1e-9, "bfloat16": 0.05}[param_dtype]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance
+            ),
+            *ends,
+        )
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_nonfinite_update_leaves_parameters_and_optimizer_untouched(
+    train_config, accumulate_steps
+):
+    config = train_config(accumulate_steps=accumulate_steps)
+    step, state = stepper(config)
+    state, _ = step(state, batches(1)[0])
+    state, good = step(state, batches(1)[0])  # the first update has learning rate 0
+    params = dict(state.params)
+    poisoned = state._replace(
+        params=params | {"embedding": params["embedding"].at[3, 0].set(jnp.nan)}
+    )
+    after, results = step(poisoned, batches(1)[0].at[0, 0].set(3))
+    assert not results["finite"] and results["skipped"] == 1 and after.step == state.step + 1
+    same((after.params, after.opt_state), (poisoned.params, poisoned.opt_state))
+    # Batches that do not touch the bad row of the embedding still see it in the logits; a good
+    # state goes on as if nothing had happened, at the learning rate it had reached.
+    after, results = step(after._replace(params=state.params), batches(1)[0])
+    assert results["finite"] and results["skipped"] == 1
+    np.testing.assert_allclose(
+        results["learning_rate"], learning_rate_schedule(config, 10)(2), rtol=1e-6
+    )
+    assert good["finite"] and not jnp.array_equal(after.params["embedding"], params["embedding"])
+
+
+def test_the_step_donates_its_state(train_config):
+    config = train_config()
+    optimizer = make_optimizer(config, 10)
+    mesh = train.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        abstract = train.abstract_state(config, optimizer, mesh)
+        compiled = train.compile_step(
+            config, optimizer, 10, abstract, mesh, train.metrics.MetricsLog(config.run_dir, 10)
+        )
+    held = sum(
+        np.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+        for s in jax.tree.leaves(abstract)
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
+
+
+def test_loss_falls_and_the_result_speaks(train_config, capsys):
+    config = train_config(num_steps=40, sample_every=40, sample_tokens=8, eval_every=20)
+    result = train.train(config)
+    losses = [r["loss"] for r in result.history if "loss" in r]
+    assert len(losses) == 40 and losses[-1] < losses[0] - 1.5
+    validation = [r["validation_loss"] for r in result.history if "validation_loss" in r]
+    assert len(validation) == 2 and validation[-1] < validation[0]
+    assert result.history == read_metrics(config.run_dir)
+    assert isinstance(result.model.generate("the ", max_new_tokens=5), str)
+    out = capsys.readouterr().out
+    n = inl_jax.param_count(config.model)
+    for said in (
+        f"{n:,} parameters", "40 updates of 256 tokens", "epochs", "matrix products float32",
+        "cpu", "compiling", "compiled in", "loss", "ppl", "lr", "grad", "ms", "tok/s", "left",
+        "bits/byte", "sample at update 40",
+    ):  # fmt: skip
+        assert said in out, said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": {"dropout": 0.1}},
+        {"model": {"param_dtype": "bfloat16", "context": "attention"}, "accumulate_steps": 2},
+    ],
+)
+def test_interrupted_anywhere_and_resumed_is_bit_identical(train_config, tmp_path, fields):
+    """A run stopped after update 3 (between checkpoints) ends exactly as one that was not."""
+    whole = train_config(run_dir=str(tmp_path / "whole"), **fields)
+    parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
+    expected = train.train(whole)
+
+    original = train.Run.record
+
+    def stop_after_three(self, state, step, results):
+        original(self, state, step, results)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "record", stop_after_three)
+        stopped = train.train(parts)
+    assert stopped.interrupted and 3 <= stopped.step < 8
+    resumed = train.train(parts)
+    assert not resumed.interrupted and resumed.step == 8
+    same(expected.params, resumed.params)
+    same(saved_state(whole, 8), saved_state(parts, 8))
+
+    def losses(result):
+        keep = ("step", "loss", "grad_norm", "validation_loss", "samples_seen")
+        return [{k: r[k] for k in keep if k in r} for r in result.history]
+
+    assert losses(expected) == losses(resumed)
+
+
+def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
+    config = train_config()
+    first = train.train(config)
+    capsys.readouterr()
+    again = train.train(config)
+    assert "complete" in capsys.readouterr().out
+    same(first.params, again.params)
+    assert again.history == first.history
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(train_config, capsys):
+    train.train(train_config())
+    capsys.readouterr()
+    longer = train.train(train_config(num_steps=12))
+    out = capsys.readouterr().out
+    assert "resuming from update 8" in out and "num_steps 8 -> 12" in out
+    assert longer.step == 12 and len([r for r in longer.history if "loss" in r]) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": {"d_model": 32}}, ("model.d_model", "32", "16")),
+        ({"model": {"num_iterations": 2}}, ("model.num_iterations", "2", "3")),
+        ({"data": {"tokenizer": "bpe:280"}}, ("data.tokenizer", "bpe:280", "bytes")),
+    ],
+)
+def test_another_model_or_tokenizer_is_refused_before_anything_is_touched(
+    train_config, change, named
+):
+    config = train_config(num_steps=4)
+    train.train(config)
+    before = {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
+    with pytest.raises(InputError) as error:
+        train.train(train_config(num_steps=4, **change))
+    assert all(name in str(error.value) for name in named)
+    assert before == {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
+
+
+def test_init_from_takes_the_weights_and_nothing_else(train_config, tmp_path):
+    first = train.train(train_config(num_steps=4))
+    config = train_config(
+        run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), num_steps=4, eval_every=0
+    )
+    config = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, learning_rate=1e-30, warmup_steps=0)
+    )
+    second = train.train(config)
+    assert second.step == 4  # counted from 0 again
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), first.params, second.params
+    )
+
+
+def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monkeypatch):
+    config = train_config(max_nonfinite_steps=3, num_steps=20)
+    original = train.loss_fn
+
+    def break_after(params, batch, key, *, config):
+        loss = original(params, batch, key, config=config)
+        moved = jnp.abs(params["final_norm_scale"] - 1).max() > 1e-3  # from the second update on
+        return jnp.where(moved, jnp.nan, loss)
+
+    monkeypatch.setattr(train, "loss_fn", break_after)
+    with pytest.raises(train.Diverged, match="3 updates in a row"):
+        train.train(config)
+    _, params = checkpoint.read_params(config.run_dir, config.model)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_epochs_are_counted_in_windows(train_config):
+    config = train_config(num_steps=0, num_epochs=0.5, optim={"warmup_steps": 0})
+    corpus = train.prepare(config.data)
+    windows = (corpus.sources[0].train_tokens - 1) // 32
+    assert train.count_steps(config, corpus) == windows // 2 // 8
+    with pytest.raises(InputError, match="optim.warmup_steps=9999"):
+        train.count_steps(override(config, ["--optim.warmup_steps", "9999"]), corpus)
+
+
+def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
+    config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
+    with pytest.raises(InputError, match=r"needs .* GiB of memory and .* GiB was found"):
+        train.train(config)
+
+
+def test_samples_too_long_for_the_model_are_refused_at_the_start(train_config):
+    with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
+        train.train(train_config(sample_every=4, sample_tokens=31))
+
+
+def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
+    usage = train.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="run_dir"):
+        train.train(train_config())
+
+
+def run_script(name, *args, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / name), *args]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def write_config(config, path):
+    path.write_text(
+        f"from inl_jax.config import from_json\nconfig = from_json({to_json(config)!r})\n"
+    )
+    return ["--config", str(path)]
+
+
+def wait_for(process, run_dir, step):
+    """Returns when the run has logged `step`."""
+    for _ in range(600):
+        records = read_metrics(run_dir) if Path(run_dir).exists() else []
+        if any(r["step"] >= step for r in records):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    pytest.fail("the run did not get there")
+
+
+def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tmp_path):
+    """kill -9 between checkpoints, then SIGTERM, then to the end: equal to one straight run."""
+    settings = dict(num_steps=1500, log_every=20, save_every=150, eval_every=0, eval_sequences=4)
+    parts = train_config(run_dir=str(tmp_path / "parts"), **settings)
+    command = write_config(parts, tmp_path / "config.py")
+
+    process = run_script("train.py", *command)
+    wait_for(process, parts.run_dir, 240)
+    process.kill()
+    process.communicate()
+
+    process = run_script("train.py", *command)
+    wait_for(process, parts.run_dir, 600)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]
+    assert process.returncode == train.EXIT_INTERRUPTED, out
+    assert "resuming from update" in out
+    reached = max(int(p.name) for p in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert f"stopped at update {reached} as asked, and saved" in out
+
+    process = run_script("train.py", *command)
+    out = process.communicate()[0]
+    assert process.returncode == 0 and f"resuming from update {reached} in" in out, out
+
+    whole = run_script("train.py", *command, "--run_dir", str(tmp_path / "whole"))
+    out = whole.communicate()[0]
+    assert whole.returncode == 0, out
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    same(saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 1500),
+         saved_state(dataclasses.replace(train_config(), run_dir=str(whole)), 1500))  # fmt: skip
+    losses = [
+        [(r["step"], r["loss"]) for r in read_metrics(d) if "loss" in r] for d in (parts, whole)
+    ]
+    assert losses[0] == losses[1] or set(losses[1]) <= set(losses[0])
+
+
+def test_guide_entry_point(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    small = override(
+        inl_jax.load_config("tiny"),
+        ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "data.seq_len=16",
+         "data.tokenizer=bytes", "model.num_heads=1", "model.num_kv_heads=1"],
+    )  # fmt: skip
+    monkeypatch.setattr(train, "load", lambda name: {"tiny": small}[name])
+    model, tokenizer, history = inl_jax.train_inl_llm(
+        data_path=str(text_file), model_size="tiny", num_epochs=0.1, batch_size=8,
+        learning_rate=1e-2, max_samples=1, save_dir=str(tmp_path / "guide"), device="cpu",
+    )  # fmt: skip
+    assert history[-1]["validation_loss"] > 0
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert isinstance(model.generate("the", max_new_tokens=3), str)
+    assert json.loads((tmp_path / "guide" / "config.json").read_text())["batch_size"] == 8
+    with pytest.raises(InputError, match="device=cuda"):
+        inl_jax.train_inl_llm(str(text_file), device="cuda")
