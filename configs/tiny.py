@@ -1,16 +1,25 @@
+"""tiny: 1,399,552 parameters (1.40M), a model to see everything work on a laptop.
+
+    python scripts/train.py --config configs/tiny.py
+
+Shape      D 128, 4 layers x 3 iterations, F 512, sequences of 128 tokens, decay context.
+Data       the running interpreter's standard library, its own byte-level BPE of 2048 entries.
+Hardware   two CPU cores.
+"""
+
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="tiny",
     model=ModelConfig(
         vocab_size=2048,
-        d_model=192,
+        d_model=128,
         num_layers=4,
         num_iterations=3,
-        d_ff=768,
-        max_seq_len=256,
-        num_heads=3,
-        num_kv_heads=3,
+        d_ff=512,
+        max_seq_len=512,
+        num_heads=4,
+        num_kv_heads=2,
         remat="none",
     ),
     data=DataConfig(paths=("stdlib",), tokenizer="bpe:2048", seq_len=128, validation_fraction=0.05),
@@ -21,5 +30,6 @@ config = TrainConfig(
     log_every=20,
     eval_every=200,
     save_every=200,
+    sample_every=200,
     sample_prompt="def ",
 )

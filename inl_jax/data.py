@@ -45,24 +45,28 @@ def count_windows(files: TokenFiles, seq_len: int) -> int:
     return max(0, (files.train_tokens - 1) // seq_len)
 
 
-def check(corpus: Corpus, data: DataConfig, vocab_size: int) -> None:
-    """Raises `InputError` where a corpus cannot feed a model."""
+def check(corpus: Corpus, vocab_size: int) -> None:
+    """Raises `InputError` where the tokenizer has ids a model of `vocab_size` has not."""
     if corpus.tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: tokenizer {corpus.tokenizer.name} has "
             f"{corpus.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
         )
+
+
+def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> grain.MapDataset:
+    """The endless sequence of training windows: shuffled each epoch, sources mixed by weight.
+
+    Raises:
+      InputError: a source has fewer tokens than one window.
+    """
     for files in corpus.sources:
         if count_windows(files, data.seq_len) == 0:
             raise InputError(
                 f"{files.train_tokens} training tokens in {files.directory}: fewer than one "
-                f"window of data.seq_len={data.seq_len} + 1; add text or lower data.seq_len or "
+                f"window of data.seq_len={data.seq_len} + 1; add text, or lower data.seq_len or "
                 f"data.validation_fraction={data.validation_fraction}"
             )
-
-
-def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> grain.MapDataset:
-    """The endless sequence of training windows: shuffled each epoch, sources mixed by weight."""
     datasets = [
         grain.MapDataset.source(Windows(files, data.seq_len)).seed(seed + i).shuffle().repeat()
         for i, files in enumerate(corpus.sources)

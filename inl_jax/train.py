@@ -161,20 +161,26 @@ def train(config: TrainConfig) -> TrainResult:
     mesh = make_mesh(config.mesh)
     check_rows(config, mesh)
     corpus = prepare(config.data)
-    data.check(corpus, config.data, config.model.vocab_size)
+    data.check(corpus, config.model.vocab_size)
+    samples = data.training_samples(corpus, config.data, config.seed)
     check_sample(config, corpus.tokenizer)
     num_steps = count_steps(config, corpus)
     start_run(config, corpus.tokenizer)
     log = metrics.MetricsLog(config.run_dir, num_steps)
     checkpoints = Checkpoints(config.run_dir, keep_last=config.keep_last)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), contextlib.closing(checkpoints):
+    with (
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(RULES),
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+    ):
         optimizer = make_optimizer(config, num_steps)
         abstract = abstract_state(config, optimizer, mesh)
         announce(config, corpus, num_steps, mesh, log)
         state, position = restore_or_init(config, optimizer, abstract, checkpoints, corpus, log)
         step = int(state.step)
         run = Run(
-            config, corpus, mesh, num_steps, step=step, position=position,
+            config, corpus, samples, mesh, num_steps, step=step, position=position,
             checkpoints=checkpoints, log=log,
         )  # fmt: skip
         run.catch_up(state)
@@ -250,8 +256,8 @@ def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
     longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
     if config.sample_every > 0 and longest > config.model.max_seq_len:
         raise InputError(
-            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, beyond "
-            f"model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
+            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "
+            f"beyond model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
         )
 
 
@@ -371,8 +377,11 @@ class StopRequest:
 class Run:
     """The loop of one run and what it does on the side: log, save, evaluate, sample."""
 
-    def __init__(self, config, corpus, mesh, num_steps, *, step, position, checkpoints, log):
-        self.config, self.corpus, self.mesh, self.num_steps = config, corpus, mesh, num_steps
+    def __init__(
+        self, config, corpus, samples, mesh, num_steps, *, step, position, checkpoints, log
+    ):
+        self.config, self.corpus, self.samples = config, corpus, samples
+        self.mesh, self.num_steps = mesh, num_steps
         self.start_step, self.start_position = step, position
         self.checkpoints, self.log = checkpoints, log
         self.timer = metrics.StepTimer()
@@ -385,9 +394,8 @@ class Run:
     def loop(self, step_fn, state: TrainState) -> tuple[TrainState, bool]:
         """Updates until the end, or until asked to stop; returns the state and whether asked."""
         c, last = self.config, self.num_steps
-        samples = data.training_samples(self.corpus, c.data, c.seed)
         batches = data.training_batches(
-            samples, position=self.start_position, batch_size=c.batch_size,
+            self.samples, position=self.start_position, batch_size=c.batch_size,
             rows=local_rows(c.batch_size), num_batches=last - self.start_step,
         )  # fmt: skip
         pending = None

@@ -1,7 +1,7 @@
 """Trains a model, or goes on with a run: python scripts/train.py --config configs/tiny.py.
 
 Exit codes: 0 done; 2 a mistake in the input; 3 diverged; 75 stopped by SIGTERM or Ctrl-C after
-saving, the same command goes on.
+saving, the same command goes on; 130 stopped by Ctrl-C with nothing more to save.
 """
 
 import argparse
@@ -25,6 +25,9 @@ def main() -> int:
             return 0
         try:
             return EXIT_INTERRUPTED if train(config).interrupted else 0
+        except KeyboardInterrupt:  # before the first update, or a second Ctrl-C
+            print("interrupted; nothing more was saved", file=sys.stderr)
+            return 130
         except Diverged as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_DIVERGED

@@ -1,0 +1,56 @@
+"""Loss, perplexity and bits per byte of a trained model, on its validation split or on any text.
+
+python scripts/evaluate.py --checkpoint runs/tiny [--data PATH ...] [--step best] [--json]
+"""
+
+import argparse
+import dataclasses
+import json
+
+from inl_jax.checkpoint import read_config
+from inl_jax.config import exit_on_input_error
+from inl_jax.corpus import prepare
+from inl_jax.data import check, eval_batches
+from inl_jax.evaluate import evaluate, tokens_per_byte
+from inl_jax.generate import LanguageModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run directory")
+    parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
+    parser.add_argument("--data", nargs="+", help="sources as in data.paths; all of their text")
+    parser.add_argument("--seq_len", type=int, help="tokens per window; the run's by default")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    flags = parser.parse_args()
+    with exit_on_input_error():
+        config = read_config(flags.checkpoint)
+        model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
+        data = config.data
+        if flags.data:
+            data = dataclasses.replace(
+                data, paths=tuple(flags.data), weights=(), validation_fraction=1.0
+            )
+        data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
+        dataclasses.replace(config, data=data)  # checks the length against the model
+        corpus = prepare(data, tokenizer=model.tokenizer, report=lambda _: None)
+        check(corpus, model.config.vocab_size)
+        batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
+        result = evaluate(
+            model.config, model.params, batches, tokens_per_byte=tokens_per_byte(corpus)
+        )
+    rate = result.tokens / result.seconds
+    if flags.json:
+        print(json.dumps(result._asdict() | {"tokens_per_second": rate}))
+        return
+    where = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
+    print(
+        f"{flags.checkpoint} ({flags.step}) on {where}: loss {result.loss:.6f} nats/token, "
+        f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.6f} bits/byte over "
+        f"{result.tokens:,} tokens; {rate:,.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
