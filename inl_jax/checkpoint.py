@@ -106,6 +106,8 @@ class Checkpoints:
             aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self._run_dir / "checkpoints" / str(step), aside)
+            if _read_json(self._best, {}).get("step") == step:
+                self._best.unlink()
             report(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         if damaged:
             self._orbax.reload()

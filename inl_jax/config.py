@@ -188,6 +188,10 @@ class OptimConfig:
 
     def __post_init__(self):
         _require_positive(self, "optim.", "learning_rate", "eps", "clip_norm")
+        _require(
+            self.learning_rate < float("inf"),
+            f"optim.learning_rate={self.learning_rate}: must be finite",
+        )
         _require_not_negative(self, "optim.", "warmup_steps", "weight_decay")
         for name in ("b1", "b2"):
             value = getattr(self, name)

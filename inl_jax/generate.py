@@ -77,22 +77,21 @@ def decode_loop(
         return choose(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def unfinished(carry):
-        i, *_, done_B, _ = carry
+        i, *_, done_B = carry
         return (i < max_new_tokens) & ~jnp.all(done_B)
 
     def body(carry):
-        i, logits_BV, state, tokens, length_B, done_B, _ = carry
+        i, logits_BV, state, tokens, length_B, done_B = carry
         token_B = pick(logits_BV, i)
         done_B |= token_B == end_id
         length_B = jnp.where(done_B, length_B, i + 1)
         tokens = tokens.at[:, i].set(token_B)
         logits_BV, state = decode(config, params, state, token_B[:, None])
-        return i + 1, logits_BV, state, tokens, length_B, done_B, token_B
+        return i + 1, logits_BV, state, tokens, length_B, done_B
 
-    zeros_B = jnp.zeros(B, jnp.int32)
     tokens = jnp.zeros((B, max_new_tokens), jnp.int32)
-    carry = (0, logits_BV, state, tokens, zeros_B, jnp.zeros(B, bool), zeros_B)
-    _, _, state, tokens, length_B, _, _ = jax.lax.while_loop(unfinished, body, carry)
+    carry = (0, logits_BV, state, tokens, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    _, _, state, tokens, length_B, _ = jax.lax.while_loop(unfinished, body, carry)
     return tokens, length_B, state
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from inl_jax.config import ModelConfig, TrainConfig
 from inl_jax.model import abstract_params, compute_dtype
@@ -52,39 +53,42 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS.get(device.device_kind)
 
 
-def memory_needed(config: TrainConfig) -> dict[str, int]:
-    """Bytes a training step needs over all devices, by part.
+def memory_needed(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
+    """Bytes a training step needs on each device of `mesh`, by part.
 
-    The state is exact, from shapes. Activations are an estimate for the scans of this version: the
-    input of every block (all of every block without remat), and in one block about 15 float32
-    vectors per token and iteration, which automatic differentiation keeps.
+    The state is from shapes, and exact where its axes are split evenly. Activations are an estimate
+    for the scans of this version: the input of every block (all of every block without remat), and
+    in one block about 15 float32 vectors per token and iteration, which automatic differentiation
+    keeps.
     """
     c = config.model
-    params = jax.tree.leaves(abstract_params(c))
-    count = sum(math.prod(p.shape) for p in params)
+    size = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(c)))
+    size = -(-size // (mesh.shape["fsdp"] * mesh.shape["tensor"]))
     width = jnp.dtype(c.param_dtype).itemsize
     wide = max(4, width)
-    tokens = config.batch_size // config.accumulate_steps * config.data.seq_len
+    rows = config.batch_size // config.accumulate_steps
+    rows = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    tokens = rows * config.data.seq_len
     item = compute_dtype(c).itemsize
     in_block = tokens * c.d_model * (wide * (15 * c.num_iterations + 8) + 3 * wide * 4)
     blocks = c.num_layers if c.remat == "none" else 1
     return {
-        "parameters": count * width,
-        "masters": count * 4 if c.param_dtype == "bfloat16" else 0,
-        "moments": 2 * count * wide,
-        "gradients": count * wide,
-        "accumulator": count * wide if config.accumulate_steps > 1 else 0,
+        "parameters": size * width,
+        "masters": size * 4 if c.param_dtype == "bfloat16" else 0,
+        "moments": 2 * size * wide,
+        "gradients": size * wide,
+        "accumulator": size * wide if config.accumulate_steps > 1 else 0,
         "activations (estimate)": blocks * in_block + c.num_layers * tokens * c.d_model * item,
         "logits": 2 * tokens * c.vocab_size * wide,
     }
 
 
-def memory_found() -> tuple[int, str]:
-    """Bytes of memory of all local devices, and what that is."""
-    devices = jax.local_devices()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    if all(limits):
-        return sum(limits), f"{len(devices)} x {devices[0].device_kind} as JAX may use it"
+def memory_found(mesh: Mesh) -> tuple[int, str]:
+    """Bytes of memory each device of `mesh` has, and what that is."""
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit, f"{device.device_kind}, the share JAX may use"
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # counts page cache that can be given back
@@ -94,7 +98,7 @@ def memory_found() -> tuple[int, str]:
         limit = Path("/sys/fs/cgroup") / name
         if limit.exists() and limit.read_text().strip().isdigit():
             available = min(available, int(limit.read_text()))
-    return available, "memory of this machine that is free"
+    return available // len(mesh.local_devices), "free memory of this machine"
 
 
 def gib(num_bytes: float) -> str:
@@ -135,6 +139,7 @@ class MetricsLog:
         self._path = Path(run_dir) / "metrics.jsonl"
         self._file = None
         self._terminal = sys.stdout.isatty()
+        self._shown = 0.0
 
     def say(self, line: str) -> None:
         """A line for the console only."""
@@ -150,15 +155,15 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self.say(line)
 
-    def progress(self, step: int, loss: float, seconds_left: float) -> None:
-        """Rewrites the progress line of a terminal; elsewhere does nothing."""
-        if self._terminal:
-            filled = 30 * step // self._num_steps
-            bar = "#" * filled + "." * (30 - filled)
-            text = (
-                f"[{bar}] {step}/{self._num_steps}  loss {loss:.4f}  {duration(seconds_left)} left"
-            )
-            print(f"\r\033[K{text}", end="", flush=True)
+    def progress(self, step: int, loss: float) -> None:
+        """Rewrites the progress line of a terminal, a few times a second; elsewhere nothing."""
+        now = time.perf_counter()
+        if not self._terminal or now - self._shown < 0.2:
+            return
+        self._shown = now
+        filled = 30 * step // self._num_steps
+        bar = "#" * filled + "." * (30 - filled)
+        print(f"\r\033[K[{bar}] {step}/{self._num_steps}  loss {loss:.4f}", end="", flush=True)
 
     def close(self) -> None:
         """Ends the progress line and the file."""

@@ -47,7 +47,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if not 0 < wanted <= n or (wanted < n and (config.data == "rest" or jax.process_count() > 1)):
         raise InputError(
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}: "
-            f"their product must be the number of devices, {n}"
+            f"the product must be the number of devices, {n}, or less with mesh.data a number"
         )
     shape = (data, config.fsdp, config.tensor)
     types = (AxisType.Auto,) * len(AXES)

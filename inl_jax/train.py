@@ -157,9 +157,8 @@ def train(config: TrainConfig) -> TrainResult:
       InputError: the config, the data, the machine or the run directory does not fit.
       Diverged: too many updates in a row were not finite. The state before them is saved.
     """
-    check_machine(config)
     mesh = make_mesh(config.mesh)
-    check_rows(config, mesh)
+    check_machine(config, mesh)
     corpus = prepare(config.data)
     data.check(corpus, config.model.vocab_size)
     samples = data.training_samples(corpus, config.data, config.seed)
@@ -195,26 +194,32 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
 
 
-def check_machine(config: TrainConfig, *, report=print) -> None:
+def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
     """Says what the run needs and what is here, before anything is allocated.
 
     Raises:
-      InputError: the memory or the disk does not suffice.
+      InputError: the devices, the memory or the disk do not suffice.
     """
-    needed, (found, what) = metrics.memory_needed(config), metrics.memory_found()
-    total = sum(needed.values())
     report(describe_model(config))
+    check_rows(config, mesh)
+    needed, (found, what) = metrics.memory_needed(config, mesh), metrics.memory_found(mesh)
+    total = sum(needed.values())
     parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.items() if size)
-    report(f"memory: needs {metrics.gib(total)} ({parts}); found {metrics.gib(found)}, {what}")
+    report(
+        f"memory on each of {mesh.size} devices: needs {metrics.gib(total)} ({parts}); found "
+        f"{metrics.gib(found)} ({what})"
+    )
     if total > found:
         raise InputError(
-            f"{config.name} needs {metrics.gib(total)} of memory and {metrics.gib(found)} was "
-            "found: use more devices, lower batch_size or data.seq_len, raise accumulate_steps, "
-            "or choose a smaller config"
+            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
+            f"{metrics.gib(found)} was found: lower batch_size or data.seq_len, raise "
+            "accumulate_steps, raise mesh.fsdp with more devices, or choose a smaller config"
         )
     existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
     free = shutil.disk_usage(existing).free
-    checkpoint = sum(needed[part] for part in ("parameters", "masters", "moments", "accumulator"))
+    state = ("parameters", "masters", "moments", "accumulator")
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    checkpoint = shards * sum(needed[part] for part in state)
     if 2 * checkpoint > free:
         raise InputError(
             f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
@@ -448,6 +453,7 @@ class Run:
                 f"parameters before them are saved in {c.run_dir}. Lower optim.learning_rate or "
                 "look at the data"
             )
+        self.log.progress(step, loss)
         if not (step == 1 or step == self.num_steps or _due(step, c.log_every)):
             return
         seconds = self.timer.lap(step)
@@ -457,7 +463,8 @@ class Run:
             "step": step, "loss": loss, "perplexity": metrics.perplexity(loss),
             "learning_rate": values["learning_rate"], "grad_norm": values["grad_norm"],
             "seconds_per_step": seconds, "tokens_per_second": rate,
-            "samples_seen": self.position(step), "skipped": values["skipped"],
+            "seconds_left": left, "samples_seen": self.position(step),
+            "skipped": values["skipped"],
         }  # fmt: skip
         line = (
             f"update {step}/{self.num_steps}  loss {loss:.4f}  ppl {record['perplexity']:.2f}  "
@@ -470,7 +477,6 @@ class Run:
         if values["skipped"]:
             line += f"  {values['skipped']} skipped"
         self.log.write(record, f"{line}  {metrics.duration(left)} left")
-        self.log.progress(step, loss, left)
 
     def position(self, step: int) -> int:
         """Samples consumed after `step` updates."""
@@ -515,9 +521,10 @@ class Run:
         """Prints a continuation of the sample prompt."""
         c = self.config
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer)
-        text = model.generate(
-            c.sample_prompt, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
-        )
+        with nn.logical_axis_rules(()):  # one row cannot be split over devices
+            text = model.generate(
+                c.sample_prompt, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
+            )
         self.log.say(f"sample at update {step}: {c.sample_prompt}{text}")
 
     def catch_up(self, state: TrainState) -> None:

@@ -17,11 +17,12 @@ def main() -> int:
     )
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
+    from inl_jax.sharding import make_mesh
     from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged, check_machine, train
 
     with exit_on_input_error():
         if flags.dry_run:
-            check_machine(config)
+            check_machine(config, make_mesh(config.mesh))
             return 0
         try:
             return EXIT_INTERRUPTED if train(config).interrupted else 0

@@ -64,9 +64,9 @@ def train_config(tmp_path, text_file):
                 }
                 | dict(data)
             ),
-            mesh=MeshConfig(data=1),
             optim=OptimConfig(**{"learning_rate": 1e-2, "warmup_steps": 2} | dict(optim)),
             **{
+                "mesh": MeshConfig(data=1),
                 "run_dir": str(tmp_path / "run"),
                 "num_steps": 8,
                 "batch_size": 8,

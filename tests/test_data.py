@@ -141,10 +141,10 @@ def test_a_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
 
 def test_what_cannot_feed_a_model_is_named(corpora):
     config, corpus = corpora["one"]
-    data.check(corpus, config, 257)
+    data.check(corpus, 257)
     with pytest.raises(InputError, match="model.vocab_size=256.* 257 ids"):
-        data.check(corpus, config, 256)
+        data.check(corpus, 256)
     n = corpus.sources[0].train_tokens
-    data.check(corpus, dataclasses.replace(config, seq_len=n - 1), 257)
+    data.training_samples(corpus, dataclasses.replace(config, seq_len=n - 1), 0)
     with pytest.raises(InputError, match=f"{n} training tokens.*data.seq_len={n}"):
-        data.check(corpus, dataclasses.replace(config, seq_len=n), 257)
+        data.training_samples(corpus, dataclasses.replace(config, seq_len=n), 0)

@@ -8,8 +8,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from inl_jax import metrics, model
-from inl_jax.config import ModelConfig
+from inl_jax.config import MeshConfig, ModelConfig
 from inl_jax.optim import make_optimizer
+from inl_jax.sharding import make_mesh
 
 
 def dot_flops(jaxpr) -> int:
@@ -67,7 +68,7 @@ def test_the_state_part_of_the_memory_is_exact(train_config, param_dtype, accumu
     def num_bytes(tree):
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree) if a.ndim)
 
-    needed = metrics.memory_needed(config)
+    needed = metrics.memory_needed(config, make_mesh(config.mesh))
     assert needed["parameters"] == num_bytes(params)
     parts = [needed[part] for part in ("masters", "moments", "accumulator")]
     assert sum(parts) == num_bytes(state)
@@ -79,11 +80,14 @@ def test_the_state_part_of_the_memory_is_exact(train_config, param_dtype, accumu
 def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
     def total(**fields):
         model = {"num_layers": 8} | fields.pop("model", {})
-        return sum(metrics.memory_needed(train_config(model=model, **fields)).values())
+        config = train_config(model=model, **fields)
+        return sum(metrics.memory_needed(config, make_mesh(config.mesh)).values())
 
     assert total(model={"remat": "block"}) < total(model={"remat": "none"})
     assert total(batch_size=4) < total(batch_size=8)
     assert total(batch_size=64, accumulate_steps=8) < total(batch_size=64)
+    one, rows, shards = (MeshConfig(data=d, fsdp=f) for d, f in ((1, 1), (8, 1), (1, 8)))
+    assert total(mesh=shards) < total(mesh=rows) < total(mesh=one)
 
 
 def test_records_are_read_in_order_once_each_and_without_a_torn_line(tmp_path):

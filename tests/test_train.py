@@ -15,7 +15,7 @@ import pytest
 
 import inl_jax
 from inl_jax import checkpoint
-from inl_jax.config import InputError, override, to_json
+from inl_jax.config import InputError, MeshConfig, override, to_json
 from inl_jax.metrics import read_metrics
 from inl_jax.optim import learning_rate_schedule, make_optimizer
 
@@ -108,7 +108,9 @@ def test_the_step_donates_its_state(train_config):
 
 
 def test_loss_falls_and_the_result_speaks(train_config, capsys):
-    config = train_config(num_steps=40, sample_every=40, sample_tokens=8, eval_every=20)
+    config = train_config(
+        num_steps=40, sample_every=40, sample_tokens=8, eval_every=20, mesh=MeshConfig(fsdp=2)
+    )  # all eight devices
     result = train.train(config)
     losses = [r["loss"] for r in result.history if "loss" in r]
     assert len(losses) == 40 and losses[-1] < losses[0] - 1.5
