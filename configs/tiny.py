@@ -1,4 +1,4 @@
-"""tiny: 1,399,552 parameters (1.40M), a model to see everything work on a laptop.
+"""tiny: 1,387,776 parameters (1.39M), a model to see everything work on a laptop.
 
     python scripts/train.py --config configs/tiny.py
 

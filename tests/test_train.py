@@ -246,7 +246,7 @@ def test_epochs_are_counted_in_windows(train_config):
 def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatch):
     monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
     config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
-    with pytest.raises(InputError, match=r"needs .* GiB of memory and .* GiB was found"):
+    with pytest.raises(InputError, match=r"needs .* GiB of memory on each device and .* GiB was"):
         train.train(config)
 
 
