@@ -51,18 +51,21 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, params: Any, optimizer: Any, *, position: dict[str, Any]) -> None:
+    def save(
+        self, step: int, params: Any, optimizer: Any = None, *, position: dict[str, Any]
+    ) -> None:
         """Starts writing a checkpoint; returns once the arrays are safe from donation.
 
         Args:
           step: the update just finished.
           params: parameters.
-          optimizer: any tree of arrays beside them.
+          optimizer: any tree of arrays beside them; None for weights alone.
           position: plain values, given back by `restore`.
         """
-        self._orbax.save_checkpointables_async(
-            step, {"params": params, "optimizer": optimizer}, custom_metadata=position
+        items = (
+            {"params": params} if optimizer is None else dict(params=params, optimizer=optimizer)
         )
+        self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
 
     def restore(self, abstract: dict[str, Any], *, report=print) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None where there is none.

@@ -30,7 +30,12 @@ def main() -> None:
         data = config.data
         if flags.data:
             data = dataclasses.replace(
-                data, paths=tuple(flags.data), weights=(), validation_fraction=1.0
+                data,
+                paths=tuple(flags.data),
+                weights=(),
+                validation_fraction=1.0,
+                column="",
+                max_documents=0,
             )
         data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
         dataclasses.replace(config, data=data)  # checks the length against the model

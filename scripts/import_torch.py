@@ -45,7 +45,7 @@ def main() -> None:
         )
         start_run(config, tokenizer)
         checkpoints = Checkpoints(flags.out, keep_last=1)
-        checkpoints.save(0, params, {}, position={})
+        checkpoints.save(0, params, position={})
         checkpoints.close()
     print(f"{flags.out}: {dataclasses.asdict(model)}")
 

@@ -129,13 +129,18 @@ def test_loss_falls_and_the_result_speaks(train_config, capsys):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "stop_signal"),
     [
-        {"model": {"dropout": 0.1}},
-        {"model": {"param_dtype": "bfloat16", "context": "attention"}, "accumulate_steps": 2},
+        ({"model": {"dropout": 0.1}}, signal.SIGINT),
+        (
+            {"model": {"param_dtype": "bfloat16", "context": "attention"}, "accumulate_steps": 2},
+            signal.SIGTERM,
+        ),
     ],
 )
-def test_interrupted_anywhere_and_resumed_is_bit_identical(train_config, tmp_path, fields):
+def test_interrupted_anywhere_and_resumed_is_bit_identical(
+    train_config, tmp_path, fields, stop_signal
+):
     """A run stopped after update 3 (between checkpoints) ends exactly as one that was not."""
     whole = train_config(run_dir=str(tmp_path / "whole"), **fields)
     parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
@@ -146,7 +151,7 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(train_config, tmp_pat
     def stop_after_three(self, state, step, results):
         original(self, state, step, results)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), stop_signal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Run, "record", stop_after_three)
@@ -232,6 +237,25 @@ def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monk
         train.train(config)
     _, params = checkpoint.read_params(config.run_dir, config.model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_results_are_fetched_one_update_late(train_config, monkeypatch):
+    """The next update is dispatched before the results of this one are waited for."""
+    events = []
+    compile_step, record = train.compile_step, train.Run.record
+
+    def spying_compile(*args):
+        step_fn = compile_step(*args)
+        return lambda *inputs: (events.append("dispatch"), step_fn(*inputs))[1]
+
+    def spying_record(self, state, step, results):
+        events.append(step)
+        record(self, state, step, results)
+
+    monkeypatch.setattr(train, "compile_step", spying_compile)
+    monkeypatch.setattr(train.Run, "record", spying_record)
+    train.train(train_config(num_steps=4, save_every=0, eval_every=0))
+    assert events == ["dispatch", "dispatch", 1, "dispatch", 2, "dispatch", 3, 4]
 
 
 def test_epochs_are_counted_in_windows(train_config):
