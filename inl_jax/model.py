@@ -118,7 +118,7 @@ def _decay_scan_forward(u_BSD, decay_D, h0_BD):
 
 def _decay_scan_backward(residuals, dh_BSD):
     # The adjoint is the same recurrence run backwards: g_i = dh_i + decay g_(i+1).
-    # Autodiff of the associative scan gives the same numbers in about three times the time.
+    # Autodiff of the associative scan gives the same numbers in more time and memory (docs/LOG.md).
     u_BSD, decay_D, h0_BD, h_BSD = residuals
     g_BSD = _linear_scan(decay_D, dh_BSD, reverse=True)
     earlier_BSD = jnp.concatenate([h0_BD[:, None], h_BSD[:, :-1]], axis=1)

@@ -1,8 +1,8 @@
 """Trains context mixers at several T on the same data and seed, and compares bits per byte.
 
-python scripts/compare.py --out docs/comparison [--num_steps 1000] [--runs_dir runs/compare]
+python scripts/compare.py --out docs/comparison.png [--num_steps 1000] [--runs_dir runs/compare]
 
-Runs that are already there are resumed or read. Writes OUT.md and OUT.png.
+Runs that are already there are resumed or read. Draws the curves and prints the table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--num_steps", type=int, default=1000)
     parser.add_argument("--runs_dir", default="runs/compare")
-    parser.add_argument("--out", default="docs/comparison")
+    parser.add_argument("--out", default="docs/comparison.png")
     parser.add_argument("overrides", nargs="*", help="section.field=value, for every run")
     flags = parser.parse_args()
     with exit_on_input_error():
@@ -31,8 +31,8 @@ def main() -> None:
             for iterations, context in itertools.product(ITERATIONS, CONTEXTS)
             if (context, iterations) != ("mean", 0)  # nothing would read the context
         ]
-    write_table(rows, Path(flags.out).with_suffix(".md"))
-    draw(rows, Path(flags.out).with_suffix(".png"))
+    print(table(rows))
+    draw(rows, Path(flags.out))
 
 
 def run(flags, context: str, iterations: int) -> dict:
@@ -67,7 +67,7 @@ def run(flags, context: str, iterations: int) -> dict:
     }  # fmt: skip
 
 
-def write_table(rows: list[dict], path: Path) -> None:
+def table(rows: list[dict]) -> str:
     steps = [step for step, _, _ in rows[0]["curve"]]
     shown = [s for s in steps if s in {steps[0], steps[len(steps) // 2], steps[-1]} or s % 250 == 0]
     budget = min(row["curve"][-1][1] for row in rows)
@@ -80,9 +80,7 @@ def write_table(rows: list[dict], path: Path) -> None:
         cells += [f"{row['ms']:.0f}"] + [f"{at[s]:.3f}" for s in shown]
         cells += [f"{bits_at(row['curve'], budget):.3f}"]
         lines.append(" | ".join(cells))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(f"| {line} |" for line in lines) + "\n")
-    print(path.read_text())
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def bits_at(curve, budget: float) -> float:
