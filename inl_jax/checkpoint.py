@@ -6,9 +6,12 @@ RUN/checkpoints/<step>/optimizer    optimizer state and counters
 RUN/damaged/                        checkpoints that could not be read, moved aside
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ class _KeepLastAndBest:
     def should_preserve(self, checkpoints, *, context):
         del context
         newest = {c.step for c in checkpoints[-self._keep_last :]}
-        best = _read_json(self._best, {}).get("step")
+        best = _read_json(self._best).get("step")
         return [c.step in newest or c.step == best for c in checkpoints]
 
 
@@ -100,7 +103,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise InputError(
                 f"{folder}: no checkpoint can be read ({reasons}); restore one from a copy, or "
-                "choose another run_dir"
+                "choose another run_dir (with init_from, if only the optimizer is missing)"
             )
         return None
 
@@ -109,16 +112,27 @@ class Checkpoints:
             aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self._run_dir / "checkpoints" / str(step), aside)
-            if _read_json(self._best, {}).get("step") == step:
+            if _read_json(self._best).get("step") == step:
                 self._best.unlink()
             report(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         if damaged:
             self._orbax.reload()
 
-    def note_validation(self, step: int, loss: float) -> None:
-        """Records a validation loss of a saved step; the lowest one's checkpoint is kept."""
-        if loss < _read_json(self._best, {}).get("validation_loss", float("inf")):
-            write_text(self._best, json.dumps({"step": step, "validation_loss": loss}))
+    def note_validation(self, step: int, loss: float, *, basis: str = "") -> None:
+        """Records a validation loss of a saved step; the lowest one's checkpoint is kept.
+
+        Args:
+          step: a step that was saved.
+          loss: its validation loss.
+          basis: what it was measured on; only losses on the same basis are compared.
+        """
+        best = _read_json(self._best)
+        lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
+        if not loss < lowest:  # nor where it is NaN
+            return
+        self.wait()  # best.json never names a checkpoint that is not on disk
+        found = {"step": step, "validation_loss": loss, "basis": basis}
+        write_text(self._best, json.dumps(found))
 
     def latest_step(self) -> int | None:
         """The newest saved step."""
@@ -165,33 +179,37 @@ def _kind(leaf: Any) -> str:
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def start_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> None:
-    """Makes the run directory, or checks that this config may continue the run in it.
+def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> None:
+    """Checks that this config may start in its run directory, or go on with the run there.
 
     Raises:
       InputError: the run there has another model or tokenizer; the field and both values are named.
     """
     run_dir = Path(config.run_dir)
-    if (run_dir / "config.json").exists():
-        old = read_config(run_dir)
-        for field, before, now in differences(old, config):
-            if field.startswith("model.") and field not in _FREE_FIELDS:
-                raise InputError(
-                    f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
-                    "or another run_dir"
-                )
-            if field not in ("run_dir", "name"):
-                report(f"changed since this run was started: {field} {before} -> {now}")
-        saved = read_tokenizer(run_dir)
-        if saved.fingerprint != tokenizer.fingerprint:
+    if not (run_dir / "config.json").exists():
+        return
+    for field, before, now in differences(read_config(run_dir), config):
+        if field.startswith("model.") and field not in _FREE_FIELDS:
             raise InputError(
-                f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
-                f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
-                f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): use that one, or another "
-                "run_dir"
+                f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
+                "or another run_dir"
             )
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if field not in ("run_dir", "name"):
+            report(f"changed since this run was started: {field} {before} -> {now}")
+    saved = read_tokenizer(run_dir)
+    if saved.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
+            f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
+            f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): use that one, or another run_dir"
+        )
+
+
+def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes the config and the tokenizer into the run directory."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "config.json").exists():
         tokenizer.save(run_dir)
     write_text(run_dir / "config.json", to_json(config))
 
@@ -205,7 +223,10 @@ def read_config(run_dir: str | Path) -> TrainConfig:
     path = Path(run_dir) / "config.json"
     if not path.is_file():
         raise InputError(f"{run_dir}: not a run directory (no config.json in it)")
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); restore it from a copy") from None
 
 
 def read_params(
@@ -227,9 +248,9 @@ def read_params(
     if step == "latest":
         chosen = steps[-1] if steps else None
     elif step == "best":
-        chosen = _read_json(Path(run_dir) / "best.json", {}).get("step")
+        chosen = _read_json(Path(run_dir) / "best.json").get("step")
     else:
-        chosen = int(step)
+        chosen = int(step) if str(step).isdecimal() else None
     if chosen not in steps:
         raise InputError(f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}")
     abstract = abstract_params(config)
@@ -257,5 +278,30 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object, empty where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def locked(run_dir: str | Path) -> Iterator[None]:
+    """Keeps a run directory to one trainer at a time. Makes the directory.
+
+    Raises:
+      InputError: another process trains there, or it cannot be made.
+    """
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        handle = open(Path(run_dir) / "lock", "a")
+    except OSError as error:
+        raise InputError(f"run_dir={run_dir}: {error.strerror}; name a directory") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"run_dir={run_dir}: another process trains there") from None
+        yield  # the lock goes with the file, also when the process is killed

@@ -13,6 +13,7 @@ import json
 import re
 import runpy
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,26 @@ class InputError(ValueError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    """Config files are not checked by the command line's parser, so values are checked here."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        kind = field.type
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            _require(value in choices, f"{name}={value}: choose one of {', '.join(choices)}")
+        elif kind in (int, float, str):
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            _require(
+                fits and not isinstance(value, bool),
+                f"{name}={value!r}: must be of type {kind.__name__}",
+            )
+        elif typing.get_origin(kind) is tuple:
+            _require(
+                isinstance(value, tuple), f"{name}={value!r}: must be a tuple, such as ({value!r},)"
+            )
 
 
 def _require_positive(section: Any, prefix: str, *names: str) -> None:
@@ -83,8 +104,11 @@ class ModelConfig:
     """What to recompute in the backward pass. block: keep only the input of each block."""
 
     def __post_init__(self):
+        _check_types(self, "model.")
+        _require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
         _require_positive(
-            self, "model.", "vocab_size", "d_model", "num_layers", "d_ff", "max_seq_len",
+            self,
+            "model.", "vocab_size", "d_model", "num_layers", "d_ff", "max_seq_len",
             "controller_width", "num_heads", "num_kv_heads", "dt", "kappa",
         )  # fmt: skip
         _require_not_negative(self, "model.", "num_iterations", "excitation_amplitude")
@@ -147,6 +171,7 @@ class DataConfig:
     """Where prepared tokens are kept."""
 
     def __post_init__(self):
+        _check_types(self, "data.")
         _require(len(self.paths) > 0, "data.paths is empty: name a file, a directory or stdlib")
         _require(
             len(self.weights) in (0, len(self.paths)),
@@ -187,6 +212,7 @@ class OptimConfig:
     """Largest global gradient norm."""
 
     def __post_init__(self):
+        _check_types(self, "optim.")
         _require_positive(self, "optim.", "learning_rate", "eps", "clip_norm")
         _require(
             self.learning_rate < float("inf"),
@@ -214,6 +240,7 @@ class MeshConfig:
     """Devices that split the feed-forward, attention heads and controllers."""
 
     def __post_init__(self):
+        _check_types(self, "mesh.")
         _require_positive(self, "mesh.", "fsdp", "tensor")
         _require(self.data == "rest" or self.data > 0, f"mesh.data={self.data}: positive, or rest")
 
@@ -262,6 +289,7 @@ class TrainConfig:
     """Updates in a row with a non-finite loss or gradient that end the run."""
 
     def __post_init__(self):
+        _check_types(self, "")
         _require_positive(
             self, "", "batch_size", "accumulate_steps", "log_every", "keep_last",
             "sample_tokens", "max_nonfinite_steps",
@@ -270,6 +298,8 @@ class TrainConfig:
             self, "", "num_steps", "num_epochs", "eval_every", "eval_sequences", "save_every",
             "sample_every", "seed",
         )  # fmt: skip
+        _require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
+        _require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")
         _require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
@@ -313,7 +343,9 @@ def from_json(text: str) -> TrainConfig:
             kwargs[name] = tuple(value) if isinstance(value, list) else value
         return cls(**kwargs)
 
-    return build(TrainConfig, json.loads(text), "")
+    values = json.loads(text)
+    _require(isinstance(values, dict) and "model" in values, "this is not the JSON of a config")
+    return build(TrainConfig, values, "")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

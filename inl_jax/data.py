@@ -33,11 +33,12 @@ class Windows:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs, the tokens that follow them, and 1 where a target counts, each [B, S]."""
+    """Windows of a validation split."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    inputs: np.ndarray  # [B, S]
+    targets: np.ndarray  # the tokens that follow them, [B, S]
+    weights: np.ndarray  # 1 where a target counts, float32 [B, S]
+    num_bytes: np.ndarray  # UTF-8 bytes the row's targets stand for, float32 [B]
 
 
 def count_windows(files: TokenFiles, seq_len: int) -> int:
@@ -103,32 +104,40 @@ def eval_batches(
     """Yields the validation split in fixed windows, every token a target exactly once.
 
     The first token of a source follows an end token. The last batch is filled up with rows of
-    weight 0.
+    weight 0. A row's bytes are its tokens times its source's bytes per token: over the whole split
+    they add up exactly.
 
     Args:
       corpus: prepared tokens.
       seq_len: targets per window, S.
       batch_size: rows per batch, B.
-      max_sequences: windows to read, spread evenly over each source; 0 reads all.
+      max_sequences: windows to read, spread evenly over the sources; 0 reads all.
     """
     windows = _eval_windows(corpus, seq_len, max_sequences)
     while chunk := [window for _, window in zip(range(batch_size), windows, strict=False)]:
         batch = EvalBatch(*(np.stack(part) for part in zip(*chunk, strict=True)))
         missing = batch_size - len(chunk)
-        yield EvalBatch(*(np.pad(part, ((0, missing), (0, 0))) for part in batch))
+        yield EvalBatch(
+            *(np.pad(part, ((0, missing),) + ((0, 0),) * (part.ndim - 1)) for part in batch)
+        )
 
 
 def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[EvalBatch]:
-    for files in corpus.sources:
+    counts = [-(-files.validation_tokens // seq_len) for files in corpus.sources]
+    share = min(1.0, max_sequences / max(1, sum(counts)) or 1.0)
+    parts = np.diff(np.round(np.cumsum([0, *counts]) * share).astype(int))  # by size of source
+    for files, count, wanted in zip(corpus.sources, counts, parts, strict=True):
         tokens = files.open("validation")
-        count = -(-len(tokens) // seq_len)
+        bytes_per_token = files.validation_bytes / max(1, len(tokens))
         # Evenly spread, so that the choice is fixed and covers the split.
-        wanted = -(-max_sequences // len(corpus.sources)) or count
-        for index in range(count) if wanted >= count else (np.arange(wanted) * count // wanted):
+        for index in np.arange(wanted) * count // max(1, wanted):
             start = int(index) * seq_len
             targets = tokens[start : start + seq_len].astype(np.int32)
             before = tokens[start - 1] if start else corpus.tokenizer.end_id
             inputs = np.concatenate([[np.int32(before)], targets[:-1]])
             missing = (0, seq_len - len(targets))
             weights = np.ones(len(targets), np.float32)
-            yield EvalBatch(*(np.pad(part, missing) for part in (inputs, targets, weights)))
+            yield EvalBatch(
+                *(np.pad(part, missing) for part in (inputs, targets, weights)),
+                np.float32(len(targets) * bytes_per_token),
+            )

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.corpus import Corpus
 from inl_jax.data import EvalBatch
 from inl_jax.losses import token_losses
 from inl_jax.metrics import perplexity
@@ -35,29 +34,21 @@ def eval_step(config: ModelConfig, params, batch: EvalBatch) -> jax.Array:
     return jnp.sum(losses_BS * batch.weights, axis=1)
 
 
-def tokens_per_byte(corpus: Corpus) -> float:
-    """Validation tokens, end tokens included, per byte of validation text."""
-    tokens = sum(files.validation_tokens for files in corpus.sources)
-    return tokens / max(1, sum(files.validation_bytes for files in corpus.sources))
-
-
 def evaluate(
-    config: ModelConfig, params: Any, batches: Iterable[EvalBatch], *, tokens_per_byte: float,
-    place=jnp.asarray,
-) -> Evaluation:  # fmt: skip
+    config: ModelConfig, params: Any, batches: Iterable[EvalBatch], *, place=jnp.asarray
+) -> Evaluation:
     """Evaluates over all of `batches`; the same number every time and for every batch size.
 
     Args:
       config: the architecture.
       params: its parameters.
       batches: from `data.eval_batches`.
-      tokens_per_byte: of the text they come from, for bits per byte.
       place: puts a host array on the devices.
 
     Raises:
       InputError: there is nothing to evaluate on.
     """
-    total, tokens, seconds, row_losses = 0.0, 0, 0.0, None
+    total, tokens, num_bytes, seconds, row_losses = 0.0, 0, 0.0, 0.0, None
     for batch in batches:
         placed = EvalBatch(*map(place, batch))
         if row_losses is None:
@@ -67,8 +58,9 @@ def evaluate(
         seconds += time.perf_counter() - start
         total += row_losses.sum()  # in float64, so that the batch size does not show
         tokens += int(batch.weights.sum())
+        num_bytes += batch.num_bytes.sum(dtype=np.float64)
     if tokens == 0:
         raise InputError("no tokens to evaluate on: raise data.validation_fraction or add text")
     loss = total / tokens
-    bits_per_byte = loss * tokens_per_byte / math.log(2)
+    bits_per_byte = total / max(num_bytes, 1e-9) / math.log(2)
     return Evaluation(loss, perplexity(loss), bits_per_byte, tokens, seconds)

@@ -25,9 +25,11 @@ def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
       keys_B: a key for each row.
       temperature: divides the logits; above 0.
       top_k: keep the k likeliest tokens; 0 keeps all. Ties with the k-th are kept.
-      top_p: then keep the fewest tokens whose probabilities reach p (at least one); 1 keeps all.
+      top_p: then keep the fewest tokens whose probabilities reach p (at least one, and all that
+        are exactly as likely as the last); None keeps all.
     """
-    logits_BV = logits_BV / temperature
+    # From the maximum down, so that a tiny temperature makes -inf and never inf.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
     if top_k > 0:
         kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
@@ -56,11 +58,13 @@ def prefill(config: ModelConfig, params, ids_BP, length_B, *, max_len: int):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "top_k"), donate_argnums=(3,)
+    jax.jit,
+    static_argnames=("config", "max_new_tokens", "greedy", "top_k", "num_ids"),
+    donate_argnums=(3,),
 )
 def decode_loop(
     config: ModelConfig, params, logits_BV, state: DecodeState, keys_B, end_id, temperature, top_p,
-    *, max_new_tokens: int, greedy: bool, top_k: int,
+    *, max_new_tokens: int, greedy: bool, top_k: int, num_ids: int,
 ):  # fmt: skip
     """Generates until every row has met its end token or the limit.
 
@@ -71,6 +75,7 @@ def decode_loop(
     B = logits_BV.shape[0]
 
     def pick(logits_BV, i):
+        logits_BV = logits_BV[:, :num_ids]
         if greedy:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
@@ -106,6 +111,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     end_id: int | None = None,
+    num_ids: int | None = None,
 ) -> list[np.ndarray]:
     """Continues prompts of any lengths together; returns the new tokens of each, int32.
 
@@ -122,6 +128,7 @@ def generate(
       top_p: draw from the fewest tokens whose probabilities reach p; 1 from all.
       seed: decides the draw.
       end_id: a row stops before this token; None never stops.
+      num_ids: draw only ids below this, where the tokenizer has fewer than the model; None: all.
 
     Raises:
       InputError: an empty prompt, an id outside the vocabulary, a length beyond
@@ -129,6 +136,8 @@ def generate(
     """
     lengths = [len(prompt) for prompt in prompts]
     _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed}: must lie between 0 and 2**32 - 1")
     # Padded to a multiple of 32, so that few lengths are compiled.
     padded = min(-(-max(lengths) // 32) * 32, config.max_seq_len)
     ids_BP = np.zeros((len(prompts), padded), np.int32)
@@ -142,6 +151,7 @@ def generate(
         np.int32(-1 if end_id is None else end_id), np.float32(temperature),
         None if top_p == 1 else np.float32(top_p),
         max_new_tokens=max_new_tokens, greedy=temperature == 0, top_k=top_k,
+        num_ids=config.vocab_size if num_ids is None else num_ids,
     )  # fmt: skip
     return [row[:n] for row, n in zip(np.asarray(tokens), np.asarray(length_B), strict=True)]
 
@@ -192,12 +202,19 @@ class LanguageModel:
         """
         several = not isinstance(prompts, str)
         ids = [
-            self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]
+            self._encode(prompt) or [self.tokenizer.end_id]
             for prompt in (prompts if several else [prompts])
         ]
-        settings = {"end_id": self.tokenizer.end_id} | settings
+        known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
+        settings = known | settings
         texts = [
             self.tokenizer.decode(row)
             for row in generate(self.config, self.params, ids, **settings)
         ]
         return texts if several else texts[0]
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(prompt).tolist()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a prompt is not text that UTF-8 can hold: {error.reason}") from None

@@ -134,8 +134,7 @@ class MetricsLog:
     On a terminal a progress line is rewritten in place between the log lines.
     """
 
-    def __init__(self, run_dir: str | Path, num_steps: int):
-        self._num_steps = num_steps
+    def __init__(self, run_dir: str | Path):
         self._path = Path(run_dir) / "metrics.jsonl"
         self._file = None
         self._terminal = sys.stdout.isatty()
@@ -155,15 +154,15 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self.say(line)
 
-    def progress(self, step: int, loss: float) -> None:
+    def progress(self, step: int, num_steps: int, loss: float) -> None:
         """Rewrites the progress line of a terminal, a few times a second; elsewhere nothing."""
         now = time.perf_counter()
         if not self._terminal or now - self._shown < 0.2:
             return
         self._shown = now
-        filled = 30 * step // self._num_steps
+        filled = 30 * step // num_steps
         bar = "#" * filled + "." * (30 - filled)
-        print(f"\r\033[K[{bar}] {step}/{self._num_steps}  loss {loss:.4f}", end="", flush=True)
+        print(f"\r\033[K[{bar}] {step}/{num_steps}  loss {loss:.4f}", end="", flush=True)
 
     def close(self) -> None:
         """Ends the progress line and the file."""
@@ -181,13 +180,14 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[dict[s
     """
     path = Path(run_dir) / "metrics.jsonl"
     latest = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
             continue
-        if record["step"] <= up_to:
-            latest[record["step"], "validation_loss" in record] = record
+        if step <= up_to:
+            latest[step, "validation_loss" in record] = record
     return [latest[key] for key in sorted(latest)]
 
 

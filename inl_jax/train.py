@@ -20,10 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax import data, metrics
-from inl_jax.checkpoint import Checkpoints, read_config, read_params, start_run
+from inl_jax.checkpoint import (
+    Checkpoints,
+    check_run,
+    locked,
+    read_config,
+    read_params,
+    record_run,
+)
 from inl_jax.config import InputError, TrainConfig, load
 from inl_jax.corpus import Corpus, prepare
-from inl_jax.evaluate import Evaluation, evaluate, tokens_per_byte
+from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
 from inl_jax.losses import token_losses
 from inl_jax.model import compute_dtype, hidden_states, init_params, param_count
@@ -163,31 +170,30 @@ def train(config: TrainConfig) -> TrainResult:
     data.check(corpus, config.model.vocab_size)
     samples = data.training_samples(corpus, config.data, config.seed)
     check_sample(config, corpus.tokenizer)
-    num_steps = count_steps(config, corpus)
-    start_run(config, corpus.tokenizer)
-    log = metrics.MetricsLog(config.run_dir, num_steps)
-    checkpoints = Checkpoints(config.run_dir, keep_last=config.keep_last)
+    count_steps(config, corpus)
+    check_run(config, corpus.tokenizer)
     with (
+        locked(config.run_dir),
         jax.set_mesh(mesh),
         nn.logical_axis_rules(RULES),
-        contextlib.closing(checkpoints),
-        contextlib.closing(log),
+        contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as checkpoints,
+        contextlib.closing(metrics.MetricsLog(config.run_dir)) as log,
     ):
-        optimizer = make_optimizer(config, num_steps)
-        abstract = abstract_state(config, optimizer, mesh)
-        announce(config, corpus, num_steps, mesh, log)
-        state, position = restore_or_init(config, optimizer, abstract, checkpoints, corpus, log)
+        state, position = restore_or_init(config, mesh, checkpoints, corpus, log)
+        record_run(config, corpus.tokenizer)
         step = int(state.step)
+        num_steps = count_steps(config, corpus, step=step, position=position)
+        announce(config, corpus, num_steps, mesh, log)
         run = Run(
             config, corpus, samples, mesh, num_steps, step=step, position=position,
             checkpoints=checkpoints, log=log,
         )  # fmt: skip
         run.catch_up(state)
         if step < num_steps:
-            step_fn = compile_step(config, optimizer, num_steps, abstract, mesh, log)
+            step_fn = compile_step(config, num_steps, mesh, log)
             state, interrupted = run.loop(step_fn, state)
         else:
-            log.say(f"the run is complete at update {num_steps}; raise num_steps to go on")
+            log.say(f"the run is complete at update {step}; raise num_steps to go on")
             interrupted = False
     step = int(state.step)
     history = metrics.read_metrics(config.run_dir, up_to=step)
@@ -238,8 +244,14 @@ def describe_model(config: TrainConfig) -> str:
     )
 
 
-def count_steps(config: TrainConfig, corpus: Corpus) -> int:
+def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position: int = 0) -> int:
     """Updates in the run: `num_steps`, or those that `num_epochs` makes.
+
+    Args:
+      config: the run.
+      corpus: its data.
+      step: updates already done.
+      position: the samples they consumed, perhaps at another batch size.
 
     Raises:
       InputError: the epochs are shorter than the warmup.
@@ -247,7 +259,8 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> int:
     if config.num_steps > 0:
         return config.num_steps
     windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
-    num_steps = max(1, math.floor(config.num_epochs * windows / config.batch_size))
+    left = math.floor(config.num_epochs * windows) - position
+    num_steps = max(1, step + max(0, left // config.batch_size))
     if config.optim.warmup_steps >= num_steps:
         raise InputError(
             f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} makes "
@@ -285,12 +298,18 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, lo
     )
 
 
-def abstract_state(config: TrainConfig, optimizer, mesh: Mesh) -> TrainState:
+def any_length_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """An optimizer to make states with: their shapes do not depend on the length of the run."""
+    return make_optimizer(config, config.optim.warmup_steps + 1)
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without allocating."""
+    params = param_shardings(mesh, config.model)
+    optimizer = any_length_optimizer(config)
     abstract = jax.eval_shape(
         functools.partial(init_state, config=config, optimizer=optimizer), jax.random.key(0)
     )
-    params = param_shardings(mesh, config.model)
     scalar = NamedSharding(mesh, P())
     opt_state = optimizer_shardings(mesh, params, optimizer, abstract.opt_state)
     return jax.tree.map(
@@ -301,18 +320,16 @@ def abstract_state(config: TrainConfig, optimizer, mesh: Mesh) -> TrainState:
 
 
 def restore_or_init(
-    config: TrainConfig, optimizer, abstract: TrainState, checkpoints: Checkpoints, corpus: Corpus,
-    log,
-) -> tuple[TrainState, int]:  # fmt: skip
+    config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, corpus: Corpus, log
+) -> tuple[TrainState, int]:
     """The state to go on from, and the samples already consumed. Never two states in memory."""
-    found = checkpoints.restore(split_params(abstract), report=log.say)
-    if found is not None:
-        position = found["position"]
-        log.say(f"resuming from update {found['step']} in {config.run_dir}")
-        if position["data"] != corpus.fingerprint:
-            log.say("the training data changed since; its order is taken up at the same position")
-        return TrainState(params=found["params"], **found["optimizer"]), position["samples_seen"]
+    abstract = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    optimizer = any_length_optimizer(config)
+    found = checkpoints.restore(split_state(abstract), report=log.say)
+    if found is not None:
+        log.say(f"resuming from update {found['step']} in {config.run_dir}")
+        return join_state(found, abstract), resumed_position(found["position"], config, corpus, log)
     if config.init_from:
         source = read_config(config.init_from).model
         source = dataclasses.replace(config.model, param_dtype=source.param_dtype)
@@ -332,23 +349,61 @@ def restore_or_init(
     return fresh(jax.random.key(config.seed)), 0
 
 
-def split_params(state: TrainState) -> dict[str, Any]:
-    """A state as a checkpoint holds it: the parameters apart from the rest."""
+def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus, log) -> int:
+    """The samples consumed, counted in this run's windows; says what changed about the data."""
+    if saved["data"] != corpus.fingerprint:
+        log.say("the training data changed since; its order is taken up at the same position")
+    if saved["seq_len"] == config.data.seq_len:
+        return saved["samples_seen"]
+    log.say(
+        f"data.seq_len was {saved['seq_len']}: the new windows are read from the same number of "
+        "tokens on, in an order of their own"
+    )
+    return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
+
+
+def split_state(state: TrainState) -> dict[str, Any]:
+    """A state as a checkpoint holds it: the parameters apart from the rest.
+
+    Between updates the accumulator of `MultiSteps` is empty. It is left out, so that
+    `accumulate_steps` may change from one start to the next.
+    """
     rest = state._asdict()
+    if isinstance(state.opt_state, optax.MultiStepsState):
+        rest["opt_state"] = state.opt_state.inner_opt_state
     return {"params": rest.pop("params"), "optimizer": rest}
 
 
-def compile_step(config, optimizer, num_steps: int, abstract: TrainState, mesh: Mesh, log):
+def join_state(found: dict[str, Any], abstract: TrainState) -> TrainState:
+    """The inverse of `split_state`; `abstract` says what the state must look like."""
+    state = TrainState(params=found["params"], **found["optimizer"])
+    wanted = abstract.opt_state
+    if not isinstance(wanted, optax.MultiStepsState):
+        return state
+    empty = wanted._replace(inner_opt_state=())
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty),
+        out_shardings=jax.tree.map(lambda a: a.sharding, empty),
+    )()
+    return state._replace(
+        opt_state=zeros._replace(
+            inner_opt_state=state.opt_state, gradient_step=state.step - state.skipped
+        )
+    )
+
+
+def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, log):
     """`train_step` compiled for this run, its state donated."""
     start = time.perf_counter()
     log.say("compiling the training step ...")
     batch = jax.ShapeDtypeStruct(
         (config.batch_size, config.data.seq_len + 1), jnp.int32, sharding=rows(mesh)
     )
+    schedule = learning_rate_schedule(config, num_steps)
     step_fn = functools.partial(
-        train_step, config=config, optimizer=optimizer,
-        schedule=learning_rate_schedule(config, num_steps),
-    )  # fmt: skip
+        train_step, config=config, optimizer=make_optimizer(config, num_steps), schedule=schedule
+    )
+    abstract = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
     compiled = jitted.lower(abstract, batch).compile()
@@ -430,7 +485,7 @@ class Run:
                     if due:
                         action(state, step)
                 self.timer.start(step)
-        self.checkpoints.wait()
+            self.checkpoints.wait()  # still catching signals: the last save must not be lost
         return state, False
 
     def record(self, state: TrainState, step: int, results: dict[str, jax.Array]) -> None:
@@ -453,7 +508,7 @@ class Run:
                 f"parameters before them are saved in {c.run_dir}. Lower optim.learning_rate or "
                 "look at the data"
             )
-        self.log.progress(step, loss)
+        self.log.progress(step, self.num_steps, loss)
         if not (step == 1 or step == self.num_steps or _due(step, c.log_every)):
             return
         seconds = self.timer.lap(step)
@@ -486,8 +541,12 @@ class Run:
         """Starts saving the state, once for each step."""
         if self.checkpoints.latest_step() == step:
             return
-        position = {"samples_seen": self.position(step), "data": self.corpus.fingerprint}
-        self.checkpoints.save(step, **split_params(state), position=position)
+        position = {
+            "samples_seen": self.position(step),
+            "seq_len": self.config.data.seq_len,
+            "data": self.corpus.fingerprint,
+        }
+        self.checkpoints.save(step, **split_state(state), position=position)
 
     def evaluate(self, state: TrainState, step: int) -> Evaluation | None:
         """Validation loss, logged, and noted if the step is saved. None without validation text."""
@@ -499,7 +558,7 @@ class Run:
             max_sequences=c.eval_sequences,
         )  # fmt: skip
         result = evaluate(
-            c.model, state.params, batches, tokens_per_byte=tokens_per_byte(self.corpus),
+            c.model, state.params, batches, 
             place=lambda array: place(self.mesh, array[local_rows(len(array))]),
         )  # fmt: skip
         record = {
@@ -514,7 +573,8 @@ class Run:
             f"({result.tokens:,} tokens)",
         )
         if self.checkpoints.latest_step() == step:
-            self.checkpoints.note_validation(step, result.loss)
+            basis = f"{self.corpus.fingerprint}/{c.data.seq_len}/{c.eval_sequences}"
+            self.checkpoints.note_validation(step, result.loss, basis=basis)
         return result
 
     def sample(self, state: TrainState, step: int) -> None:
@@ -541,7 +601,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def train_inl_llm(
-    data_path: str | Sequence[str],
+    data_path: str | Path | Sequence[str],
     model_size: str = "small",
     num_epochs: float = 3,
     batch_size: int = 8,
@@ -574,12 +634,12 @@ def train_inl_llm(
             f"device={device}: JAX runs on {jax.default_backend()} here; install inl_jax[cuda] for "
             "a GPU, set JAX_PLATFORMS=cpu for the CPU, or pass device='auto'"
         )
-    base = load(model_size)
+    base, one = load(model_size), isinstance(data_path, str | Path)
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(
             base.data,
-            paths=(data_path,) if isinstance(data_path, str) else tuple(data_path),
+            paths=(str(data_path),) if one else tuple(map(str, data_path)),
             max_documents=max_samples or 0,
         ),
         optim=dataclasses.replace(base.optim, learning_rate=learning_rate, warmup_steps=0),

@@ -8,10 +8,10 @@ import dataclasses
 import json
 
 from inl_jax.checkpoint import read_config
-from inl_jax.config import exit_on_input_error
+from inl_jax.config import InputError, exit_on_input_error
 from inl_jax.corpus import prepare
 from inl_jax.data import check, eval_batches
-from inl_jax.evaluate import evaluate, tokens_per_byte
+from inl_jax.evaluate import evaluate
 from inl_jax.generate import LanguageModel
 
 
@@ -25,6 +25,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     flags = parser.parse_args()
     with exit_on_input_error():
+        if flags.batch_size < 1 or (flags.seq_len is not None and flags.seq_len < 1):
+            raise InputError(
+                f"--batch_size {flags.batch_size} --seq_len {flags.seq_len}: must be positive"
+            )
         config = read_config(flags.checkpoint)
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
         data = config.data
@@ -42,9 +46,7 @@ def main() -> None:
         corpus = prepare(data, tokenizer=model.tokenizer, report=lambda _: None)
         check(corpus, model.config.vocab_size)
         batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
-        result = evaluate(
-            model.config, model.params, batches, tokens_per_byte=tokens_per_byte(corpus)
-        )
+        result = evaluate(model.config, model.params, batches)
     rate = result.tokens / result.seconds
     if flags.json:
         print(json.dumps(result._asdict() | {"tokens_per_second": rate}))

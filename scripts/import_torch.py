@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from inl_jax.checkpoint import Checkpoints, start_run
+from inl_jax.checkpoint import Checkpoints, record_run
 from inl_jax.config import DataConfig, InputError, TrainConfig, exit_on_input_error
 from inl_jax.interop import config_from_torch, params_from_torch
 from inl_jax.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def main() -> None:
             data=DataConfig(tokenizer=flags.tokenizer, seq_len=model.max_seq_len),
             run_dir=flags.out,
         )
-        start_run(config, tokenizer)
+        record_run(config, tokenizer)
         checkpoints = Checkpoints(flags.out, keep_last=1)
         checkpoints.save(0, params, position={})
         checkpoints.close()
@@ -58,13 +58,16 @@ def read_state_dict(path: str) -> dict:
         raise InputError("reading .pt files needs PyTorch: pip install 'inl_jax[torch]'") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types
-        raise InputError(f"--weights {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises many types, and advises to read unsafely
+        raise InputError(
+            f"--weights {path}: not a .pt file that can be read without running code from it "
+            f"({type(error).__name__})"
+        ) from error
     loaded = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(hasattr(v, "numpy") for v in loaded.values()):
         raise InputError(f"--weights {path}: not a state_dict (a mapping of names to tensors)")
     return {
-        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         for name, value in loaded.items()
     }
 

@@ -109,13 +109,17 @@ def test_sources_are_mixed_by_weight(corpora):
 def test_every_validation_token_is_a_target_once(corpora, name, batch_size):
     _, corpus = corpora[name]
     batches = list(data.eval_batches(corpus, seq_len=S, batch_size=batch_size))
-    assert all(part.shape == (batch_size, S) for batch in batches for part in batch)
-    inputs, targets, weights = (np.concatenate(part) for part in zip(*batches, strict=True))
+    assert all(part.shape == (batch_size, S) for batch in batches for part in batch[:3])
+    inputs, targets, weights, num_bytes = (
+        np.concatenate(part) for part in zip(*batches, strict=True)
+    )
     tokens = [np.array(files.open("validation")) for files in corpus.sources]
     np.testing.assert_array_equal(targets[weights == 1], np.concatenate(tokens))
     before = [np.concatenate([[END], part[:-1]]) for part in tokens]
     np.testing.assert_array_equal(inputs[weights == 1], np.concatenate(before))
     assert set(np.unique(weights)) <= {0.0, 1.0}
+    whole = sum(files.validation_bytes for files in corpus.sources)
+    np.testing.assert_allclose(num_bytes.sum(dtype=np.float64), whole, rtol=1e-6)
     assert weights.dtype == np.float32 and inputs.dtype == targets.dtype == np.int32
 
 
@@ -127,7 +131,7 @@ def test_a_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
         batches = data.eval_batches(
             corpus, seq_len=S, batch_size=batch_size, max_sequences=max_sequences
         )
-        inputs, targets, weights = (np.concatenate(part) for part in zip(*batches, strict=True))
+        _, targets, weights, _ = (np.concatenate(part) for part in zip(*batches, strict=True))
         return targets[weights.any(axis=1)]
 
     part, whole = rows(6, 4), rows(0, 4)

@@ -8,7 +8,7 @@ import pytest
 from inl_jax import data, model
 from inl_jax.config import InputError
 from inl_jax.corpus import prepare
-from inl_jax.evaluate import evaluate, tokens_per_byte
+from inl_jax.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def run(setting, *, batch_size=4, max_sequences=0):
     batches = data.eval_batches(
         corpus, seq_len=32, batch_size=batch_size, max_sequences=max_sequences
     )
-    return evaluate(config.model, params, batches, tokens_per_byte=tokens_per_byte(corpus))
+    return evaluate(config.model, params, batches)
 
 
 def test_the_number_is_the_same_every_time_and_for_every_batch_size(setting):
@@ -95,4 +95,4 @@ def test_bits_per_byte_weigh_tokens_by_the_text_they_stand_for(setting, corpora)
 def test_nothing_to_evaluate_on_is_named(setting):
     config, params, _ = setting
     with pytest.raises(InputError, match="data.validation_fraction"):
-        evaluate(config.model, params, [], tokens_per_byte=1.0)
+        evaluate(config.model, params, [])

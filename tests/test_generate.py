@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inl_jax import model
-from inl_jax.checkpoint import Checkpoints, start_run
+from inl_jax.checkpoint import Checkpoints, record_run
 from inl_jax.config import InputError
 from inl_jax.generate import LanguageModel, choose, decode_loop, generate, prefill
 from inl_jax.tokenizer import load_tokenizer
@@ -206,7 +206,7 @@ def test_a_language_model_is_read_from_its_run(train_config):
     config = train_config()
     params = lively_params(config.model)
     tokenizer = load_tokenizer("bytes")
-    start_run(config, tokenizer)
+    record_run(config, tokenizer)
     saved = Checkpoints(config.run_dir, keep_last=1)
     saved.save(1, params, {"step": jnp.zeros((), jnp.int32)}, position={})
     saved.close()
@@ -216,6 +216,7 @@ def test_a_language_model_is_read_from_its_run(train_config):
     jax.tree.map(np.testing.assert_array_equal, read.params, params)
     texts = read.generate(["one", "", "two"], **SAMPLING)
     prompts = [list(b"one"), [tokenizer.end_id], list(b"two")]
-    rows = generate(config.model, params, prompts, end_id=tokenizer.end_id, **SAMPLING)
+    rows = generate(config.model, params, prompts, end_id=tokenizer.end_id, num_ids=257, **SAMPLING)
+    assert all((row < 257).all() for row in rows)  # of a model with 300 ids
     assert texts == [tokenizer.decode(row) for row in rows]
     assert read.generate("one", **SAMPLING) == texts[0]

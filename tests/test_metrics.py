@@ -92,12 +92,12 @@ def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
 
 def test_records_are_read_in_order_once_each_and_without_a_torn_line(tmp_path):
     assert metrics.read_metrics(tmp_path) == []
-    log = metrics.MetricsLog(tmp_path, 10)
+    log = metrics.MetricsLog(tmp_path)
     for step, loss in [(1, 5.0), (2, 4.0), (3, 3.5)]:
         log.write({"step": step, "loss": loss}, "")
     log.write({"step": 3, "validation_loss": 3.6}, "")
     log.close()
-    log = metrics.MetricsLog(tmp_path, 10)  # resumed from 1: 2 and 3 are written again
+    log = metrics.MetricsLog(tmp_path)  # resumed from 1: 2 and 3 are written again
     for step, loss in [(2, 4.5), (3, 3.25)]:
         log.write({"step": step, "loss": loss}, "")
     log.close()
@@ -115,7 +115,7 @@ def test_records_are_read_in_order_once_each_and_without_a_torn_line(tmp_path):
 
 def test_a_run_resumed_after_a_torn_line_loses_no_record(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
-    log = metrics.MetricsLog(tmp_path, 10)
+    log = metrics.MetricsLog(tmp_path)
     log.write({"step": 2, "loss": 4.0}, "")
     log.close()
     steps = [record["step"] for record in metrics.read_metrics(tmp_path)]
@@ -123,7 +123,7 @@ def test_a_run_resumed_after_a_torn_line_loses_no_record(tmp_path):
 
 
 def test_records_are_on_disk_at_once_and_hold_what_is_not_finite(tmp_path, capsys):
-    log = metrics.MetricsLog(tmp_path, 10)
+    log = metrics.MetricsLog(tmp_path)
     log.write({"step": 1, "loss": math.inf}, "the line")
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 1, "loss": math.inf}

@@ -33,6 +33,20 @@ def saved_state(config, step):
     return checkpoint.ocp.load_checkpointables(folder)
 
 
+RECORD = train.Run.record
+
+
+def stop_at(patch, step, number=signal.SIGTERM):
+    """Sends this process a signal when the results of update `step` are looked at."""
+
+    def record(self, state, at, results):
+        RECORD(self, state, at, results)
+        if at == step and step < self.num_steps:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(train.Run, "record", record)
+
+
 def stepper(config, num_steps=10):
     """(jitted train_step, first state) outside any loop."""
     optimizer = make_optimizer(config, num_steps)
@@ -93,13 +107,10 @@ def test_a_nonfinite_update_leaves_parameters_and_optimizer_untouched(
 
 def test_the_step_donates_its_state(train_config):
     config = train_config()
-    optimizer = make_optimizer(config, 10)
     mesh = train.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        abstract = train.abstract_state(config, optimizer, mesh)
-        compiled = train.compile_step(
-            config, optimizer, 10, abstract, mesh, train.metrics.MetricsLog(config.run_dir, 10)
-        )
+        abstract = train.abstract_state(config, mesh)
+        compiled = train.compile_step(config, 10, mesh, train.metrics.MetricsLog(config.run_dir))
     held = sum(
         np.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
         for s in jax.tree.leaves(abstract)
@@ -146,15 +157,8 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
     parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
     expected = train.train(whole)
 
-    original = train.Run.record
-
-    def stop_after_three(self, state, step, results):
-        original(self, state, step, results)
-        if step == 3:
-            os.kill(os.getpid(), stop_signal)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "record", stop_after_three)
+        stop_at(patch, 3, stop_signal)
         stopped = train.train(parts)
     assert stopped.interrupted and 3 <= stopped.step < 8
     resumed = train.train(parts)
@@ -239,6 +243,60 @@ def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monk
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
+def test_accumulation_may_change_from_one_start_to_the_next(train_config):
+    """Between updates the accumulator is empty, so any split of the batch goes on exactly."""
+    ends = []
+    for splits in ((2, 2), (2, 4), (4, 1)):
+        run_dir = f"{train_config().run_dir}-{splits[1]}"
+        with pytest.MonkeyPatch.context() as patch:
+            for stop, k in zip((3, 8), splits, strict=True):
+                stop_at(patch, stop)
+                result = train.train(train_config(run_dir=run_dir, accumulate_steps=k))
+        assert result.step == 8 and not result.interrupted
+        ends.append(result.params)
+    for other in ends[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ends[0], other)
+
+
+def test_two_trainers_do_not_share_a_run_directory(train_config):
+    config = train_config()
+    with checkpoint.locked(config.run_dir), pytest.raises(InputError, match="another process"):
+        train.train(config)
+
+
+def test_a_refused_resume_leaves_the_config_as_it_was(train_config, monkeypatch):
+    config = train_config(num_steps=4)
+    train.train(config)
+    before = (Path(config.run_dir) / "config.json").read_text()
+    monkeypatch.setattr(train.Checkpoints, "restore", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(dataclasses.replace(config, num_steps=9))
+    assert (Path(config.run_dir) / "config.json").read_text() == before
+
+
+def test_the_position_survives_other_batch_sizes_and_windows(train_config, capsys):
+    """Epochs are counted in samples, whatever batches they were read in."""
+    fields = dict(num_steps=0, num_epochs=0.1, optim={"warmup_steps": 0})
+    config = train_config(**fields, batch_size=8)
+    corpus = train.prepare(config.data)
+    windows = (corpus.sources[0].train_tokens - 1) // 32
+    whole = train.count_steps(config, corpus)
+    assert whole == int(0.1 * windows) // 8
+    for step in range(whole + 1):
+        assert train.count_steps(config, corpus, step=step, position=8 * step) == whole
+    smaller = dataclasses.replace(config, batch_size=2)
+    steps = train.count_steps(smaller, corpus, step=5, position=40)
+    assert 40 + 2 * (steps - 5) in (int(0.1 * windows), int(0.1 * windows) - 1)
+
+    log = train.metrics.MetricsLog(config.run_dir)
+    saved = {"samples_seen": 100, "seq_len": 32, "data": corpus.fingerprint}
+    assert train.resumed_position(saved, config, corpus, log) == 100
+    assert capsys.readouterr().out.count("data.seq_len was") == 0
+    halved = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
+    assert train.resumed_position(saved, halved, corpus, log) == 200
+    assert "data.seq_len was 32" in capsys.readouterr().out
+
+
 def test_results_are_fetched_one_update_late(train_config, monkeypatch):
     """The next update is dispatched before the results of this one are waited for."""
     events = []
@@ -315,17 +373,17 @@ def wait_for(process, run_dir, step):
 
 def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tmp_path):
     """kill -9 between checkpoints, then SIGTERM, then to the end: equal to one straight run."""
-    settings = dict(num_steps=1500, log_every=20, save_every=150, eval_every=0, eval_sequences=4)
+    settings = dict(num_steps=700, log_every=20, save_every=100, eval_every=0, eval_sequences=4)
     parts = train_config(run_dir=str(tmp_path / "parts"), **settings)
     command = write_config(parts, tmp_path / "config.py")
 
     process = run_script("train.py", *command)
-    wait_for(process, parts.run_dir, 240)
+    wait_for(process, parts.run_dir, 160)
     process.kill()
     process.communicate()
 
     process = run_script("train.py", *command)
-    wait_for(process, parts.run_dir, 600)
+    wait_for(process, parts.run_dir, 340)
     process.send_signal(signal.SIGTERM)
     out = process.communicate()[0]
     assert process.returncode == train.EXIT_INTERRUPTED, out
@@ -341,8 +399,8 @@ def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tm
     out = whole.communicate()[0]
     assert whole.returncode == 0, out
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    same(saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 1500),
-         saved_state(dataclasses.replace(train_config(), run_dir=str(whole)), 1500))  # fmt: skip
+    same(saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 700),
+         saved_state(dataclasses.replace(train_config(), run_dir=str(whole)), 700))  # fmt: skip
     losses = [
         [(r["step"], r["loss"]) for r in read_metrics(d) if "loss" in r] for d in (parts, whole)
     ]
