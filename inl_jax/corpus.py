@@ -119,8 +119,8 @@ def prepare(
       OSError: from the disk. Nothing that looks finished is left behind, then or ever.
     """
     entries = tuple(_find(spec, report) for spec in data.paths)
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    _check_no_file_twice(entries)
+    cache = _make_cache(data.cache_dir)
     _remove_stale(cache)
     if tokenizer is None:
         if data.tokenizer.startswith("bpe:"):
@@ -132,6 +132,18 @@ def prepare(
     return Corpus(
         tokenizer, sources, data.weights or (1.0,), _digest(*[s.fingerprint for s in sources])
     )
+
+
+def _make_cache(cache_dir: str) -> Path:
+    try:
+        if not cache_dir:
+            raise OSError(0, "it is empty")
+        cache = Path(cache_dir).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"data.cache_dir={cache_dir!r}: {reason}; name a directory") from None
+    return cache
 
 
 # --- Sources: what an entry of data.paths stands for -------------------------------------------
@@ -152,6 +164,18 @@ class _Entry(NamedTuple):
         return sum(file.stat().st_size for file in self.files)
 
 
+def _check_no_file_twice(entries: Iterable[_Entry]) -> None:
+    """A file in two entries could be split differently in each: training on validation text."""
+    seen: dict[Path, str] = {}
+    for entry in entries:
+        for file in {file.resolve() for file in entry.files}:
+            if file in seen:
+                raise InputError(
+                    f"data.paths: {file} is in both {seen[file]} and {entry.spec}; name it once"
+                )
+            seen[file] = entry.spec
+
+
 def _is_rows(file: Path) -> bool:
     return file.name.lower().endswith(_ROW_SUFFIXES)
 
@@ -166,8 +190,11 @@ def _find(spec: str, report: Callable[[str], None]) -> _Entry:
     if spec.startswith("hf:"):
         local = os.path.expanduser(spec[3:]).partition("@")[0]
         return _Entry(spec, tuple(_walk(Path(local))))  # none where it is not a local path
-    path = Path(spec).expanduser()
-    found = [path] if path.exists() else []
+    try:
+        path = Path(spec).expanduser()
+        found = [path] if path.exists() else []
+    except (OSError, RuntimeError) as error:  # a name too long, ~nobody
+        raise InputError(f"data.paths: {spec[:80]}: {error}; name a file or directory") from None
     if not found and any(c in spec for c in "*?["):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not found:
@@ -203,10 +230,11 @@ def _find(spec: str, report: Callable[[str], None]) -> _Entry:
 
 
 def _walk(root: Path, excluded: Iterable[str] = ()) -> Iterator[Path]:
-    """The files under `root` in one fixed order, hidden ones and links to directories left out."""
+    """The files under `root` in one fixed order; no hidden ones, no links to directories."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in excluded and not f.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (file for file in files if file.exists())  # no broken links
 
 
 # --- Documents ---------------------------------------------------------------------------------
@@ -305,6 +333,11 @@ def _rows_as_documents(rows: _Rows, data: DataConfig) -> Iterator[_Document]:
     columns: list[str] = []
     for row, where, bad in rows:
         columns = columns or _text_columns(list(row), data.column, where)
+        if not any(column in row for column in columns):
+            raise InputError(
+                f"{where}: no column {' or '.join(columns)}, which the rows before it have (this "
+                f"one: {', '.join(row)}); give every row the same columns"
+            )
         text = ""
         for column in columns:
             value = row.get(column)
@@ -358,8 +391,11 @@ def _jsonl_rows(file: Path, data: DataConfig) -> _Rows:
                 if not isinstance(row, dict):
                     raise InputError(f"{where}: {type(row).__name__}, where an object should be")
                 yield row, where, bad
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: invalid JSON ({error.msg}); mend or remove the line") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers or nesting without end
+        reason = getattr(error, "msg", type(error).__name__)
+        raise InputError(f"{where}: invalid JSON ({reason}); mend or remove the line") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file}: damaged gzip ({error}); copy or pack it again") from None
 
@@ -715,7 +751,10 @@ def _publishing(directory: Path) -> Iterator[Path]:
 def _remove_stale(cache: Path) -> None:
     """Removes the temporary directories of writers that died."""
     for temporary in cache.glob("tmp.*"):
-        host, pid, _ = temporary.name.removeprefix("tmp.").rsplit(".", 2)
+        mark = temporary.name.removeprefix("tmp.").rsplit(".", 2)
+        if len(mark) < 3 or not mark[1].isdecimal():
+            continue  # not ours
+        host, pid, _ = mark
         with contextlib.suppress(OSError):  # it was published or removed meanwhile
             if host == socket.gethostname():
                 dead = not _alive(int(pid))

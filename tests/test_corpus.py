@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -633,3 +634,51 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     peak = int(done.stdout.splitlines()[-1])
     print(f"{tokenizer}: peak {peak / 2**10:.0f} MiB\n{done.stdout}")
     assert peak < 2**20
+
+
+def test_a_file_named_twice_is_refused(tmp_path):
+    """Split by position as a file and by hash in the directory, it would leak into training."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text\n" * 50)
+    data = DataConfig(
+        paths=(str(tmp_path / "texts" / "a.txt"), str(tmp_path / "texts")), weights=(0.5, 0.5),
+        tokenizer="bytes", cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="a.txt is in both .*; name it once"):
+        prepare(data)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"content": "x"}', "line 2: no column text, .*this one: content"),
+        ('{"text": ' + "9" * 5000 + "}", "line 2: invalid JSON"),
+        ("[" * 100_000, "line 2: invalid JSON"),
+    ],
+    ids=["other columns", "endless number", "endless nesting"],
+)
+def test_a_row_unlike_the_others_is_named(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    data = DataConfig(
+        paths=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(InputError, match=message):
+        prepare(data)
+
+
+def test_broken_links_and_strange_names_do_no_harm(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text")
+    (folder / "b.txt").symlink_to(folder / "gone.txt")
+    cache = tmp_path / "cache"
+    (cache / "tmp.mine").mkdir(parents=True)
+    data = DataConfig(paths=(str(folder),), tokenizer="bytes", cache_dir=str(cache))
+    assert prepare(data).sources[0].documents == 1
+    assert (cache / "tmp.mine").exists()
+    for bad in ("x" * 400, "~nobody-of-this-name/x"):
+        with pytest.raises(InputError, match="data.paths"):
+            prepare(dataclasses.replace(data, paths=(bad,)))
+    for bad in ("", str(folder / "a.txt"), "~nobody-of-this-name/x"):
+        with pytest.raises(InputError, match="data.cache_dir"):
+            prepare(dataclasses.replace(data, cache_dir=bad))
