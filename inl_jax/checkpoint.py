@@ -187,6 +187,8 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> Non
     """
     run_dir = Path(config.run_dir)
     if not (run_dir / "config.json").exists():
+        if config.init_from:
+            _check_tokenizer(config.init_from, tokenizer)
         return
     for field, before, now in differences(read_config(run_dir), config):
         if field.startswith("model.") and field not in _FREE_FIELDS:
@@ -196,12 +198,18 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> Non
             )
         if field not in ("run_dir", "name"):
             report(f"changed since this run was started: {field} {before} -> {now}")
+    _check_tokenizer(run_dir, tokenizer)
+
+
+def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer) -> None:
+    read_config(run_dir)  # says where there is no run
     saved = read_tokenizer(run_dir)
     if saved.fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
             f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
-            f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): use that one, or another run_dir"
+            f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): its weights mean those ids; use "
+            f"that tokenizer ({run_dir}/tokenizer.json), or another run"
         )
 
 

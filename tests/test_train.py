@@ -227,6 +227,18 @@ def test_init_from_takes_the_weights_and_nothing_else(train_config, tmp_path):
     )
 
 
+def test_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_path):
+    train.train(train_config(num_steps=4))
+    other = train_config(
+        run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"),
+        data={"tokenizer": "bpe:280"},
+    )  # fmt: skip
+    with pytest.raises(InputError, match="data.tokenizer=bpe:280.*bytes"):
+        train.train(other)
+    with pytest.raises(InputError, match="nowhere: not a run directory"):
+        train.train(dataclasses.replace(other, init_from="nowhere"))
+
+
 def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monkeypatch):
     config = train_config(max_nonfinite_steps=3, num_steps=20)
     original = train.loss_fn
