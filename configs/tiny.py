@@ -4,7 +4,8 @@
 
 Shape      D 128, 4 layers x 3 iterations, F 512, sequences of 128 tokens, decay context.
 Data       the running interpreter's standard library, its own byte-level BPE of 2048 entries.
-Hardware   two CPU cores.
+Hardware   two CPU cores. 450 updates take 3.5 minutes and 0.3 GiB on 2 cores of an AMD EPYC.
+Loss       8.35 at the start, 3.81 on the validation split at the end: 1.75 bits per byte.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
