@@ -3,7 +3,7 @@ import os
 import shutil
 import tempfile
 
-# Tests spend their time compiling: one cache for the session and the processes it starts.
+# Tests spend their time compiling: one cache for the run and the processes it starts.
 _cache = tempfile.mkdtemp(prefix="inl_jax_xla_")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
