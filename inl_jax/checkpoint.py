@@ -25,7 +25,10 @@ from inl_jax.tokenizer import Tokenizer
 from inl_jax.tokenizer import load as read_tokenizer
 
 # Fields of the model that change neither the parameters nor the function they compute.
-_FREE_FIELDS = ("model.remat",)
+_FREE_FIELDS = (
+    "model.remat", "model.attention_kernel", "model.integrator_gradient",
+    "model.integrator_segment", "model.integrator_chunk",
+)  # fmt: skip
 
 
 class _KeepLastAndBest:

@@ -100,8 +100,19 @@ class ModelConfig:
     """Storage type of the parameters. bfloat16 adds float32 master weights to the optimizer."""
     compute_dtype: DType = "auto"
     """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
-    remat: Literal["none", "block"] = "block"
-    """What to recompute in the backward pass. block: keep only the input of each block."""
+    attention_kernel: Literal["auto", "cudnn", "xla"] = "auto"
+    """What computes attention over whole sequences (attention context only). cudnn: flash
+    attention of 16-bit types on CUDA. auto: cudnn on CUDA, xla elsewhere."""
+    remat: Literal["none", "integrator", "all_but_integrator", "block"] = "block"
+    """What the backward pass computes again instead of keeping it: nothing; the integrator's
+    iterations; all of a block but those; or the whole block, of which only the input is kept."""
+    integrator_gradient: Literal["lean", "autodiff"] = "lean"
+    """lean: written out, keeps 2 vectors per token and iteration. autodiff: of the plain loop,
+    about 15 vectors, to compare with."""
+    integrator_segment: int = 1
+    """Iterations between the integrator states that are kept; those between are computed again."""
+    integrator_chunk: int = 0
+    """Positions that go through all iterations together; 0 takes the whole sequence."""
 
     def __post_init__(self):
         _check_types(self, "model.")
@@ -109,9 +120,11 @@ class ModelConfig:
         _require_positive(
             self,
             "model.", "vocab_size", "d_model", "num_layers", "d_ff", "max_seq_len",
-            "controller_width", "num_heads", "num_kv_heads", "dt", "kappa",
+            "controller_width", "num_heads", "num_kv_heads", "dt", "kappa", "integrator_segment",
         )  # fmt: skip
-        _require_not_negative(self, "model.", "num_iterations", "excitation_amplitude")
+        _require_not_negative(
+            self, "model.", "num_iterations", "excitation_amplitude", "integrator_chunk"
+        )
         _require(
             0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1"
         )
@@ -287,6 +300,10 @@ class TrainConfig:
     """New tokens in each sample."""
     max_nonfinite_steps: int = 10
     """Updates in a row with a non-finite loss or gradient that end the run."""
+    xla_flags: tuple[str, ...] = ()
+    """Flags of the XLA compiler, such as --xla_gpu_enable_latency_hiding_scheduler=true, that
+    scripts/train.py adds to XLA_FLAGS. Those that this version of XLA does not know are left out
+    with a warning. One element may hold several: --xla_flags='--xla_a=1 --xla_b=2'."""
 
     def __post_init__(self):
         _check_types(self, "")
@@ -321,6 +338,11 @@ class TrainConfig:
             f"model.max_seq_len={self.model.max_seq_len}",
         )
         _require(self.run_dir != "", "run_dir is empty: name a directory for the run")
+        for flag in " ".join(self.xla_flags).split():
+            _require(
+                flag.startswith("--xla_"),
+                f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
+            )
 
 
 def to_json(config: TrainConfig) -> str:

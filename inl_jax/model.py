@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.integrator import Integrator
+from inl_jax.integrator import TRAJECTORY, Integrator
 
 init = nn.initializers
 
@@ -44,6 +44,43 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def cuda_capability() -> tuple[int, ...] | None:
+    """The compute capability of the CUDA devices that JAX runs on; None where it runs on others."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    return tuple(map(int, device.compute_capability.split(".")))
+
+
+def attention_kernel(config: ModelConfig) -> str:
+    """What computes attention over whole sequences, cudnn or xla: as configured, or by device.
+
+    Raises:
+      InputError: cuDNN cannot, on this device, in this type or at this head width.
+    """
+    capability = cuda_capability()
+    if config.attention_kernel == "xla" or (config.attention_kernel == "auto" and not capability):
+        return "xla"
+    if not capability:
+        raise InputError(
+            f"model.attention_kernel=cudnn: JAX runs on {jax.default_backend()} here, without "
+            "CUDA; use auto or xla, or install inl_jax[cuda]"
+        )
+    dtype, widest = compute_dtype(config), 256 if capability >= (9, 0) else 128
+    if dtype != jnp.bfloat16:
+        raise InputError(
+            f"model.compute_dtype={dtype}: cuDNN attention takes bfloat16; set "
+            "model.compute_dtype=bfloat16 or model.attention_kernel=xla"
+        )
+    if config.head_dim % 8 != 0 or config.head_dim > widest:
+        raise InputError(
+            f"model.num_heads={config.num_heads} makes heads of width {config.head_dim}: cuDNN "
+            f"attention takes multiples of 8 up to {widest} on this GPU; change model.num_heads "
+            "or set model.attention_kernel=xla"
+        )
+    return "cudnn"
 
 
 def _state_dtype(x: jax.Array) -> jnp.dtype:
@@ -129,17 +166,16 @@ def _decay_scan_backward(residuals, dh_BSD):
 decay_scan.defvjp(_decay_scan_forward, _decay_scan_backward)
 
 
-def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None) -> jax.Array:
+def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None, kernel: str = "xla") -> jax.Array:
     """Causal softmax attention over grouped key-value heads, [B, S, H, K].
 
-    Without `position_BS` queries and keys are the same tokens, and on a GPU in 16-bit types the
-    cuDNN flash kernel is asked for by name, so that it raises where it is missing. With it, keys
-    are a cache, and token i of row b sees the entries up to `position_BS[b, i]`.
+    Without `position_BS` queries and keys are the same tokens, and `kernel` (from
+    `attention_kernel`) is asked for by name, so that it raises where it is missing. With it, keys
+    are a cache, token i of row b sees the entries up to `position_BS[b, i]`, and XLA computes.
     """
     if position_BS is None:
-        flash = jax.default_backend() == "gpu" and q_BSHK.dtype in (jnp.bfloat16, jnp.float16)
         return jax.nn.dot_product_attention(
-            q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation="cudnn" if flash else "xla"
+            q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation=kernel
         )
     seen_B1SN = jnp.arange(k_BNGK.shape[1]) <= position_BS[:, None, :, None]
     return jax.nn.dot_product_attention(
@@ -237,7 +273,7 @@ class AttentionContext(_Declares):
         q, k = rotate(q, chunk.position_BS), rotate(k, chunk.position_BS)
         v = jnp.einsum("bsd,dgk->bsgk", n_BSD, value)
         if state is None:
-            out_BSHK, new_state = attend(q, k, v), None
+            out_BSHK, new_state = attend(q, k, v, kernel=attention_kernel(c)), None
         else:
             # Padding is written too; the row's later tokens overwrite it before it is seen.
             at = (jnp.arange(x_BSD.shape[0])[:, None], chunk.position_BS)
@@ -338,7 +374,11 @@ class INLModel(_Declares):
             x_BSD = x_BSD + sinusoid(position_BS, c.d_model, table_dtype)
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
-        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
+        block = Block
+        if c.remat in ("block", "all_but_integrator"):
+            keep = (TRAJECTORY,) if c.remat == "all_but_integrator" else ()
+            policy = jax.checkpoint_policies.save_only_these_names(*keep)
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block, length=c.num_layers, variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
@@ -360,7 +400,8 @@ class INLModel(_Declares):
 def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters in their boxes of logical axis names; for `jax.eval_shape` and `unbox`."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    return INLModel(config).init(key, ids, None, None, 0.0)["params"]
+    state = init_decode_state(config, 1, 1)  # decoding does not depend on `attention_kernel`
+    return INLModel(config).init(key, ids, state, None, 0.0)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -41,10 +41,8 @@ def test_flops_are_those_of_the_products_in_the_forward_pass(
     forward = functools.partial(model.apply, c)
     ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
     traced = dot_flops(jax.make_jaxpr(forward)(model.abstract_params(c), ids).jaxpr)
-    # Two differences are known. The code multiplies the zero velocity at t = 0 ...
-    zero_velocity = c.num_layers * 2 * c.d_model * 4 * c.controller_width
-    traced -= B * S * zero_velocity * (num_iterations > 0)
-    # ... and XLA's attention computes the whole square, of which (S + 1) / 2 is needed.
+    # One difference is known: XLA's attention computes the whole square, of which (S + 1) / 2 is
+    # needed.
     if context == "attention":
         whole = c.num_layers * 2 * 2 * S * c.d_model
         traced -= B * S * whole * (S - 1) // (2 * S)

@@ -1,4 +1,7 @@
+import dataclasses
+import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 
 import inl_jax
 from inl_jax import model
-from inl_jax.config import InputError, ModelConfig, load
+from inl_jax.config import InputError, ModelConfig, load, named_configs
 from inl_jax.losses import token_losses
 
 CONTEXTS = ("mean", "decay", "attention")
@@ -131,6 +134,74 @@ def test_attention_is_softmax_over_the_past():
         )
 
 
+@pytest.mark.parametrize(
+    ("capability", "kernel", "expected"),
+    [(None, "auto", "xla"), (None, "xla", "xla"), ((8, 0), "auto", "cudnn"),
+     ((8, 0), "cudnn", "cudnn"), ((8, 0), "xla", "xla")],
+)  # fmt: skip
+def test_the_attention_kernel_by_device(model_config, monkeypatch, capability, kernel, expected):
+    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    config = model_config(attention_kernel=kernel, compute_dtype="bfloat16")
+    assert model.attention_kernel(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "fields", "named"),
+    [
+        (None, {"attention_kernel": "cudnn"}, "model.attention_kernel=cudnn: JAX runs on cpu.*xla"),
+        ((9, 0), {"compute_dtype": "float32"},
+         "model.compute_dtype=float32.*compute_dtype=bfloat16 or model.attention_kernel=xla"),
+        ((9, 0), {"d_model": 24}, "model.num_heads=2 .* width 12: .* multiples of 8 up to 256"),
+        ((8, 9), {"d_model": 272}, "width 136: .* multiples of 8 up to 128"),
+        ((9, 0), {"d_model": 528}, "width 264: .* multiples of 8 up to 256"),
+    ],
+)  # fmt: skip
+def test_what_cudnn_attention_cannot_do_is_refused(
+    model_config, monkeypatch, capability, fields, named
+):
+    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    config = model_config(**{"context": "attention", "compute_dtype": "bfloat16"} | fields)
+    params = inl_jax.init_params(config, jax.random.key(0))  # which needs no attention
+    with pytest.raises(InputError, match=named):
+        inl_jax.apply(config, params, jnp.zeros((1, 4), int))
+
+
+def test_decoding_never_needs_cudnn(model_config, monkeypatch):
+    """In float32, for example, where it could not be had."""
+    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    config = model_config(context="attention", compute_dtype="float32")
+    params = inl_jax.init_params(config, jax.random.key(0))
+    state = model.init_decode_state(config, 1, 8)
+    assert jnp.isfinite(model.decode(config, params, state, jnp.ones((1, 3), int))[0]).all()
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_cudnn_attention_takes_the_heads_of_every_config(name, monkeypatch):
+    monkeypatch.setattr(model, "cuda_capability", lambda: (8, 0))
+    config = named(name, context="attention", compute_dtype="bfloat16")
+    assert model.attention_kernel(config) == "cudnn"
+
+
+@pytest.mark.skipif(model.cuda_capability() is None, reason="needs a CUDA device for cuDNN")
+def test_cudnn_attention_equals_xla_on_a_gpu():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 4, 64), jnp.bfloat16)
+    k, v = k[:, :, :2], v[:, :, :2]
+
+    def loss(kernel, q, k, v):
+        return jnp.sum(model.attend(q, k, v, kernel=kernel).astype(jnp.float32) ** 2)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), (0, 1, 2)))(q, k, v)
+        for kernel in ("cudnn", "xla")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.float32(a), np.float32(b), rtol=0.05, atol=0.05
+        ),
+        found, expected,
+    )  # fmt: skip
+
+
 def test_rotary_attention_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
@@ -174,10 +245,55 @@ def loss_and_grad(config, params, ids, dropout_key=None):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_remat_changes_nothing_but_memory(model_config, context):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
-    kept, remade = (model_config(context=context, remat=remat) for remat in ("none", "block"))
+    kept = model_config(context=context)
     params = inl_jax.init_params(kept, jax.random.key(0))
-    found = [loss_and_grad(config, params, ids) for config in (kept, remade)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+    wanted = loss_and_grad(kept, params, ids)
+    for remat in ("integrator", "all_but_integrator", "block"):
+        found = loss_and_grad(dataclasses.replace(kept, remat=remat), params, ids)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted
+        )
+
+
+def scans(jaxpr, length):
+    """How many scans of a length a program has, inside other loops and calls too."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "scan" and eqn.params["length"] == length
+        found += sum(scans(sub, length) for sub in jax.core.jaxprs_in_params(eqn.params))
+    return found
+
+
+@pytest.mark.parametrize(
+    "remat, runs", [("none", 1), ("integrator", 2), ("all_but_integrator", 1), ("block", 2)]
+)
+def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs):
+    """Forward runs; the backward pass over the iterations is one more scan."""
+    config = model_config(remat=remat, num_iterations=6)  # the first step is not in the scan
+    loss = lambda p: model.hidden_states(config, p, jnp.zeros((1, 12), jnp.int32)).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(model.abstract_params(config))
+    assert scans(program.jaxpr, 5) == runs + 1
+
+
+def test_remat_saves_memory_in_order(model_config):
+    """Bytes that stay from the forward to the backward pass, by shapes."""
+
+    def kept(remat, segment=1):
+        config = model_config(
+            remat=remat, integrator_segment=segment, num_iterations=9, num_layers=3, d_model=64
+        )
+        ids = jnp.zeros((1, 32), jnp.int32)
+        params = model.abstract_params(config)
+        forward = functools.partial(model.hidden_states, config)
+        _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: forward(p, ids), p), params)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pullback))
+
+    order = [
+        kept("none"), kept("all_but_integrator"), kept("all_but_integrator", 4),
+        kept("block"),
+    ]  # fmt: skip
+    assert order == sorted(order, reverse=True) and len(set(order)) == len(order), order
+    assert kept("block") < kept("integrator") < kept("none", 4) < kept("none")
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -189,7 +305,7 @@ def test_program_size_does_not_grow_with_layers_or_iterations(model_config, cont
         loss = lambda p, ids: token_losses(p, model.hidden_states(config, p, ids), ids).mean()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(params, ids).as_text().splitlines())
 
-    assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=4)
+    assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=6)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
