@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +193,33 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[dict[s
 
 
 class StepTimer:
-    """Seconds per update since it was last read."""
+    """Seconds per update, and the share of them that went into waiting for inputs."""
 
     def __init__(self):
-        self._since, self._step = time.perf_counter(), None
+        self.start(0)
 
     def start(self, step: int) -> None:
         """Counting begins after `step`."""
-        self._since, self._step = time.perf_counter(), step
+        self._since, self._step, self._waited = time.perf_counter(), step, 0.0
 
-    def lap(self, step: int) -> float:
-        """Seconds per update since the last start or lap."""
-        now = time.perf_counter()
-        seconds = (now - self._since) / max(1, step - self._step)
-        self._since, self._step = now, step
-        return seconds
+    def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Passes `batches` on, counting the time until each of them is there.
+
+        The device waits less than that: in the meantime it has an update in hand.
+        """
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Seconds per update and the share waited since the last start or lap."""
+        elapsed = time.perf_counter() - self._since
+        results = elapsed / max(1, step - self._step), self._waited / max(elapsed, 1e-9)
+        self.start(step)
+        return results

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import shutil
 import signal
 import threading
@@ -33,7 +34,13 @@ from inl_jax.corpus import Corpus, prepare
 from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
 from inl_jax.losses import token_losses
-from inl_jax.model import compute_dtype, hidden_states, init_params, param_count
+from inl_jax.model import (
+    attention_kernel,
+    compute_dtype,
+    hidden_states,
+    init_params,
+    param_count,
+)
 from inl_jax.optim import learning_rate_schedule, make_optimizer
 from inl_jax.sharding import (
     RULES,
@@ -179,7 +186,8 @@ def train(config: TrainConfig) -> TrainResult:
         contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as checkpoints,
         contextlib.closing(metrics.MetricsLog(config.run_dir)) as log,
     ):
-        state, position = restore_or_init(config, mesh, checkpoints, corpus, log)
+        abstract = abstract_state(config, mesh)
+        state, position = restore_or_init(config, abstract, checkpoints, corpus, log)
         record_run(config, corpus.tokenizer)
         step = int(state.step)
         num_steps = count_steps(config, corpus, step=step, position=position)
@@ -190,7 +198,7 @@ def train(config: TrainConfig) -> TrainResult:
         )  # fmt: skip
         run.catch_up(state)
         if step < num_steps:
-            step_fn = compile_step(config, num_steps, mesh, log)
+            step_fn = compile_step(config, num_steps, mesh, abstract, log)
             state, interrupted = run.loop(step_fn, state)
         else:
             log.say(f"the run is complete at update {step}; raise num_steps to go on")
@@ -237,8 +245,9 @@ def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
 def describe_model(config: TrainConfig) -> str:
     """Name, true parameter count and shape in one line."""
     m, n = config.model, param_count(config.model)
+    kernel = f" ({attention_kernel(m)} kernel)" if m.context == "attention" else ""
     return (
-        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context, "
+        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context{kernel}, "
         f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
         f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
     )
@@ -320,10 +329,9 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def restore_or_init(
-    config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, corpus: Corpus, log
+    config: TrainConfig, abstract: TrainState, checkpoints: Checkpoints, corpus: Corpus, log
 ) -> tuple[TrainState, int]:
     """The state to go on from, and the samples already consumed. Never two states in memory."""
-    abstract = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     optimizer = any_length_optimizer(config)
     found = checkpoints.restore(split_state(abstract), report=log.say)
@@ -392,10 +400,8 @@ def join_state(found: dict[str, Any], abstract: TrainState) -> TrainState:
     )
 
 
-def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, log):
-    """`train_step` compiled for this run, its state donated."""
-    start = time.perf_counter()
-    log.say("compiling the training step ...")
+def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState):
+    """`train_step` traced for this run, its state donated; `abstract` is from `abstract_state`."""
     batch = jax.ShapeDtypeStruct(
         (config.batch_size, config.data.seq_len + 1), jnp.int32, sharding=rows(mesh)
     )
@@ -403,12 +409,58 @@ def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, log):
     step_fn = functools.partial(
         train_step, config=config, optimizer=make_optimizer(config, num_steps), schedule=schedule
     )
-    abstract = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
-    compiled = jitted.lower(abstract, batch).compile()
+    return jitted.trace(abstract, batch)
+
+
+def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState, log):
+    """The training step compiled for this run, and what it was compiled to checked.
+
+    Raises:
+      RuntimeError: cuDNN attention was asked for and is not in it.
+    """
+    start = time.perf_counter()
+    log.say("compiling the training step ...")
+    compiled = trace_step(config, num_steps, mesh, abstract).lower().compile()
     log.say(f"compiled in {time.perf_counter() - start:.1f} s")
+    in_place, held = compiled.memory_analysis().alias_size_in_bytes, state_bytes(abstract)
+    if in_place < held:
+        log.say(
+            f"WARNING: only {metrics.gib(in_place)} of the state's {metrics.gib(held)} on each "
+            "device is updated in place; the rest is held twice"
+        )
+    if config.model.context == "attention" and attention_kernel(config.model) == "cudnn":
+        check_fused_attention(compiled.as_text())
     return compiled
+
+
+def state_bytes(abstract: TrainState) -> int:
+    """Bytes of the state on each device."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(abstract)
+    )
+
+
+def check_fused_attention(program: str) -> None:
+    """Raises `RuntimeError` where a step lacks cuDNN's attention kernel, forward or backward.
+
+    Args:
+      program: its text, as StableHLO or as compiled.
+    """
+    kernels = set(re.findall(r"__cudnn\$fmha\w+", program))
+    missing = [
+        direction
+        for direction, backward in (("forward", False), ("backward", True))
+        if not any(("Backward" in kernel) == backward for kernel in kernels)
+    ]
+    if missing:
+        raise RuntimeError(
+            f"the compiled step lacks cuDNN's attention kernel in its {' and '.join(missing)} pass "
+            f"(found: {', '.join(sorted(kernels)) or 'none'}): report this, or set "
+            "model.attention_kernel=xla to train without it"
+        )
 
 
 class StopRequest:
@@ -458,11 +510,12 @@ class Run:
             self.samples, position=self.start_position, batch_size=c.batch_size,
             rows=local_rows(c.batch_size), num_batches=last - self.start_step,
         )  # fmt: skip
+        placed = (place(self.mesh, batch) for batch in batches)
         pending = None
         with StopRequest() as stop:
             self.timer.start(self.start_step)
-            for step, batch in enumerate(batches, start=self.start_step + 1):
-                state, results = step_fn(state, place(self.mesh, batch))
+            for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
+                state, results = step_fn(state, batch)
                 if pending:  # fetched one update late, so that the device never waits for us
                     self.record(state, *pending)
                 pending = (step, results)
@@ -511,13 +564,13 @@ class Run:
         self.log.progress(step, self.num_steps, loss)
         if not (step == 1 or step == self.num_steps or _due(step, c.log_every)):
             return
-        seconds = self.timer.lap(step)
+        seconds, input_wait = self.timer.lap(step)
         rate = c.batch_size * c.data.seq_len / seconds
         left = seconds * (self.num_steps - step)
         record = {
             "step": step, "loss": loss, "perplexity": metrics.perplexity(loss),
             "learning_rate": values["learning_rate"], "grad_norm": values["grad_norm"],
-            "seconds_per_step": seconds, "tokens_per_second": rate,
+            "seconds_per_step": seconds, "tokens_per_second": rate, "input_wait": input_wait,
             "seconds_left": left, "samples_seen": self.position(step),
             "skipped": values["skipped"],
         }  # fmt: skip
@@ -529,6 +582,8 @@ class Run:
         if self.mfu_per_token_rate:
             record["mfu"] = rate * self.mfu_per_token_rate
             line += f"  MFU {100 * record['mfu']:.1f}%"
+        if input_wait > 0.01:
+            line += f"  {100 * input_wait:.0f}% waiting for data"
         if values["skipped"]:
             line += f"  {values['skipped']} skipped"
         self.log.write(record, f"{line}  {metrics.duration(left)} left")
@@ -558,7 +613,7 @@ class Run:
             max_sequences=c.eval_sequences,
         )  # fmt: skip
         result = evaluate(
-            c.model, state.params, batches, 
+            c.model, state.params, batches,
             place=lambda array: place(self.mesh, array[local_rows(len(array))]),
         )  # fmt: skip
         record = {

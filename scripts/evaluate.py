@@ -6,6 +6,7 @@ python scripts/evaluate.py --checkpoint runs/tiny [--data PATH ...] [--step best
 import argparse
 import dataclasses
 import json
+import sys
 
 from inl_jax.checkpoint import read_config
 from inl_jax.config import InputError, exit_on_input_error
@@ -13,6 +14,7 @@ from inl_jax.corpus import prepare
 from inl_jax.data import check, eval_batches
 from inl_jax.evaluate import evaluate
 from inl_jax.generate import LanguageModel
+from inl_jax.xla import use_compile_cache
 
 
 def main() -> None:
@@ -30,6 +32,7 @@ def main() -> None:
                 f"--batch_size {flags.batch_size} --seq_len {flags.seq_len}: must be positive"
             )
         config = read_config(flags.checkpoint)
+        use_compile_cache(report=lambda line: print(line, file=sys.stderr))
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
         data = config.data
         if flags.data:

@@ -6,10 +6,12 @@ Several prompts of any lengths are continued in one batch.
 """
 
 import argparse
+import sys
 import time
 
 from inl_jax.config import exit_on_input_error
 from inl_jax.generate import LanguageModel
+from inl_jax.xla import use_compile_cache
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
     flags = parser.parse_args()
     with exit_on_input_error():
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
+        use_compile_cache(report=lambda line: print(line, file=sys.stderr))
         settings = {"end_id": None} if flags.ignore_end else {}
         start = time.perf_counter()
         texts = model.generate(

@@ -19,11 +19,14 @@ def main() -> int:
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.sharding import make_mesh
     from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged, check_machine, train
+    from inl_jax.xla import apply_flags, use_compile_cache
 
     with exit_on_input_error():
+        apply_flags(config.xla_flags)
         if flags.dry_run:
             check_machine(config, make_mesh(config.mesh))
             return 0
+        use_compile_cache()
         try:
             return EXIT_INTERRUPTED if train(config).interrupted else 0
         except KeyboardInterrupt:  # before the first update, or a second Ctrl-C

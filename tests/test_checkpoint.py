@@ -299,15 +299,18 @@ def test_a_run_does_not_go_on_with_another_tokenizer(config):
 def test_a_run_may_go_on_with_another_recipe_and_says_so(config):
     start_run(config, BYTES)
     other = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, remat="block"),
+        config, model=dataclasses.replace(config.model, remat="block", attention_kernel="xla"),
         optim=dataclasses.replace(config.optim, learning_rate=1e-4), num_steps=20,
     )  # fmt: skip
     lines = []
     start_run(other, BYTES, report=lines.append)
     changed = " ".join(lines)
-    for part in ("model.remat none -> block", "optim.learning_rate 0.01 -> 0.0001", "8 -> 20"):
+    for part in (
+        "model.remat none -> block", "model.attention_kernel auto -> xla",
+        "optim.learning_rate 0.01 -> 0.0001", "8 -> 20",
+    ):  # fmt: skip
         assert part in changed
-    assert len(lines) == 3 and read_config(config.run_dir) == other
+    assert len(lines) == 4 and read_config(config.run_dir) == other
     start_run(other, BYTES, report=pytest.fail)
 
 

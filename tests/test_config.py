@@ -51,8 +51,9 @@ def test_overrides_reach_every_type_of_field():
     config = override(
         TrainConfig(),
         ["--data.paths", "a.txt", "b.txt", "--data.weights", "1", "2", "--mesh.data", "4",
-         "--model.kappa", "inf", "run_dir=a=b"],
+         "--model.kappa", "inf", "run_dir=a=b", "--xla_flags=--xla_a=1 --xla_b=2"],
     )  # fmt: skip
+    assert config.xla_flags == ("--xla_a=1 --xla_b=2",)
     assert config.data.paths == ("a.txt", "b.txt") and config.data.weights == (1.0, 2.0)
     assert (config.mesh.data, config.model.kappa, config.run_dir) == (4, math.inf, "a=b")
 
@@ -79,6 +80,8 @@ def test_overrides_reach_every_type_of_field():
         ("data.validation_fraction=1.5", ["data.validation_fraction=1.5"]),
         ("model.param_dtype=auto", ["model.param_dtype=auto"]),
         ("mesh.fsdp=0", ["mesh.fsdp=0"]),
+        ("model.attention_kernel=flash", ["model.attention_kernel", "'flash'", "'cudnn'"]),
+        ("xla_flags=fast", ["xla_flags=fast", "--xla_name=value"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_field_and_value(overrides, named):
@@ -172,6 +175,14 @@ def test_help_lists_every_field(capsys):
             names = [f"--{field.name}"]
         for name in names:
             assert name in shown
+
+
+def test_the_script_applies_the_compiler_flags_of_the_config_before_jax_starts(tmp_path):
+    flags = "--xla_flags=--xla_gpu_enable_latency_hiding_scheduler=true --xla_made_up=1"
+    done = run_script("--config", "tiny", "--dry_run", flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: XLA here does not take --xla_made_up=1" in done.stdout
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true\n" in done.stdout
 
 
 def test_dry_run_says_size_and_memory_and_creates_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from inl_jax import interop
 from inl_jax.model import init_params
 
 train = importlib.import_module("inl_jax.train")
+CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -41,8 +43,8 @@ def trained(train_config):
 
 def test_a_trained_run_is_evaluated_sampled_and_drawn(trained, run_script, tmp_path):
     def evaluate(*args):
-        code, out, _ = run_script("evaluate.py", "--checkpoint", trained.run_dir, "--json", *args)
-        assert code == 0
+        code, out, err = run_script("evaluate.py", "--checkpoint", trained.run_dir, "--json", *args)
+        assert code == 0 and err == f"compiled programs are kept in {CACHE}\n"
         return json.loads(out.splitlines()[-1])
 
     whole = evaluate()
@@ -59,9 +61,10 @@ def test_a_trained_run_is_evaluated_sampled_and_drawn(trained, run_script, tmp_p
     )
 
     prompts = ["the quick", "a", ""]
-    code, out, _ = run_script(
+    code, out, err = run_script(
         "generate.py", "--checkpoint", trained.run_dir, "--max_new_tokens", 5, "--prompt", *prompts
     )
+    assert err == f"compiled programs are kept in {CACHE}\n"
     assert code == 0 and out.startswith("the quick") and out.count("-" * 40) == 3
 
     code, out, _ = run_script("plot.py", trained.run_dir)

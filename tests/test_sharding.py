@@ -47,7 +47,7 @@ def one_update(config, mesh):
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         optimizer = make_optimizer(config, 8)
         abstract = abstract_state(config, mesh)
-        step = compile_step(config, 8, mesh, Quiet())
+        step = compile_step(config, 8, mesh, abstract, Quiet())
         batch = np.random.default_rng(1).integers(0, 300, (8, config.data.seq_len + 1), np.int32)
         state, results = step(make_state(config, optimizer, abstract), place(mesh, batch))
     return state, results

@@ -1,12 +1,16 @@
+import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 
 import inl_jax
-from inl_jax import checkpoint
+from inl_jax import checkpoint, model
 from inl_jax.config import InputError, MeshConfig, override, to_json
 from inl_jax.metrics import read_metrics
 from inl_jax.optim import learning_rate_schedule, make_optimizer
@@ -105,17 +109,102 @@ def test_a_nonfinite_update_leaves_parameters_and_optimizer_untouched(
     assert good["finite"] and not jnp.array_equal(after.params["embedding"], params["embedding"])
 
 
-def test_the_step_donates_its_state(train_config):
-    config = train_config()
+@contextlib.contextmanager
+def on_mesh(config):
+    """Yields what comes before the config's training step: its mesh and abstract state."""
     mesh = train.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        abstract = train.abstract_state(config, mesh)
-        compiled = train.compile_step(config, 10, mesh, train.metrics.MetricsLog(config.run_dir))
-    held = sum(
-        np.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
-        for s in jax.tree.leaves(abstract)
+    with jax.set_mesh(mesh), train.nn.logical_axis_rules(train.RULES):
+        yield mesh, train.abstract_state(config, mesh)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "accumulate_steps", "mesh"),
+    [
+        ("float32", 1, MeshConfig(data=1)),
+        ("float32", 2, MeshConfig(data=1)),
+        ("bfloat16", 1, MeshConfig(data=1)),
+        ("bfloat16", 2, MeshConfig(data=2, fsdp=2, tensor=2)),
+    ],
+)
+def test_the_step_updates_all_of_its_state_in_place(
+    train_config, capsys, param_dtype, accumulate_steps, mesh
+):
+    config = train_config(
+        model={"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
     )
-    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
+    with on_mesh(config) as (mesh, abstract):
+        log = train.metrics.MetricsLog(config.run_dir)
+        compiled = train.compile_step(config, 10, mesh, abstract, log)
+    held = sum(
+        np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(abstract)
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_state_that_is_held_twice_is_reported(train_config, monkeypatch, capsys):
+    jit = jax.jit
+
+    def without_donation(*args, donate_argnums=(), **kwargs):
+        return jit(*args, **kwargs)
+
+    monkeypatch.setattr(jax, "jit", without_donation)
+    config = train_config()
+    with on_mesh(config) as (mesh, abstract):
+        train.compile_step(config, 10, mesh, abstract, train.metrics.MetricsLog(config.run_dir))
+    assert "WARNING: only 0.00 GiB of the state's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
+def test_the_program_of_the_step_does_not_grow_with_layers_or_iterations(train_config, context):
+    def size(**fields):
+        config = train_config(model={"context": context, "remat": "block"} | fields)
+        with on_mesh(config) as (mesh, abstract):
+            return len(train.trace_step(config, 10, mesh, abstract).lower().as_text())
+
+    small = size(num_layers=2, num_iterations=2)
+    assert size(num_layers=6, num_iterations=2) == pytest.approx(small, rel=0.01)
+    assert size(num_layers=2, num_iterations=9) == pytest.approx(small, rel=0.01)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_the_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
+    train_config, monkeypatch, remat
+):
+    """Lowered for CUDA on any machine: what the compiler is given, not what it makes of it."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+
+    def program(**fields):
+        fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
+        config = train_config(model=fields)
+        with on_mesh(config) as (mesh, abstract):
+            traced = train.trace_step(config, 10, mesh, abstract)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    train.check_fused_attention(program())
+    with pytest.raises(RuntimeError, match="in its forward and backward pass .found: none"):
+        train.check_fused_attention(program(attention_kernel="xla"))
+
+
+def test_a_missing_attention_kernel_is_named():
+    forward = 'custom_call_target="__cudnn$fmhaSoftmax"'
+    backward = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
+    train.check_fused_attention(f"{forward}, x\n{backward}, y")
+    with pytest.raises(RuntimeError, match=r"in its backward pass \(found: __cudnn\$fmhaSoftmax\)"):
+        train.check_fused_attention(forward)
+    with pytest.raises(RuntimeError, match="in its forward pass .*model.attention_kernel"):
+        train.check_fused_attention(backward)
+
+
+def test_the_compiled_step_is_checked_for_the_kernel_it_was_to_use(train_config, monkeypatch):
+    monkeypatch.setattr(train, "attention_kernel", lambda _: "cudnn")  # the model itself uses xla
+    config = train_config(model={"context": "attention"})
+    with on_mesh(config) as (mesh, abstract), pytest.raises(RuntimeError, match="lacks cuDNN"):
+        train.compile_step(config, 10, mesh, abstract, train.metrics.MetricsLog(config.run_dir))
 
 
 def test_loss_falls_and_the_result_speaks(train_config, capsys):
@@ -328,6 +417,74 @@ def test_results_are_fetched_one_update_late(train_config, monkeypatch):
     assert events == ["dispatch", "dispatch", 1, "dispatch", 2, "dispatch", 3, 4]
 
 
+def test_nothing_else_is_fetched_between_updates(train_config, monkeypatch):
+    """The host reads from the device the results of one update earlier, and nothing more."""
+    events, of_update = [], {}
+    compile_step, array_type = train.compile_step, type(jnp.zeros(()))
+    value, wait = array_type._value, array_type.block_until_ready
+
+    def spying_compile(*args):
+        step_fn = compile_step(*args)
+
+        def spying_step(state, batch):
+            state, results = step_fn(state, batch)
+            update = events.count("dispatch") + 1
+            of_update.update({id(array): (update, array) for array in results.values()})
+            events.append("dispatch")
+            return state, results
+
+        return spying_step
+
+    def note(array):
+        if threading.current_thread() is threading.main_thread():
+            events.append(of_update.get(id(array), ("something else",))[0])
+
+    monkeypatch.setattr(train, "compile_step", spying_compile)
+    monkeypatch.setattr(array_type, "_value", property(lambda a: (note(a), value.fget(a))[1]))
+    monkeypatch.setattr(array_type, "block_until_ready", lambda a: (note(a), wait(a))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (events.append("wait"), tree)[1])
+    train.train(train_config(num_steps=5, save_every=0, eval_every=0))
+    first, *between = [i for i, event in enumerate(events) if event == "dispatch"]
+    assert len(between) == 4
+    fetched = [set(events[i + 1 : j]) for i, j in itertools.pairwise([first, *between])]
+    assert fetched == [set(), {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize(("read_seconds", "share"), [(0.0, 0.0), (3.0, 0.75)])
+def test_waiting_for_data_is_measured_and_shown(
+    train_config, monkeypatch, capsys, read_seconds, share
+):
+    """On a clock of our own: a second for each update, and `read_seconds` for each batch."""
+    clock = [0.0]
+    compile_step, training_batches = train.compile_step, train.data.training_batches
+
+    def slow_step(*args):
+        step_fn = compile_step(*args)
+        return lambda *inputs: (clock.__setitem__(0, clock[0] + 1), step_fn(*inputs))[1]
+
+    def slow_source(*args, **kwargs):
+        for batch in training_batches(*args, **kwargs):
+            clock[0] += read_seconds
+            yield batch
+
+    monkeypatch.setattr(train.metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "compile_step", slow_step)
+    monkeypatch.setattr(train.data, "training_batches", slow_source)
+    config = train_config(num_steps=6, log_every=2, save_every=0, eval_every=0)
+    waits = [r["input_wait"] for r in train.train(config).history if "loss" in r]
+    assert waits == [share] * 4
+    assert ("75% waiting for data" in capsys.readouterr().out) == (share > 0)
+
+
+def test_the_state_is_described_once_a_start(train_config, monkeypatch):
+    calls, abstract_state = [], train.abstract_state
+    monkeypatch.setattr(
+        train, "abstract_state", lambda *args: (calls.append(1), abstract_state(*args))[1]
+    )
+    train.train(train_config(num_steps=4))
+    assert len(calls) == 1
+
+
 def test_epochs_are_counted_in_windows(train_config):
     config = train_config(num_steps=0, num_epochs=0.5, optim={"warmup_steps": 0})
     corpus = train.prepare(config.data)
@@ -342,6 +499,15 @@ def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatc
     config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
     with pytest.raises(InputError, match=r"needs .* GiB of memory on each device and .* GiB was"):
         train.train(config)
+
+
+def test_the_attention_kernel_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    with pytest.raises(InputError, match="model.compute_dtype=float32"):
+        train.train(train_config(model={"context": "attention"}))
+    config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})
+    assert "attention context (cudnn kernel)" in train.describe_model(config)
 
 
 def test_samples_too_long_for_the_model_are_refused_at_the_start(train_config):
@@ -400,6 +566,7 @@ def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tm
     out = process.communicate()[0]
     assert process.returncode == train.EXIT_INTERRUPTED, out
     assert "resuming from update" in out
+    assert f"compiled programs are kept in {os.environ['JAX_COMPILATION_CACHE_DIR']}\n" in out
     reached = max(int(p.name) for p in (tmp_path / "parts" / "checkpoints").iterdir())
     assert f"stopped at update {reached} as asked, and saved" in out
 
