@@ -282,6 +282,8 @@ class TrainConfig:
     """Sequences per update, over all devices and micro-batches."""
     accumulate_steps: int = 1
     """Micro-batches an update is split into. More of them need less memory; results are equal."""
+    loss_chunk: int = 512
+    """Tokens of one device whose logits exist at once; 0 takes all. Results are equal."""
     log_every: int = 10
     """Updates between log lines."""
     eval_every: int = 250
@@ -312,8 +314,8 @@ class TrainConfig:
             "sample_tokens", "max_nonfinite_steps",
         )  # fmt: skip
         _require_not_negative(
-            self, "", "num_steps", "num_epochs", "eval_every", "eval_sequences", "save_every",
-            "sample_every", "seed",
+            self, "", "loss_chunk", "num_steps", "num_epochs", "eval_every", "eval_sequences",
+            "save_every", "sample_every", "seed",
         )  # fmt: skip
         _require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
         _require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")

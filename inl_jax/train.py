@@ -33,7 +33,7 @@ from inl_jax.config import InputError, TrainConfig, load
 from inl_jax.corpus import Corpus, prepare
 from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
-from inl_jax.losses import token_losses
+from inl_jax.losses import mean_loss
 from inl_jax.model import (
     attention_kernel,
     compute_dtype,
@@ -95,7 +95,7 @@ def loss_fn(params, batch_BS, dropout_key, *, config: TrainConfig) -> jax.Array:
     """Mean next-token loss of sequences [B, S + 1], float32."""
     dropout_key = dropout_key if config.model.dropout > 0 else None
     hidden = hidden_states(config.model, params, batch_BS[:, :-1], dropout_key=dropout_key)
-    return token_losses(params, hidden, batch_BS[:, 1:]).mean()
+    return mean_loss(params, hidden, batch_BS[:, 1:], chunk=config.loss_chunk)
 
 
 def init_state(key: jax.Array, *, config: TrainConfig, optimizer) -> TrainState:
