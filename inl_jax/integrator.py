@@ -60,7 +60,9 @@ def coefficients(o, rms_BS1, *, dt: float, kappa: float):
     """
     o_alpha, o_beta, o_gate, candidate = o
     alpha = jax.nn.sigmoid(o_alpha) * closeness(rms_BS1, kappa=kappa)
-    beta = jnp.minimum(jax.nn.softplus(o_beta), 2 / dt)
+    # softplus; XLA's log1p takes half as long again, for digits that beta - 0 does not need
+    softplus = jnp.maximum(o_beta, 0) + jnp.log(1 + jnp.exp(-jnp.abs(o_beta)))
+    beta = jnp.minimum(softplus, 2 / dt)
     return alpha, beta, jax.nn.sigmoid(o_gate), candidate
 
 
@@ -162,6 +164,8 @@ def _run_forward(params, from_context_BSQC, x_BSD, s_TD, dynamics, segment):
 def _run_backward(dynamics, segment, residuals, dx_BSD):
     params, x_BSD, s_TD, kept_first, kept_head, segments = residuals
     cast = _cast_kernels(params, dynamics.dtype)
+    # Once for all iterations in the order that the products back to (x, v) read it in.
+    cast["state_kernel"] = cast["state_kernel"].transpose(1, 2, 0)
     s_head, s_segments = _split(s_TD, segment)
     through = functools.partial(_segment_backward, cast, dynamics=dynamics)
 
@@ -170,9 +174,12 @@ def _run_backward(dynamics, segment, residuals, dx_BSD):
         return through(carry, start, kept, s_KD)
 
     r_BSQC = kept_first[0]
+    kernel_QCD = jnp.zeros((*r_BSQC.shape[2:], x_BSD.shape[-1]), dx_BSD.dtype)
     sums = {
         "context": jnp.zeros(r_BSQC.shape, dx_BSD.dtype),
-        "params": jax.tree.map(jnp.zeros_like, params),
+        "x_kernel": kernel_QCD,
+        "v_kernel": kernel_QCD,
+        **{n: jnp.zeros_like(params[n]) for n in ("mu", "output_kernel", "output_bias")},
     }
     carry = ((dx_BSD, jnp.zeros_like(dx_BSD)), sums)
     carry, ds_segments = jax.lax.scan(body, carry, (segments, s_segments), reverse=True)
@@ -181,9 +188,11 @@ def _run_backward(dynamics, segment, residuals, dx_BSD):
     ((dx_BSD, _), sums), (dr_BSQC, ds_D) = _step_backward(
         cast, carry, (x_BSD, None), kept_first, s_head[0], dynamics=dynamics
     )
-    sums = _add_state_kernel(sums, x_BSD[None], dr_BSQC[None], dtype=dynamics.dtype)
+    sums = _add_products(sums, {"x_kernel": x_BSD[None]}, dr_BSQC[None], dtype=dynamics.dtype)
     ds_TD = jnp.concatenate([ds_D[None], ds_head, ds_segments.reshape(-1, len(ds_D))])
-    return sums["params"], sums["context"].astype(r_BSQC.dtype), dx_BSD, ds_TD
+    d_context = sums.pop("context").astype(r_BSQC.dtype)
+    d_state_kernel = jnp.concatenate([sums.pop("x_kernel"), sums.pop("v_kernel")], axis=-1)
+    return sums | {"state_kernel": d_state_kernel.transpose(2, 0, 1)}, d_context, dx_BSD, ds_TD
 
 
 run_lean.defvjp(_run_forward, _run_backward)
@@ -220,26 +229,26 @@ def _segment_backward(params, carry, start, kept, s_KD, *, dynamics: Dynamics):
     (d_state, sums), (dr_KBSQC, ds_KD) = jax.lax.scan(
         body, carry, (states, kept, s_KD), reverse=True
     )
-    sums = _add_state_kernel(sums, jnp.concatenate(states, axis=-1), dr_KBSQC, dtype=dynamics.dtype)
-    return (d_state, sums), ds_KD
+    inputs = {"x_kernel": states[0], "v_kernel": states[1]}
+    return (d_state, _add_products(sums, inputs, dr_KBSQC, dtype=dynamics.dtype)), ds_KD
 
 
-def _add_state_kernel(sums, states_KBSE, dr_KBSQC, *, dtype):
+def _add_products(sums, inputs, dr_KBSQC, *, dtype):
     """Adds the gradient by the state kernel: all tokens and iterations of a segment at once."""
-    own = sums["params"]
-    d_EQC = jnp.einsum(
-        "kbse,kbsqc->eqc", states_KBSE.astype(dtype), dr_KBSQC.astype(dtype),
-        preferred_element_type=own["state_kernel"].dtype,
-    )  # fmt: skip
-    total = own["state_kernel"].at[: len(d_EQC)].add(d_EQC)
-    return sums | {"params": own | {"state_kernel": total}}
+    dr = dr_KBSQC.astype(dtype)
+    product = functools.partial(jnp.einsum, "kbsqc,kbsd->qcd")
+    return sums | {
+        name: sums[name]
+        + product(dr, a_KBSD.astype(dtype), preferred_element_type=sums[name].dtype)
+        for name, a_KBSD in inputs.items()
+    }
 
 
 def _step_backward(params, carry, state, kept, s_D, *, dynamics: Dynamics):
     """Pulls the gradient back through one step.
 
     Args:
-      params: with kernels in the type of the products.
+      params: kernels in the type of the products, the state kernel as [Q, C, 2 D].
       carry: gradients by (x', v'), and the sums of those by the context and the parameters.
       state: (x, v) before the step.
       kept: (r, rms).
@@ -278,19 +287,15 @@ def _step_backward(params, carry, state, kept, s_D, *, dynamics: Dynamics):
     dr = [product("bsd,cd->bsc", d, W_o[q]) for q, d in enumerate(narrow)]
     dr_BSQC = jnp.where(r_BSQC > 0, jnp.stack(dr, axis=-2), 0)
     dW_o = [product("bsc,bsd->cd", r_BSQC[..., q, :], d) for q, d in enumerate(narrow)]
-    own = sums["params"]
-    sums = {
+    sums = sums | {
         "context": sums["context"] + dr_BSQC,
-        "params": own
-        | {
-            "output_kernel": own["output_kernel"] + jnp.stack(dW_o),
-            "output_bias": own["output_bias"] + jnp.stack([d.sum((0, 1)) for d in do]),
-            "mu": own["mu"] - de_BSD.sum((0, 1)),
-        },
+        "output_kernel": sums["output_kernel"] + jnp.stack(dW_o),
+        "output_bias": sums["output_bias"] + jnp.stack([d.sum((0, 1)) for d in do]),
+        "mu": sums["mu"] - de_BSD.sum((0, 1)),
     }
     D = x_BSD.shape[-1]
-    kernel = params["state_kernel"][: D if v_BSD is None else 2 * D]
-    d_products = product("bsqc,eqc->bse", dr_BSQC.astype(dtype), kernel)
+    kernel_QCE = params["state_kernel"][..., : D if v_BSD is None else 2 * D]
+    d_products = product("bsqc,qce->bse", dr_BSQC.astype(dtype), kernel_QCE)
     dx_BSD = dx_BSD + de_BSD + d_products[..., :D]
     dv_before = None if v_BSD is None else alpha * dv_BSD + d_products[..., D:]
     return ((dx_BSD, dv_before), sums), (dr_BSQC, dv_BSD.sum((0, 1)))
