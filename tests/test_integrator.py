@@ -1,4 +1,5 @@
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_no_array_of_all_outputs_leaves_an_iteration():
             if eqn.primitive.name == "scan":
                 carried = eqn.params["num_carry"]
                 yield sum(v.aval.size // T for v in eqn.outvars[carried:])
-            for sub in jax.core.jaxprs_in_params(eqn.params):
+            for sub in jax.extend.core.jaxprs_in_params(eqn.params):
                 yield from per_iteration(sub)
 
     lean, autodiff = (list(per_iteration(grads(g).jaxpr)) for g in ("lean", "autodiff"))
