@@ -282,7 +282,7 @@ class TrainConfig:
     """Sequences per update, over all devices and micro-batches."""
     accumulate_steps: int = 1
     """Micro-batches an update is split into. More of them need less memory; results are equal."""
-    loss_chunk: int = 512
+    loss_chunk: int = 256
     """Tokens of one device whose logits exist at once; 0 takes all. Results are equal."""
     log_every: int = 10
     """Updates between log lines."""

@@ -17,8 +17,8 @@ from inl_jax.integrator import join_positions, split_positions
 from inl_jax.model import logits
 from inl_jax.sharding import row_shards
 
-CHUNK = 512  # tokens of one device whose logits exist at once
-_COLUMNS = 512  # of the embedding's gradient that are added at once
+CHUNK = 256  # tokens of one device whose logits exist at once
+COLUMNS = 512  # of the embedding's gradient that are added at once
 
 
 def token_losses(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.Array:
@@ -62,7 +62,7 @@ def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chun
     (V, D), S, wide = embedding_VD.shape, targets_BS.shape[1], _wide(hidden_BSD)
     N = _row_shards(len(targets_BS))
     kernel_VD = embedding_VD.astype(hidden_BSD.dtype)
-    width = _COLUMNS if D % _COLUMNS == 0 else D
+    width = COLUMNS if D % COLUMNS == 0 else D
 
     def body(carry, inputs):
         loss, d_embedding_NVD = carry

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inl_jax.config import ModelConfig, TrainConfig
+from inl_jax.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.model import abstract_params, compute_dtype
 
 # Dense bfloat16 peak in FLOP/s by device kind, from the makers' data sheets (without sparsity).
@@ -57,10 +58,8 @@ def peak_flops(device: jax.Device) -> float | None:
 def memory_needed(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes a training step needs on each device of `mesh`, by part.
 
-    The state is from shapes, and exact where its axes are split evenly. Activations are an estimate
-    for the scans of this version: the input of every block (all of every block without remat), and
-    in one block about 15 float32 vectors per token and iteration, which automatic differentiation
-    keeps.
+    The state is from shapes, and exact where its axes are split evenly. Activations and logits are
+    an estimate: see `_activations`.
     """
     c = config.model
     size = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(c)))
@@ -70,18 +69,46 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     rows = config.batch_size // config.accumulate_steps
     rows = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
     tokens = rows * config.data.seq_len
-    item = compute_dtype(c).itemsize
-    in_block = tokens * c.d_model * (wide * (15 * c.num_iterations + 8) + 3 * wide * 4)
-    blocks = c.num_layers if c.remat == "none" else 1
+    at_once = min(config.loss_chunk or tokens, tokens)
     return {
         "parameters": size * width,
         "masters": size * 4 if c.param_dtype == "bfloat16" else 0,
         "moments": 2 * size * wide,
         "gradients": size * wide,
         "accumulator": size * wide if config.accumulate_steps > 1 else 0,
-        "activations (estimate)": blocks * in_block + c.num_layers * tokens * c.d_model * item,
-        "logits": 2 * tokens * c.vocab_size * wide,
+        "activations (estimate)": _activations(c, tokens, config.data.seq_len),
+        "logits (estimate)": wide * c.vocab_size * (2 * at_once + min(c.d_model, LOSS_COLUMNS)),
     }
+
+
+def _activations(c: ModelConfig, tokens: int, seq_len: int) -> int:
+    """Bytes that `tokens` tokens of one device take between forward and backward pass.
+
+    Kept for every block: its input, and what `remat` does not compute again. Beside that, one block
+    at a time has all of its own. In units of D float32 values per token, fitted to the compiled
+    gradient of one 3b block within 10% (`benchmark.py memory --config 3b`): 16 and three times the
+    feed-forward width for what is not the integrator; 2 for every iteration (or segment) whose
+    state is kept, or 17 by automatic differentiation; 12 while an iteration's gradient is computed
+    and 2 for every iteration of a segment, both only for the positions of one chunk.
+    """
+    D, T, segment = c.d_model, c.num_iterations, c.integrator_segment
+    vector = max(4, jnp.dtype(c.param_dtype).itemsize) * tokens
+    rest = vector * (16 * D + 3 * c.d_ff)
+    kept = working = 0
+    if T > 0 and c.integrator_gradient == "autodiff":
+        kept = vector * 17 * T * D
+    elif T > 0:
+        kept = vector * (2 * -(-T // segment) * D + 4 * c.controller_width * T)
+        share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
+        working = int(vector * share * D * (12 + (2 * segment if segment > 1 else 0)))
+    once, each = {
+        "none": (0, rest + kept),
+        "integrator": (kept, rest),
+        "all_but_integrator": (rest, kept),
+        "block": (rest + kept, 0),
+    }[c.remat]
+    stream = tokens * D * compute_dtype(c).itemsize
+    return c.num_layers * (stream + each) + once + working
 
 
 def memory_found(mesh: Mesh) -> tuple[int, str]:

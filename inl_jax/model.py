@@ -90,6 +90,7 @@ def _state_dtype(x: jax.Array) -> jnp.dtype:
 # --- the mathematics, as functions of arrays
 
 
+@jax.checkpoint  # keeps x, not the steps to its norm
 def layer_norm(x_D, scale_D, bias_D) -> jax.Array:
     """Layer normalisation over the last axis, eps 1e-5, computed in float32."""
     x = x_D.astype(_state_dtype(x_D))

@@ -63,6 +63,7 @@ from inl_jax.xla import apply_flags
 PAUSE = 0.3  # seconds between measurements, in which idle threads stop spinning
 MATMUL = (512, 2048, 8192)  # the product by which the machine's rate is measured
 SEGMENT = 7  # iterations in a segment, where the config has no segments
+SLICE = 2048  # positions that go through the integrator together, where the config takes all
 REMATS = (  # model.remat, .integrator_gradient and .integrator_segment; the first is the base
     ("none", "lean", 1), ("none", "lean", SEGMENT), ("integrator", "lean", 1),
     ("all_but_integrator", "lean", 1), ("all_but_integrator", "lean", SEGMENT),
@@ -482,26 +483,32 @@ def memory(parser, argv) -> Report:
     """What the gradient keeps, and the temporary memory of one block; nothing is allocated."""
     parser.add_argument("--step", action="store_true", help="compile the whole training step too")
     config, flags = config_and_flags(parser, argv)
-    model = dataclasses.replace(config.model, num_layers=1, remat="none", integrator_segment=1)
-    check_iterations(model)
-    wanted = config.model.integrator_segment
-    segment = wanted if wanted > 1 else SEGMENT
-    variants = {
-        "": model,
-        "_segmented": dataclasses.replace(model, integrator_segment=segment),
-        "_autodiff": dataclasses.replace(model, integrator_gradient="autodiff"),
-    }
-    S = config.data.seq_len
-    record = {"segment": segment}
-    record |= {f"residual_widths{k}": residual_widths(v, S) for k, v in variants.items()}
-    record |= {f"temp_bytes{k}": block_temp_bytes(v, S) for k, v in variants.items()}
+    c, S = config.model, config.data.seq_len
+    check_iterations(c)
+    segment = c.integrator_segment if c.integrator_segment > 1 else SEGMENT
+    chunk = c.integrator_chunk or SLICE
+    whole = dataclasses.replace(
+        c, num_layers=1, remat="none", integrator_segment=1, integrator_chunk=0
+    )
+    segmented = dataclasses.replace(whole, integrator_segment=segment)
+    sliced = dataclasses.replace(segmented, integrator_chunk=chunk)
+    autodiff = dataclasses.replace(whole, integrator_gradient="autodiff")
+    widths = {"": whole, "_segmented": segmented, "_autodiff": autodiff}
+    temps = {"": sliced, "_segmented": segmented, "_whole": whole, "_autodiff": autodiff}
+    record = {"segment": segment, "chunk": chunk}
+    record |= {f"residual_widths{k}": residual_widths(v, S) for k, v in widths.items()}
+    record |= {f"temp_bytes{k}": block_temp_bytes(v, S) for k, v in temps.items()}
     if flags.step:
         record |= step_memory(config)
     notes = [
-        f"{config.name}: one {model.context} block, D {model.d_model}, C {model.controller_width}, "
-        f"T {model.num_iterations}, S {S}; segmented: {segment} iterations a segment",
+        f"{config.name}: one {c.context} block without remat, D {c.d_model}, "
+        f"C {c.controller_width}, T {c.num_iterations}, S {S}",
         "residual_widths: values kept for the gradient per token and iteration, in units of D",
-        "temp_bytes: of the compiled gradient of one block",
+        f"temp_bytes: of the block's compiled gradient, {compute_dtype(c)} products, with segments "
+        f"of {segment} iterations in chunks of {chunk} positions (model.integrator_segment, "
+        "integrator_chunk); whole: without these",
+        f"autodiff takes {record['temp_bytes_autodiff'] / record['temp_bytes']:.2f} times the "
+        "memory",
     ]
     return Report(record, [], notes)
 

@@ -131,11 +131,11 @@ def test_generate(measure):
 
 def test_memory(measure):
     found = measure("memory", *TINY, "--step")
-    assert found["segment"] == 7
+    assert (found["segment"], found["chunk"]) == (7, 2048)
     widths = [found[f"residual_widths{k}"] for k in ("_segmented", "", "_autodiff")]
     assert widths == sorted(widths) and widths[0] > 0
     assert 0 < found["temp_bytes"] < found["temp_bytes_autodiff"]
-    assert found["temp_bytes_segmented"] > 0
+    assert found["temp_bytes_segmented"] > 0 and found["temp_bytes_whole"] > 0
     assert 0 < found["step_alias_bytes"] <= found["step_argument_bytes"]
     assert found["step_temp_bytes"] > 0 and found["step_compile_seconds"] > 0
 
@@ -184,7 +184,7 @@ def test_a_table_is_printed_with_its_command_and_machine(benchmark, capsys, monk
     benchmark.main(["memory", *TINY, "--model.integrator_segment", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("python scripts/benchmark.py memory --config tiny")
-    assert f"jax {jax.__version__}" in lines[1] and "segmented: 2 iterations" in lines[-3]
+    assert f"jax {jax.__version__}" in lines[1] and "segments of 2 iterations" in lines[-2]
     assert any(
         line.startswith("temp_bytes_autodiff") and line.endswith("1.5 MiB") for line in lines
     )

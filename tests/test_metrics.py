@@ -82,6 +82,13 @@ def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
         return sum(metrics.memory_needed(config, make_mesh(config.mesh)).values())
 
     assert total(model={"remat": "block"}) < total(model={"remat": "none"})
+    for kind in ("integrator", "all_but_integrator"):
+        assert total(model={"remat": "block"}) < total(model={"remat": kind})
+        assert total(model={"remat": kind}) < total(model={"remat": "none"})
+    for saves in ({"integrator_segment": 2}, {"integrator_chunk": 4}, {"num_iterations": 0}):
+        assert total(model={"remat": "none"} | saves) < total(model={"remat": "none"})
+    assert total() < total(model={"integrator_gradient": "autodiff"})
+    assert total(loss_chunk=4) < total(loss_chunk=8) < total(loss_chunk=0)
     assert total(batch_size=4) < total(batch_size=8)
     assert total(batch_size=64, accumulate_steps=8) < total(batch_size=64)
     one, rows, shards = (MeshConfig(data=d, fsdp=f) for d, f in ((1, 1), (8, 1), (1, 8)))
