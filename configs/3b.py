@@ -8,6 +8,8 @@ Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 to
 Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
 Memory     28.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
            exact from shapes; gradients and activations come on top: see --dry_run.
+           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU not measured yet.
 Time, loss not measured yet for this size; 130,000 updates of 262,144 tokens are about
            20 tokens per parameter.
 """

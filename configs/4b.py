@@ -8,6 +8,8 @@ Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 to
 Hardware   Several GPUs of 80 GB with --mesh.fsdp, or one of 141 GB.
 Memory     42.3 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
            exact from shapes; gradients and activations come on top: see --dry_run.
+           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU not measured yet.
 Time, loss not measured yet for this size; 190,000 updates of 262,144 tokens are about
            20 tokens per parameter.
 """

@@ -8,6 +8,8 @@ Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 to
 Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
 Memory     13.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
            exact from shapes; gradients and activations come on top: see --dry_run.
+           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU not measured yet.
 Time, loss not measured yet for this size; 60,000 updates of 262,144 tokens are about
            19 tokens per parameter.
 """

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,7 +22,7 @@ CHUNKS = [0, 1, 5 * B, 1000]
 
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch):
-    monkeypatch.setattr(losses, "_COLUMNS", 4)
+    monkeypatch.setattr(losses, "COLUMNS", 4)
 
 
 def full_logits(params, hidden, targets):
@@ -73,7 +74,7 @@ def test_bfloat16_products_are_added_in_float32():
 def sizes(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval.size for v in eqn.outvars)
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in jaxprs_in_params(eqn.params):
             yield from sizes(sub)
 
 
