@@ -151,6 +151,12 @@ def test_what_the_gradient_keeps_at_full_width(benchmark):
     assert benchmark.residual_widths(autodiff, 512) > 10
 
 
+@pytest.mark.slow  # compiles, allocates nothing
+def test_the_gradient_of_a_3b_block_takes_a_fifth_of_autodiffs_memory(measure):
+    found = measure("memory", "--config", "3b")
+    assert 5 * found["temp_bytes"] <= found["temp_bytes_autodiff"]
+
+
 def test_remat(measure, benchmark, monkeypatch):
     assert len(benchmark.REMATS) == 7
     monkeypatch.setattr(benchmark, "REMATS", benchmark.REMATS[::6])

@@ -213,6 +213,12 @@ def test_rotary_attention_depends_on_distance_only():
     assert abs(product(7, 3) - product(9, 3)) > 1e-3
 
 
+def test_the_gradient_of_a_norm_keeps_its_input_alone():
+    x, d = jax.ShapeDtypeStruct((9, 64), "float32"), jax.ShapeDtypeStruct((64,), "float32")
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(model.layer_norm, *arrays)[1], x, d, d)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= x.size + 2 * d.size
+
+
 def test_decay_scan_gradient_equals_autodiff_of_the_loop():
     def loop(u, decay, h):
         def body(h, u_i):
