@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import inl_jax
 from inl_jax import model
@@ -266,7 +267,7 @@ def scans(jaxpr, length):
     found = 0
     for eqn in jaxpr.eqns:
         found += eqn.primitive.name == "scan" and eqn.params["length"] == length
-        found += sum(scans(sub, length) for sub in jax.core.jaxprs_in_params(eqn.params))
+        found += sum(scans(sub, length) for sub in jaxprs_in_params(eqn.params))
     return found
 
 
