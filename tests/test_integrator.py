@@ -309,8 +309,9 @@ def test_no_array_of_all_outputs_leaves_an_iteration():
     def per_iteration(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "scan":
-                carried = eqn.params["num_carry"]
-                yield sum(v.aval.size // T for v in eqn.outvars[carried:])
+                (body,) = jax.extend.core.jaxprs_in_params(eqn.params)
+                pairs = zip(eqn.outvars, body.outvars, strict=True)
+                yield sum(o.aval.size // T for o, i in pairs if o.aval.ndim > i.aval.ndim)
             for sub in jax.extend.core.jaxprs_in_params(eqn.params):
                 yield from per_iteration(sub)
 
