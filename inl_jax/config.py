@@ -207,6 +207,16 @@ class DataConfig:
 class OptimConfig:
     """AdamW under a warmup-cosine schedule, counted in optimizer updates."""
 
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps a row and a column of second moments for each matrix, and no first ones."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of the moments. bfloat16 is rounded stochastically."""
+    rounding: Literal["masters", "stochastic"] = "masters"
+    """How updates reach bfloat16 parameters: by float32 master weights in the optimizer, or by
+    rounding each new weight up or down at random, right in the mean, which needs no memory."""
+    state_memory: Literal["device", "pinned_host"] = "device"
+    """Where masters and moments live. pinned_host: on the host, and through the device one layer
+    at a time."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 100
@@ -243,19 +253,28 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per mesh axis. The product is the number of devices."""
+    """Devices per mesh axis. The product is the number of devices; one axis may be the "rest"."""
 
     data: int | Literal["rest"] = "rest"
     """Replicas that each read their own rows. rest: all devices the other axes leave."""
-    fsdp: int = 1
+    fsdp: int | Literal["rest"] = 1
     """Devices that share parameters and optimizer state, and also split the rows."""
-    tensor: int = 1
+    tensor: int | Literal["rest"] = 1
     """Devices that split the feed-forward, attention heads and controllers."""
+    fsdp_shards: Literal["all", "optimizer"] = "all"
+    """What the fsdp axis splits: parameters and optimizer state (ZeRO-3), or only the optimizer
+    state and the accumulated gradients, while each device keeps all parameters (ZeRO-1 and 2)."""
 
     def __post_init__(self):
         _check_types(self, "mesh.")
-        _require_positive(self, "mesh.", "fsdp", "tensor")
-        _require(self.data == "rest" or self.data > 0, f"mesh.data={self.data}: positive, or rest")
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        for name, size in sizes.items():
+            whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+            _require(
+                size == "rest" or whole, f"mesh.{name}={size!r}: a positive whole number, or rest"
+            )
+        rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]
+        _require(len(rest) < 2, f"{' and '.join(rest)} are both rest: only one axis may be")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -368,11 +368,14 @@ class INLModel(_Declares):
             "embedding", init.normal(c.d_model**-0.5), (c.vocab_size, c.d_model),
             ("vocab", "embed"), table_dtype,
         )  # fmt: skip
+        # Whole rows for the lookup: split over fsdp, it would leave activations to be exchanged.
+        embedding_VD = nn.with_logical_constraint(embedding_VD, ("vocab", "activation"))
         start_B1 = 0 if state is None else state.position_B[:, None]
         position_BS = jnp.broadcast_to(start_B1 + jnp.arange(ids_BS.shape[1]), ids_BS.shape)
         x_BSD = math.sqrt(c.d_model) * embedding_VD[ids_BS]
         if c.context != "attention":
             x_BSD = x_BSD + sinusoid(position_BS, c.d_model, table_dtype)
+        x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
         block = Block

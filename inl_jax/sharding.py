@@ -3,7 +3,9 @@
 The model names its axes; nothing but `RULES` says what they mean on a mesh.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
-from inl_jax.model import boxed_init, unbox
+from inl_jax.model import abstract_params, boxed_init, unbox
+from inl_jax.optim import any_length_optimizer, init_optimizer, on_host, split_blocks
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that split the rows of a batch
@@ -35,23 +38,31 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh `data` x `fsdp` x `tensor`: over all devices, or over the first few of one process.
+
+    Args:
+      config: its sizes.
+      devices: what to lay it over; JAX's own devices by default.
 
     Raises:
       InputError: there are too few devices, or the rest cannot be shared out evenly.
     """
-    n, shared = jax.device_count(), config.fsdp * config.tensor
-    data = n // shared if config.data == "rest" else config.data
-    wanted = data * shared
-    if not 0 < wanted <= n or (wanted < n and (config.data == "rest" or jax.process_count() > 1)):
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, n = {axis: getattr(config, axis) for axis in AXES}, len(devices)
+    known = math.prod(size for size in sizes.values() if size != "rest")
+    shape = tuple(n // known if size == "rest" else size for size in sizes.values())
+    wanted = math.prod(shape)
+    if not 0 < wanted <= n or (
+        wanted < n and ("rest" in sizes.values() or jax.process_count() > 1)
+    ):
+        fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}: "
-            f"the product must be the number of devices, {n}, or less with mesh.data a number"
+            f"{fields}: the product must be the number of devices, {n}, or less with no axis the "
+            "rest"
         )
-    shape = (data, config.fsdp, config.tensor)
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[:wanted])
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -64,23 +75,35 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def param_shardings(mesh: Mesh, config: ModelConfig) -> Any:
+def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all") -> Any:
     """A sharding for every parameter, by `RULES`.
 
+    Args:
+      mesh: the mesh.
+      config: the architecture.
+      fsdp_shards: as `MeshConfig.fsdp_shards`; "optimizer" keeps parameters whole over `fsdp`.
+
     Raises:
-      InputError: an axis does not divide over the mesh.
+      InputError: an axis has no rule, or does not divide over the mesh.
     """
     boxed = jax.eval_shape(lambda key: boxed_init(config, key), jax.random.key(0))
     specs = nn.get_partition_spec(boxed)
-    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+        for axis in set(spec) - {None} - dict(RULES).keys():
+            raise InputError(f"{_name(path)} has the axis {axis!r}, which RULES lacks: add a rule")
+    rules = RULES
+    if fsdp_shards == "optimizer":
+        rules = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
 
     def check(path, leaf, sharding):
+        if len(sharding.spec) < leaf.ndim:
+            raise InputError(f"{_name(path)} of shape {leaf.shape} does not name its axes")
         try:
             sharding.shard_shape(leaf.shape)
         except ValueError:
-            name = "/".join(str(k.key) for k in path)
             raise InputError(
-                f"{name} of shape {leaf.shape} does not divide over the mesh axes "
+                f"{_name(path)} of shape {leaf.shape} does not divide over the mesh axes "
                 f"{sharding.spec} of {dict(mesh.shape)}: choose mesh.fsdp and mesh.tensor that do"
             ) from None
 
@@ -88,24 +111,40 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> Any:
     return shardings
 
 
-def optimizer_shardings(
-    mesh: Mesh, params: Any, optimizer: optax.GradientTransformation, abstract_state: Any
-) -> Any:
-    """A sharding for every leaf of an optimizer state: its parameter's, or replicated.
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
 
-    Args:
-      mesh: the mesh.
-      params: `param_shardings`.
-      optimizer: the optimizer.
-      abstract_state: shapes of its state.
+
+def _name(path) -> str:
+    return "/".join(str(k.key) for k in path)
+
+
+def abstract_optimizer_state(config: TrainConfig, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of the optimizer's state, without allocating.
+
+    Masters and moments lie as their parameters do (with `fsdp_shards="optimizer"`, as these would
+    with "all"), in host memory where the config says so. What is smaller than its parameter
+    (factored moments, counters) is on every device.
     """
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract_state,
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )
+    optimizer = any_length_optimizer(config)
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract_params(config.model), param_shardings(mesh, config.model),
+    )  # fmt: skip
+    state = jax.eval_shape(functools.partial(init_optimizer, optimizer), params)
+    offload = config.optim.state_memory == "pinned_host"
+
+    def place(leaf, param=None):
+        same = param is not None and leaf.shape == param.shape
+        sharding = param.sharding if same else NamedSharding(mesh, P())
+        if offload and on_host(leaf):
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return {
+        part: optax.tree.map_params(optimizer, place, state[part], tree, transform_non_params=place)
+        for part, tree in zip(("blocks", "rest"), split_blocks(params), strict=True)
+    }
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:

@@ -35,19 +35,26 @@ from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
 from inl_jax.losses import mean_loss
 from inl_jax.model import (
+    abstract_params,
     attention_kernel,
     compute_dtype,
     hidden_states,
     init_params,
     param_count,
 )
-from inl_jax.optim import learning_rate_schedule, make_optimizer
+from inl_jax.optim import (
+    any_length_optimizer,
+    apply_gradients,
+    init_optimizer,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from inl_jax.sharding import (
     RULES,
+    abstract_optimizer_state,
     check_rows,
     local_rows,
     make_mesh,
-    optimizer_shardings,
     param_shardings,
     place,
     rows,
@@ -106,14 +113,59 @@ def init_state(key: jax.Array, *, config: TrainConfig, optimizer) -> TrainState:
 def state_from_params(params, *, optimizer) -> TrainState:
     """The state before the first update, from given parameters."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, optimizer.init(params))
+    return TrainState(zero, zero, params, init_optimizer(optimizer, params))
 
 
-def train_step(state: TrainState, batch_BS, *, config: TrainConfig, optimizer, schedule):
-    """One optimizer update.
+def gradients(params, batch_BS, key, *, config: TrainConfig, shardings=None):
+    """Loss and gradients of a batch, the means over its micro-batches.
 
     The rows are dealt to `accumulate_steps` micro-batches in turn, so that each device keeps its
-    own. A non-finite loss or gradient norm leaves parameters and optimizer as they were.
+    own. `optax.MultiSteps` takes the mean, in float32. It is set to emit one micro-batch later than
+    there are any, and its mean is read from its state: this way it wraps no optimizer, which it
+    would run for every micro-batch and whose old state it would hold beside the new.
+
+    Args:
+      params: the parameters.
+      batch_BS: tokens, int32 [batch_size, S + 1].
+      key: for dropout.
+      config: the run.
+      shardings: where gradients lie, one for each parameter.
+
+    Returns:
+      (loss, gradients): these in the type of the parameters, or float32 where they were added up.
+    """
+
+    def one(batch_BS, i):
+        loss, grads = jax.value_and_grad(loss_fn)(
+            params, batch_BS, jax.random.fold_in(key, i), config=config
+        )
+        return loss, place_tree(grads)
+
+    def place_tree(tree):
+        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
+
+    k = config.accumulate_steps
+    micro_kBS = batch_BS.reshape(-1, k, batch_BS.shape[-1]).swapaxes(0, 1)
+    if k == 1:
+        return one(micro_kBS[0], 0)
+    wide = jnp.promote_types(jnp.float32, config.model.param_dtype)
+    mean = optax.MultiSteps(optax.identity(), k + 1, accumulator_dtype=wide)
+
+    def add(state, inputs):
+        loss, grads = one(*inputs)
+        state = mean.update(optax.tree.cast(grads, wide), state)[1]
+        return state._replace(acc_grads=place_tree(state.acc_grads)), loss
+
+    state, losses = jax.lax.scan(add, mean.init(params), (micro_kBS, jnp.arange(k)))
+    return losses.mean(), state.acc_grads
+
+
+def train_step(
+    state: TrainState, batch_BS, *, config: TrainConfig, optimizer, schedule, shardings=None
+):
+    """One optimizer update.
+
+    A non-finite loss or gradient norm leaves parameters and optimizer as they were.
 
     Args:
       state: the state, to be donated.
@@ -121,35 +173,20 @@ def train_step(state: TrainState, batch_BS, *, config: TrainConfig, optimizer, s
       config: the run.
       optimizer: from `make_optimizer`.
       schedule: its learning rate by update, for the record.
+      shardings: where gradients lie, one for each parameter; left to XLA without.
 
     Returns:
       The new state and scalar metrics: loss, grad_norm, learning_rate, finite, skipped.
     """
-    k = config.accumulate_steps
-    micro_kBS = batch_BS.reshape(-1, k, batch_BS.shape[-1]).swapaxes(0, 1)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-    def micro_step(carry, inputs):
-        params, opt_state = carry
-        batch_BS, i = inputs
-        loss, grads = jax.value_and_grad(loss_fn)(
-            params, batch_BS, jax.random.fold_in(key, i), config=config
-        )
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(jnp.float32, g.dtype)), grads)
-        updates, opt_state = optimizer.update(wide, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    start = (state.params, state.opt_state)
-    if k == 1:
-        (params, opt_state), loss = micro_step(start, (micro_kBS[0], 0))
-    else:
-        (params, opt_state), losses = jax.lax.scan(micro_step, start, (micro_kBS, jnp.arange(k)))
-        loss = losses.mean()
-    grad_norm = optax.tree.get(opt_state, "grad_norm")
+    loss, grads = gradients(state.params, batch_BS, key, config=config, shardings=shardings)
+    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(loss.dtype), grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), start
-    )
+    params, opt_state = apply_gradients(
+        optimizer, grads, state.opt_state, state.params,
+        scale=jnp.minimum(1, config.optim.clip_norm / grad_norm), keep=~finite,
+        key=jax.random.fold_in(key, config.accumulate_steps),
+    )  # fmt: skip
     skipped = state.skipped + jnp.where(finite, 0, 1)
     results = {
         "loss": loss,
@@ -307,25 +344,15 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, lo
     )
 
 
-def any_length_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """An optimizer to make states with: their shapes do not depend on the length of the run."""
-    return make_optimizer(config, config.optim.warmup_steps + 1)
-
-
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without allocating."""
-    params = param_shardings(mesh, config.model)
-    optimizer = any_length_optimizer(config)
-    abstract = jax.eval_shape(
-        functools.partial(init_state, config=config, optimizer=optimizer), jax.random.key(0)
-    )
-    scalar = NamedSharding(mesh, P())
-    opt_state = optimizer_shardings(mesh, params, optimizer, abstract.opt_state)
-    return jax.tree.map(
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract,
-        TrainState(scalar, scalar, params, opt_state),
+        abstract_params(config.model),
+        param_shardings(mesh, config.model, fsdp_shards=config.mesh.fsdp_shards),
     )
+    return TrainState(scalar, scalar, params, abstract_optimizer_state(config, mesh))
 
 
 def restore_or_init(
@@ -337,7 +364,7 @@ def restore_or_init(
     found = checkpoints.restore(split_state(abstract), report=log.say)
     if found is not None:
         log.say(f"resuming from update {found['step']} in {config.run_dir}")
-        return join_state(found, abstract), resumed_position(found["position"], config, corpus, log)
+        return join_state(found), resumed_position(found["position"], config, corpus, log)
     if config.init_from:
         source = read_config(config.init_from).model
         source = dataclasses.replace(config.model, param_dtype=source.param_dtype)
@@ -371,33 +398,14 @@ def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus,
 
 
 def split_state(state: TrainState) -> dict[str, Any]:
-    """A state as a checkpoint holds it: the parameters apart from the rest.
-
-    Between updates the accumulator of `MultiSteps` is empty. It is left out, so that
-    `accumulate_steps` may change from one start to the next.
-    """
+    """A state as a checkpoint holds it: the parameters apart from the rest."""
     rest = state._asdict()
-    if isinstance(state.opt_state, optax.MultiStepsState):
-        rest["opt_state"] = state.opt_state.inner_opt_state
     return {"params": rest.pop("params"), "optimizer": rest}
 
 
-def join_state(found: dict[str, Any], abstract: TrainState) -> TrainState:
-    """The inverse of `split_state`; `abstract` says what the state must look like."""
-    state = TrainState(params=found["params"], **found["optimizer"])
-    wanted = abstract.opt_state
-    if not isinstance(wanted, optax.MultiStepsState):
-        return state
-    empty = wanted._replace(inner_opt_state=())
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty),
-        out_shardings=jax.tree.map(lambda a: a.sharding, empty),
-    )()
-    return state._replace(
-        opt_state=zeros._replace(
-            inner_opt_state=state.opt_state, gradient_step=state.step - state.skipped
-        )
-    )
+def join_state(found: dict[str, Any]) -> TrainState:
+    """The inverse of `split_state`."""
+    return TrainState(params=found["params"], **found["optimizer"])
 
 
 def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState):
@@ -407,8 +415,9 @@ def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainS
     )
     schedule = learning_rate_schedule(config, num_steps)
     step_fn = functools.partial(
-        train_step, config=config, optimizer=make_optimizer(config, num_steps), schedule=schedule
-    )
+        train_step, config=config, optimizer=make_optimizer(config, num_steps), schedule=schedule,
+        shardings=param_shardings(mesh, config.model),
+    )  # fmt: skip
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
     return jitted.trace(abstract, batch)

@@ -1,13 +1,17 @@
-"""How the XLA compiler is set up, before JAX starts: its flags, and the cache of what it made."""
+"""The XLA compiler: its flags, the cache of what it made, and compiling for GPUs without one."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax._src.xla_bridge import backends_are_initialized  # has no public name
+from jax.experimental import topologies
+from jaxlib import xla_client
 
 from inl_jax.config import InputError
 
@@ -86,3 +90,71 @@ def _starts_with(flags: list[str]) -> bool:
     }
     trial = [sys.executable, "-c", "import jax; jax.devices()"]
     return subprocess.run(trial, env=env, capture_output=True).returncode == 0
+
+
+# An H100 as XLA describes it: what its CUDA compiler must know where it cannot ask the device.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class CudaProgram(NamedTuple):
+    """What XLA's CUDA compiler made of a step."""
+
+    memory: Any  # as `memory_analysis()` of a compiled function, for each device
+    text: str  # the optimised HLO
+
+
+def compile_for_cuda(traced, num_devices: int) -> CudaProgram:
+    """Compiles for H100s on a machine without any, by XLA's own CUDA compiler; nothing runs.
+
+    GEMM kernels are not tried out, so speed cannot be told from it; buffers, collectives and memory
+    spaces are what a GPU would get.
+
+    Args:
+      traced: from `jax.jit(...).trace` over a mesh of `num_devices` CPU devices.
+      num_devices: how many.
+
+    Raises:
+      InputError: JAX's CUDA plugin is not installed, or was started without
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, which keeps it from giving up where it finds no device.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=_H100, topology=f"1x1x{num_devices}"
+        )
+        devices = topology.devices
+        options = xla_client.CompileOptions()
+        options.num_replicas, options.num_partitions = 1, num_devices
+        assignment = np.arange(num_devices).reshape(1, -1)
+        options.device_assignment = xla_client.DeviceAssignment.create(assignment)
+        build = options.executable_build_options
+        build.num_replicas, build.num_partitions = 1, num_devices
+        build.use_spmd_partitioning, build.use_shardy_partitioner = num_devices > 1, True
+        options.env_option_overrides = [("xla_gpu_autotune_level", 0)]
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+        executable = devices[0].client.compile(
+            module, xla_client.DeviceList(tuple(devices)), options
+        )
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"XLA's CUDA compiler cannot be used without a device ({_first_line(error)}): install "
+            "inl_jax[cuda] (its compiler needs no GPU) and start with "
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, or compile for the CPU"
+        ) from error
+    text = "\n".join(module.to_string() for module in executable.hlo_modules())
+    return CudaProgram(executable.get_compiled_memory_stats(), text)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -56,8 +56,9 @@ from inl_jax.model import (
     init_params,
     logits,
 )
+from inl_jax.optim import any_length_optimizer
 from inl_jax.sharding import RULES, check_rows, make_mesh, place
-from inl_jax.train import abstract_state, any_length_optimizer, compile_step, init_state, trace_step
+from inl_jax.train import abstract_state, compile_step, init_state, trace_step
 from inl_jax.xla import apply_flags
 
 PAUSE = 0.3  # seconds between measurements, in which idle threads stop spinning
