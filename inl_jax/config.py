@@ -214,6 +214,8 @@ class OptimConfig:
     rounding: Literal["masters", "stochastic"] = "masters"
     """How updates reach bfloat16 parameters: by float32 master weights in the optimizer, or by
     rounding each new weight up or down at random, right in the mean, which needs no memory."""
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of gradients added over micro-batches. bfloat16 is rounded stochastically."""
     state_memory: Literal["device", "pinned_host"] = "device"
     """Where masters and moments live. pinned_host: on the host, and through the device one layer
     at a time."""
@@ -357,6 +359,11 @@ class TrainConfig:
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len}: must not exceed "
             f"model.max_seq_len={self.model.max_seq_len}",
+        )
+        _require(
+            self.optim.rounding == "masters" or self.model.param_dtype == "bfloat16",
+            f"optim.rounding={self.optim.rounding}: only for model.param_dtype=bfloat16, which is "
+            f"{self.model.param_dtype}",
         )
         _require(self.run_dir != "", "run_dir is empty: name a directory for the run")
         for flag in " ".join(self.xla_flags).split():

@@ -1,8 +1,7 @@
-"""Numbers about a run: arithmetic, memory, throughput, and where they are written."""
+"""Numbers about a run: arithmetic, throughput, and where they are written."""
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from inl_jax.config import ModelConfig, TrainConfig
-from inl_jax.losses import COLUMNS as LOSS_COLUMNS
-from inl_jax.model import abstract_params, compute_dtype
+from inl_jax.config import ModelConfig
 
 # Dense bfloat16 peak in FLOP/s by device kind, from the makers' data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -53,80 +48,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 def peak_flops(device: jax.Device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
     return PEAK_FLOPS.get(device.device_kind)
-
-
-def memory_needed(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
-    """Bytes a training step needs on each device of `mesh`, by part.
-
-    The state is from shapes, and exact where its axes are split evenly. Activations and logits are
-    an estimate: see `_activations`.
-    """
-    c = config.model
-    size = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(c)))
-    size = -(-size // (mesh.shape["fsdp"] * mesh.shape["tensor"]))
-    width = jnp.dtype(c.param_dtype).itemsize
-    wide = max(4, width)
-    rows = config.batch_size // config.accumulate_steps
-    rows = -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-    tokens = rows * config.data.seq_len
-    at_once = min(config.loss_chunk or tokens, tokens)
-    return {
-        "parameters": size * width,
-        "masters": size * 4 if c.param_dtype == "bfloat16" else 0,
-        "moments": 2 * size * wide,
-        "gradients": size * wide,
-        "accumulator": size * wide if config.accumulate_steps > 1 else 0,
-        "activations (estimate)": _activations(c, tokens, config.data.seq_len),
-        "logits (estimate)": wide * c.vocab_size * (2 * at_once + min(c.d_model, LOSS_COLUMNS)),
-    }
-
-
-def _activations(c: ModelConfig, tokens: int, seq_len: int) -> int:
-    """Bytes that `tokens` tokens of one device take between forward and backward pass.
-
-    Kept for every block: its input, and what `remat` does not compute again. Beside that, one block
-    at a time has all of its own. In units of D float32 values per token, fitted to the compiled
-    gradient of one 3b block within 10% (`benchmark.py memory --config 3b`): 16 and three times the
-    feed-forward width for what is not the integrator; 2 for every iteration (or segment) whose
-    state is kept, or 17 by automatic differentiation; 12 while an iteration's gradient is computed
-    and 2 for every iteration of a segment, both only for the positions of one chunk.
-    """
-    D, T, segment = c.d_model, c.num_iterations, c.integrator_segment
-    vector = max(4, jnp.dtype(c.param_dtype).itemsize) * tokens
-    rest = vector * (16 * D + 3 * c.d_ff)
-    kept = working = 0
-    if T > 0 and c.integrator_gradient == "autodiff":
-        kept = vector * 17 * T * D
-    elif T > 0:
-        kept = vector * (2 * -(-T // segment) * D + 4 * c.controller_width * T)
-        share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
-        working = int(vector * share * D * (12 + (2 * segment if segment > 1 else 0)))
-    once, each = {
-        "none": (0, rest + kept),
-        "integrator": (kept, rest),
-        "all_but_integrator": (rest, kept),
-        "block": (rest + kept, 0),
-    }[c.remat]
-    stream = tokens * D * compute_dtype(c).itemsize
-    return c.num_layers * (stream + each) + once + working
-
-
-def memory_found(mesh: Mesh) -> tuple[int, str]:
-    """Bytes of memory each device of `mesh` has, and what that is."""
-    device = mesh.local_devices[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit, f"{device.device_kind}, the share JAX may use"
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts page cache that can be given back
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        if limit.exists() and limit.read_text().strip().isdigit():
-            available = min(available, int(limit.read_text()))
-    return available // len(mesh.local_devices), "free memory of this machine"
 
 
 def gib(num_bytes: float) -> str:

@@ -426,9 +426,15 @@ def unbox(boxed: Any) -> Any:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def boxed_shapes(config: ModelConfig) -> Any:
+    """The shapes and types of `boxed_init`, without allocating. Not to be changed: it is kept."""
+    return jax.eval_shape(functools.partial(boxed_init, config), jax.random.key(0))
+
+
 def abstract_params(config: ModelConfig) -> Any:
     """The shapes and types of `init_params`, without allocating."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return unbox(boxed_shapes(config))
 
 
 def param_count(config: ModelConfig) -> int:

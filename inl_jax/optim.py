@@ -61,8 +61,8 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def _round_tree(key: jax.Array, tree: Any, like: Any) -> Any:
-    """Float leaves of `tree` rounded stochastically where `like` has them in bfloat16."""
+def round_tree(key: jax.Array, tree: Any, like: Any) -> Any:
+    """`tree` in the types of `like`: where that is bfloat16, rounded stochastically."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(1, len(leaves)))
     rounded = [
@@ -119,7 +119,7 @@ def with_stochastic_rounding(
         key, inner_key = jax.random.split(key)
         wide = optax.tree.cast(params, jnp.float32)
         updates, state = inner.update(updates, state, wide, key=inner_key, **extra)
-        target = _round_tree(key, optax.apply_updates(wide, updates), params)
+        target = round_tree(key, optax.apply_updates(wide, updates), params)
         return _landing(target, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -140,7 +140,7 @@ def with_bfloat16_state(
 
     def update(updates, state, params, *, key, **extra):
         updates, new = inner.update(updates, _cast_floats(state, jnp.float32), params, **extra)
-        return updates, _round_tree(key, new, state)
+        return updates, round_tree(key, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -183,6 +183,13 @@ def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransfo
 def any_length_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """An optimizer to make states with: their shapes do not depend on the length of the run."""
     return make_optimizer(config, config.optim.warmup_steps + 1)
+
+
+def accumulator_dtype(config: TrainConfig) -> jnp.dtype:
+    """The type in which gradients of micro-batches are added up."""
+    if config.optim.accumulator_dtype == "bfloat16":
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.promote_types(jnp.float32, config.model.param_dtype)
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
-from inl_jax.model import abstract_params, boxed_init, unbox
+from inl_jax.model import abstract_params, boxed_shapes, unbox
 from inl_jax.optim import any_length_optimizer, init_optimizer, on_host, split_blocks
 
 AXES = ("data", "fsdp", "tensor")
@@ -86,7 +86,7 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
     Raises:
       InputError: an axis has no rule, or does not divide over the mesh.
     """
-    boxed = jax.eval_shape(lambda key: boxed_init(config, key), jax.random.key(0))
+    boxed = boxed_shapes(config)
     specs = nn.get_partition_spec(boxed)
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
         for axis in set(spec) - {None} - dict(RULES).keys():
@@ -125,14 +125,22 @@ def abstract_optimizer_state(config: TrainConfig, mesh: Mesh) -> Any:
     Masters and moments lie as their parameters do (with `fsdp_shards="optimizer"`, as these would
     with "all"), in host memory where the config says so. What is smaller than its parameter
     (factored moments, counters) is on every device.
+
+    Raises:
+      InputError: the state is to be in host memory, which this platform does not have.
     """
+    offload = config.optim.state_memory == "pinned_host"
+    if offload and "pinned_host" not in _memory_kinds(mesh):
+        raise InputError(
+            f"optim.state_memory=pinned_host: {mesh.local_devices[0].device_kind} has only "
+            f"{', '.join(sorted(_memory_kinds(mesh)))} memory; set optim.state_memory=device"
+        )
     optimizer = any_length_optimizer(config)
     params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         abstract_params(config.model), param_shardings(mesh, config.model),
     )  # fmt: skip
     state = jax.eval_shape(functools.partial(init_optimizer, optimizer), params)
-    offload = config.optim.state_memory == "pinned_host"
 
     def place(leaf, param=None):
         same = param is not None and leaf.shape == param.shape
@@ -145,6 +153,10 @@ def abstract_optimizer_state(config: TrainConfig, mesh: Mesh) -> Any:
         part: optax.tree.map_params(optimizer, place, state[part], tree, transform_non_params=place)
         for part, tree in zip(("blocks", "rest"), split_blocks(params), strict=True)
     }
+
+
+def _memory_kinds(mesh: Mesh) -> set[str]:
+    return {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:

@@ -34,6 +34,7 @@ from inl_jax.corpus import Corpus, prepare
 from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
 from inl_jax.losses import mean_loss
+from inl_jax.memory import memory_found, memory_needed
 from inl_jax.model import (
     abstract_params,
     attention_kernel,
@@ -43,11 +44,13 @@ from inl_jax.model import (
     param_count,
 )
 from inl_jax.optim import (
+    accumulator_dtype,
     any_length_optimizer,
     apply_gradients,
     init_optimizer,
     learning_rate_schedule,
     make_optimizer,
+    round_tree,
 )
 from inl_jax.sharding import (
     RULES,
@@ -60,6 +63,7 @@ from inl_jax.sharding import (
     rows,
 )
 from inl_jax.tokenizer import Tokenizer
+from inl_jax.xla import compile_for_cuda
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command goes on from there
 EXIT_DIVERGED = 3
@@ -120,7 +124,7 @@ def gradients(params, batch_BS, key, *, config: TrainConfig, shardings=None):
     """Loss and gradients of a batch, the means over its micro-batches.
 
     The rows are dealt to `accumulate_steps` micro-batches in turn, so that each device keeps its
-    own. `optax.MultiSteps` takes the mean, in float32. It is set to emit one micro-batch later than
+    own. `optax.MultiSteps` takes the mean. It is set to emit one micro-batch later than
     there are any, and its mean is read from its state: this way it wraps no optimizer, which it
     would run for every micro-batch and whose old state it would hold beside the new.
 
@@ -132,7 +136,7 @@ def gradients(params, batch_BS, key, *, config: TrainConfig, shardings=None):
       shardings: where gradients lie, one for each parameter.
 
     Returns:
-      (loss, gradients): these in the type of the parameters, or float32 where they were added up.
+      (loss, gradients): these in the type of the parameters, or `accumulator_dtype` where added up.
     """
 
     def one(batch_BS, i):
@@ -153,10 +157,15 @@ def gradients(params, batch_BS, key, *, config: TrainConfig, shardings=None):
 
     def add(state, inputs):
         loss, grads = one(*inputs)
+        held = state.acc_grads
+        state = state._replace(acc_grads=optax.tree.cast(held, wide))
         state = mean.update(optax.tree.cast(grads, wide), state)[1]
-        return state._replace(acc_grads=place_tree(state.acc_grads)), loss
+        rounded = round_tree(jax.random.fold_in(key, k + 1 + inputs[1]), state.acc_grads, held)
+        return state._replace(acc_grads=place_tree(rounded)), loss
 
-    state, losses = jax.lax.scan(add, mean.init(params), (micro_kBS, jnp.arange(k)))
+    state = mean.init(params)
+    state = state._replace(acc_grads=optax.tree.cast(state.acc_grads, accumulator_dtype(config)))
+    state, losses = jax.lax.scan(add, state, (micro_kBS, jnp.arange(k)))
     return losses.mean(), state.acc_grads
 
 
@@ -253,9 +262,9 @@ def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
     """
     report(describe_model(config))
     check_rows(config, mesh)
-    needed, (found, what) = metrics.memory_needed(config, mesh), metrics.memory_found(mesh)
-    total = sum(needed.values())
-    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.items() if size)
+    needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
+    total = needed.device_bytes
+    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)
     report(
         f"memory on each of {mesh.size} devices: needs {metrics.gib(total)} ({parts}); found "
         f"{metrics.gib(found)} ({what})"
@@ -263,14 +272,15 @@ def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
     if total > found:
         raise InputError(
             f"{config.name} needs {metrics.gib(total)} of memory on each device and "
-            f"{metrics.gib(found)} was found: lower batch_size or data.seq_len, raise "
-            "accumulate_steps, raise mesh.fsdp with more devices, or choose a smaller config"
+            f"{metrics.gib(found)} was found: scripts/estimate.py names the smallest change that "
+            "makes it fit; else lower batch_size or data.seq_len, raise accumulate_steps, or raise "
+            "mesh.fsdp with more devices"
         )
     existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
     free = shutil.disk_usage(existing).free
-    state = ("parameters", "masters", "moments", "accumulator")
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    checkpoint = shards * sum(needed[part] for part in state)
+    checkpoint = sum(
+        math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(config, mesh))
+    )
     if 2 * checkpoint > free:
         raise InputError(
             f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
@@ -423,6 +433,26 @@ def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainS
     return jitted.trace(abstract, batch)
 
 
+def compiled_memory(config: TrainConfig, mesh: Mesh, compiler: str) -> tuple[int, int]:
+    """Bytes of a compiled training step on each device and in its host's memory; nothing runs.
+
+    Args:
+      config: the run.
+      mesh: of CPU devices.
+      compiler: "cpu", which counts host memory with the device's; or "cuda".
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        num_steps = config.num_steps or config.optim.warmup_steps + 1
+        traced = trace_step(config, num_steps, mesh, abstract_state(config, mesh))
+        if compiler == "cuda":
+            memory = compile_for_cuda(traced, mesh.size).memory
+        else:
+            memory = traced.lower().compile().memory_analysis()
+    device = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    device += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return device, memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+
+
 def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState, log):
     """The training step compiled for this run, and what it was compiled to checked.
 
@@ -433,12 +463,15 @@ def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: Trai
     log.say("compiling the training step ...")
     compiled = trace_step(config, num_steps, mesh, abstract).lower().compile()
     log.say(f"compiled in {time.perf_counter() - start:.1f} s")
-    in_place, held = compiled.memory_analysis().alias_size_in_bytes, state_bytes(abstract)
+    memory, held = compiled.memory_analysis(), state_bytes(abstract)
+    in_place = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
     if in_place < held:
         log.say(
             f"WARNING: only {metrics.gib(in_place)} of the state's {metrics.gib(held)} on each "
             "device is updated in place; the rest is held twice"
         )
+    if config.optim.state_memory == "pinned_host":
+        check_offload(compiled.as_text())
     if config.model.context == "attention" and attention_kernel(config.model) == "cudnn":
         check_fused_attention(compiled.as_text())
     return compiled
@@ -450,6 +483,20 @@ def state_bytes(abstract: TrainState) -> int:
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(abstract)
     )
+
+
+def check_offload(program: str) -> None:
+    """Raises `RuntimeError` where a compiled step holds nothing in host memory.
+
+    Args:
+      program: its text. XLA writes arrays in host memory with `S(5)` in their layout.
+    """
+    layout = re.search(r"entry_computation_layout=.*", program)
+    if layout is None or layout[0].count("S(5)") < 2:  # once coming in, once going out
+        raise RuntimeError(
+            "optim.state_memory=pinned_host: the compiled step keeps no state in host memory; this "
+            "platform does not support it, set optim.state_memory=device"
+        )
 
 
 def check_fused_attention(program: str) -> None:

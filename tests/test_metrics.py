@@ -8,9 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from inl_jax import metrics, model
-from inl_jax.config import MeshConfig, ModelConfig
-from inl_jax.optim import make_optimizer
-from inl_jax.sharding import make_mesh
+from inl_jax.config import ModelConfig
 
 
 def dot_flops(jaxpr) -> int:
@@ -54,45 +52,6 @@ def test_flops_of_the_3b():
         d_model=2048, num_layers=40, num_iterations=15, d_ff=8192, max_seq_len=4096
     )
     assert 3 * metrics.flops_per_token(config, 4096) == pytest.approx(15.3e9, rel=0.01)
-
-
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("accumulate_steps", [1, 2])
-def test_the_state_part_of_the_memory_is_exact(train_config, param_dtype, accumulate_steps):
-    config = train_config(model={"param_dtype": param_dtype}, accumulate_steps=accumulate_steps)
-    params = model.abstract_params(config.model)
-    state = jax.eval_shape(make_optimizer(config, 8).init, params)
-
-    def num_bytes(tree):
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree) if a.ndim)
-
-    needed = metrics.memory_needed(config, make_mesh(config.mesh))
-    assert needed["parameters"] == num_bytes(params)
-    parts = [needed[part] for part in ("masters", "moments", "accumulator")]
-    assert sum(parts) == num_bytes(state)
-    assert needed["moments"] == 2 * 4 * model.param_count(config.model)
-    assert (needed["masters"] > 0) == (param_dtype == "bfloat16")
-    assert (needed["accumulator"] > 0) == (accumulate_steps > 1)
-
-
-def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
-    def total(**fields):
-        model = {"num_layers": 8} | fields.pop("model", {})
-        config = train_config(model=model, **fields)
-        return sum(metrics.memory_needed(config, make_mesh(config.mesh)).values())
-
-    assert total(model={"remat": "block"}) < total(model={"remat": "none"})
-    for kind in ("integrator", "all_but_integrator"):
-        assert total(model={"remat": "block"}) < total(model={"remat": kind})
-        assert total(model={"remat": kind}) < total(model={"remat": "none"})
-    for saves in ({"integrator_segment": 2}, {"integrator_chunk": 4}, {"num_iterations": 0}):
-        assert total(model={"remat": "none"} | saves) < total(model={"remat": "none"})
-    assert total() < total(model={"integrator_gradient": "autodiff"})
-    assert total(loss_chunk=4) < total(loss_chunk=8) < total(loss_chunk=0)
-    assert total(batch_size=4) < total(batch_size=8)
-    assert total(batch_size=64, accumulate_steps=8) < total(batch_size=64)
-    one, rows, shards = (MeshConfig(data=d, fsdp=f) for d, f in ((1, 1), (8, 1), (1, 8)))
-    assert total(mesh=shards) < total(mesh=rows) < total(mesh=one)
 
 
 def test_records_are_read_in_order_once_each_and_without_a_torn_line(tmp_path):

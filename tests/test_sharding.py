@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from inl_jax.config import InputError, MeshConfig
 from inl_jax.model import abstract_params, boxed_init
 from inl_jax.optim import make_optimizer
 from inl_jax.sharding import (
+    AXES,
     RULES,
     check_rows,
     local_rows,
@@ -62,32 +64,68 @@ def on_one_device(config):
     return jax.device_get(one_update(config, mesh_of(1, 1, 1)))
 
 
-def small_run(train_config, **model):
+def small_run(train_config, accumulate_steps=1, **model):
     # No warmup, so that the first update moves; eps keeps rounding of gradients near 0 small.
     return train_config(
         model=MODEL | model, data={"seq_len": 8, "cache_dir": "c", "paths": ("p",)},
-        optim={"warmup_steps": 0, "eps": 1e-3}, run_dir="r",
+        optim={"warmup_steps": 0, "eps": 1e-3}, run_dir="r", accumulate_steps=accumulate_steps,
     )  # fmt: skip
+
+
+def moments(state):
+    """Adam's state somewhere in an optimizer's."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+    (found,) = (leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState))
+    return found
+
+
+SHAPES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 2, 2)]
+LEVELS = [
+    (context, shape, shards, k)
+    for context in CONTEXTS for shape in SHAPES for shards in ("all", "optimizer") for k in (1, 2)
+    if shape[1] > 1 or shards == "all"
+    if k == 1 or shape[0] * shape[1] <= 4
+]  # fmt: skip
+QUICK = [
+    ("mean", (2, 2, 2), "all", 2),
+    ("decay", (1, 8, 1), "all", 1),
+    ("decay", (2, 2, 2), "optimizer", 2),
+    ("decay", (2, 4, 1), "optimizer", 1),
+    ("attention", (1, 4, 2), "all", 1),
+]
 
 
 @pytest.mark.parametrize(
-    "context, shape",
-    [("mean", (2, 2, 2)), ("decay", (2, 2, 2)), ("decay", (1, 8, 1)), ("attention", (2, 2, 2))],
+    ("context", "shape", "shards", "accumulate_steps"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in LEVELS],
 )
-def test_eight_devices_compute_what_one_does(train_config, context, shape):
-    config = small_run(train_config, context=context)
+def test_eight_devices_compute_what_one_does(
+    train_config, context, shape, shards, accumulate_steps
+):
+    """Loss, gradients (by the first moment they leave) and parameters, on every kind of mesh."""
+    config = small_run(train_config, context=context, accumulate_steps=accumulate_steps)
     expected, expected_results = on_one_device(config)
-    state, results = one_update(config, mesh_of(*shape))
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(**dict(zip(AXES, shape, strict=True)), fsdp_shards=shards)
+    )
+    state, results = one_update(config, make_mesh(config.mesh))
     for name in ("loss", "grad_norm"):
         assert results[name] == pytest.approx(float(expected_results[name]), rel=1e-5)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        jax.device_get(state.params), expected.params,
-    )  # fmt: skip
-    moment = optax.tree.get_all_with_path(state.opt_state, "nu")[0][1]
-    for tree in (state.params, moment):
-        shard = tree["embedding"].addressable_shards[0].data
-        assert shard.nbytes * shape[1] * shape[2] == tree["embedding"].nbytes
+
+    def compare(path, found, expected):
+        largest = np.abs(expected).max()
+        assert np.abs(found - expected).max() <= 1e-5 * largest, jax.tree_util.keystr(path)
+
+    trees = [
+        {part: (s.params, moments(s.opt_state[part]).mu) for part in ("blocks", "rest")}
+        for s in (jax.device_get(state), expected)
+    ]
+    jax.tree_util.tree_map_with_path(compare, *trees)
+
+    moment = moments(state.opt_state["rest"]).nu["embedding"]
+    split = {"all": shape[1] * shape[2], "optimizer": shape[2]}[shards]
+    assert state.params["embedding"].addressable_shards[0].data.nbytes * split == moment.nbytes
+    assert moment.addressable_shards[0].data.nbytes * shape[1] * shape[2] == moment.nbytes
 
 
 def test_the_first_update_moves_every_parameter(train_config):
@@ -134,11 +172,35 @@ def test_every_axis_of_every_parameter_has_a_rule(model_config, context):
 def test_the_mesh_fills_the_devices_or_says_why_not():
     assert tuple(make_mesh(MeshConfig()).shape.values()) == (8, 1, 1)
     assert tuple(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape.values()) == (2, 2, 2)
+    assert tuple(make_mesh(MeshConfig(data=2, fsdp="rest")).shape.values()) == (2, 4, 1)
+    assert tuple(make_mesh(MeshConfig(data=1, tensor="rest")).shape.values()) == (1, 1, 8)
     assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
     for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
         fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* devices, 8"
         with pytest.raises(InputError, match=fields):
             make_mesh(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": "rest", "fsdp": "rest"}, "mesh.data and mesh.fsdp are both rest"),
+        ({"fsdp": 0}, "mesh.fsdp=0: a positive whole number, or rest"),
+        ({"tensor": 1.5}, "mesh.tensor=1.5: a positive"),
+        ({"data": "all"}, "mesh.data='all': a positive"),
+    ],
+)
+def test_a_wrong_size_of_an_axis_is_named(sizes, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**sizes)
+
+
+def test_a_parameter_without_a_rule_is_an_error(model_config, monkeypatch):
+    from inl_jax import sharding
+
+    monkeypatch.setattr(sharding, "RULES", tuple(r for r in RULES if r[0] != "mlp"))
+    with pytest.raises(InputError, match="blocks/.*_kernel has the axis 'mlp', which RULES lacks"):
+        param_shardings(mesh_of(1, 1, 1), model_config())
 
 
 def test_a_micro_batch_must_divide_over_the_devices(train_config):

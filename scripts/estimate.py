@@ -1,0 +1,95 @@
+"""What a run needs of each device's memory, before there is a device.
+
+python scripts/estimate.py --config configs/3b.py [--device rtx4090] [--devices 8]
+    [--compile cuda] [--json] [--section.field value ...]
+
+Nothing is allocated. Without --compile the state is from shapes and the rest estimated. With it the
+whole step is compiled for as many devices: by XLA for the CPU or, with inl_jax[cuda] installed and
+no GPU needed, for H100s. Exit code 2: it does not fit.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from inl_jax.config import exit_on_input_error, from_command_line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("--device", default="h100-80gb", help="what has to hold it")
+    parser.add_argument("--devices", type=int, default=1, help="how many, as a virtual mesh")
+    parser.add_argument("--compile", choices=("cpu", "cuda"), help="ask this compiler, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    config, flags = from_command_line(parser)
+    # Before JAX starts: its CUDA compiler is wanted without a device, and all else runs on the CPU.
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if flags.compile != "cuda":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from inl_jax import memory
+    from inl_jax.config import InputError
+    from inl_jax.metrics import gib
+    from inl_jax.sharding import make_mesh
+    from inl_jax.train import compiled_memory, describe_model
+
+    with exit_on_input_error():
+        if flags.device not in memory.DEVICES:
+            raise InputError(f"--device {flags.device}: choose one of {', '.join(memory.DEVICES)}")
+        if flags.devices < 1:
+            raise InputError(f"--devices {flags.devices}: must be positive")
+        jax.config.update("jax_num_cpu_devices", flags.devices)
+        if flags.compile != "cpu" and config.model.compute_dtype == "auto":  # as on a GPU
+            model = dataclasses.replace(config.model, compute_dtype="bfloat16")
+            config = dataclasses.replace(config, model=model)
+        mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
+        needed = memory.memory_needed(config, mesh)
+        device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
+        record = {
+            "parts": needed.device,
+            "host_parts": needed.host,
+            "estimated_bytes": device_bytes,
+        }
+        if flags.compile:
+            device_bytes, host = compiled_memory(config, mesh, flags.compile)
+            host_bytes = host or host_bytes  # the CPU's compiler counts it with the rest
+            if not host:
+                device_bytes -= host_bytes
+        usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
+        fits = device_bytes <= usable
+        change = None if fits else memory.smallest_change(config, mesh, flags.device)
+    record |= {
+        "config": config.name, "device": flags.device, "devices": flags.devices,
+        "mesh": dict(mesh.shape), "compiler": flags.compile, "device_bytes": device_bytes,
+        "host_bytes": host_bytes, "usable_bytes": usable, "fits": fits,
+        "change": None if change is None else " ".join(change),
+    }  # fmt: skip
+    if flags.json:
+        print(json.dumps(record))
+        return 0 if fits else 2
+    print(describe_model(config))
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"on each of {mesh.size} x {flags.device} ({axes}):")
+    for part, size in needed.device.items():
+        if size:
+            print(f"  {part:25} {gib(size):>12}")
+    print(f"  {'all':25} {gib(needed.device_bytes):>12}")
+    if flags.compile:
+        print(f"  {'as compiled for ' + flags.compile:25} {gib(device_bytes):>12}")
+    for part, size in needed.host.items():
+        print(f"  {part + ' on the host':25} {gib(size):>12}")
+    print(f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB")
+    if fits:
+        print("it fits" + ("" if flags.compile else " by the estimate"))
+    elif change is None:
+        print("it does not fit, whatever is changed: more devices or a smaller config are needed")
+    else:
+        print(f"it does not fit; the smallest change that makes it fit: {' '.join(change)}")
+    return 0 if fits else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+import functools
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from inl_jax import memory, sharding
+from inl_jax.config import InputError, MeshConfig, load, override
+from inl_jax.sharding import make_mesh
+
+train = importlib.import_module("inl_jax.train")  # the name in the package is the function
+ROOT = Path(__file__).parent.parent
+RECIPES = {
+    "masters": {},
+    "stochastic": {"rounding": "stochastic", "moment_dtype": "bfloat16"},
+    "offload": {"state_memory": "pinned_host"},
+    "adafactor": {"optimizer": "adafactor", "rounding": "stochastic"},
+}
+
+
+def bytes_of(tree, kind):
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(tree)
+        if (a.sharding.memory_kind == "pinned_host") == (kind == "host")
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
+def test_the_state_part_of_the_memory_is_exact(train_config, recipe, mesh):
+    data, fsdp, tensor = mesh
+    for shards in ("all", "optimizer"):
+        config = train_config(
+            model={"param_dtype": "bfloat16", "num_kv_heads": 2}, optim=RECIPES[recipe],
+            mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor, fsdp_shards=shards),
+        )  # fmt: skip
+        mesh_ = make_mesh(config.mesh)
+        state, needed = train.abstract_state(config, mesh_), memory.memory_needed(config, mesh_)
+        parts = [needed.device[part] for part in ("parameters", "masters", "moments")]
+        assert sum(parts) == bytes_of(state, "device") - 2 * 4  # two counters
+        assert needed.host_bytes == bytes_of(state, "host")
+        assert needed.device["parameters"] == bytes_of(state.params, "device")
+        assert (needed.host_bytes > 0) == (recipe == "offload")
+        masters = needed.device["masters"] + needed.host.get("masters", 0)
+        assert (masters > 0) == (recipe in ("masters", "offload"))
+
+
+def test_the_accumulator_is_counted_in_its_type(train_config):
+    def accumulator(**optim):
+        config = train_config(model={"param_dtype": "bfloat16"}, accumulate_steps=2, optim=optim)
+        return memory.memory_needed(config, make_mesh(config.mesh)).device["accumulator"]
+
+    assert accumulator() == 2 * accumulator(accumulator_dtype="bfloat16") > 0
+
+
+def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
+    def total(**fields):
+        model = {"num_layers": 8} | fields.pop("model", {})
+        config = train_config(model=model, **fields)
+        return memory.memory_needed(config, make_mesh(config.mesh)).device_bytes
+
+    assert total(model={"remat": "block"}) < total(model={"remat": "none"})
+    for kind in ("integrator", "all_but_integrator"):
+        assert total(model={"remat": "block"}) < total(model={"remat": kind})
+        assert total(model={"remat": kind}) < total(model={"remat": "none"})
+    for saves in ({"integrator_segment": 2}, {"integrator_chunk": 4}, {"num_iterations": 0}):
+        assert total(model={"remat": "none"} | saves) < total(model={"remat": "none"})
+    assert total() < total(model={"integrator_gradient": "autodiff"})
+    assert total(loss_chunk=4) < total(loss_chunk=8) < total(loss_chunk=0)
+    assert total(batch_size=4) < total(batch_size=8)
+    assert total(batch_size=64, accumulate_steps=8) < total(batch_size=64)
+    assert total(mesh=MeshConfig(data=8)) < total(mesh=MeshConfig(data=1))
+
+
+@pytest.mark.parametrize("name", ["3b", "4b"])
+def test_the_state_of_a_device_falls_as_one_over_n(name):
+    """At full size: shapes only."""
+    config = override(load(name), ["--accumulate_steps", "8"])
+
+    def state(n):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=n))
+        return bytes_of(train.abstract_state(config, mesh), "device")
+
+    whole = state(1)
+    for n in (2, 4, 8):
+        assert state(n) == pytest.approx(whole / n, rel=0.005)  # norms are on every device
+
+
+ESTIMATED = [
+    ("small", 1, "4"), ("small", 8, "4"), ("medium", 1, "4"), ("medium", 8, "4"),
+    ("large", 1, "16"), ("large", 8, "8"),
+]  # fmt: skip
+
+
+def estimate(*args):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/estimate.py", *args], env=env, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "fsdp"])
+@pytest.mark.parametrize(("name", "devices", "accumulate"), ESTIMATED)
+def test_the_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accumulate, mesh):
+    if devices == 1 and mesh == "fsdp":
+        pytest.skip("one device has one mesh")
+    shape = ("--mesh.data", "1", "--mesh.fsdp", "rest") if mesh == "fsdp" else ()
+    done = estimate(
+        "--config", name, "--devices", str(devices), "--accumulate_steps", accumulate,
+        "--compile", "cpu", "--json", *shape,
+    )  # fmt: skip
+    record = json.loads(done.stdout)
+    assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.15)
+
+
+def test_the_script_says_what_fits_and_the_change_that_makes_it_fit():
+    done = estimate("--config", "3b", "--json")
+    record = json.loads(done.stdout)
+    assert done.returncode == 0 and record["fits"] and record["change"] is None
+    assert record["device_bytes"] == sum(record["parts"].values()) and record["host_bytes"] == 0
+
+    done = estimate("--config", "3b", "--device", "rtx4090", "--json")
+    record = json.loads(done.stdout)
+    assert done.returncode == 2 and not record["fits"]
+    change = record["change"].split()
+    done = estimate("--config", "3b", "--device", "rtx4090", "--json", *change)
+    record = json.loads(done.stdout)
+    assert done.returncode == 0 and record["fits"] and record["host_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: choose one of"),
+        (["--devices", "0"], "--devices 0: must be positive"),
+        (["--devices", "3"], "batch_size=64 in accumulate_steps=64"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message):
+    done = estimate("--config", "3b", *flags)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_smallest_change_is_tried_in_order_and_fits(train_config, monkeypatch):
+    config = train_config(
+        model={"param_dtype": "bfloat16", "d_model": 64, "num_layers": 8}, batch_size=8
+    )
+    mesh = make_mesh(config.mesh)
+    needed = memory.memory_needed(config, mesh).device_bytes
+    fits = functools.partial(memory.smallest_change, config, mesh, "rtx4090")
+    found = []
+    for share in (0.9, 0.55, 0.3):
+        monkeypatch.setattr(
+            memory, "fits", lambda n, device, share=share: n.device_bytes <= share * needed
+        )
+        change = fits()
+        found.append(change)
+        changed = override(config, change)
+        assert memory.memory_needed(changed, mesh).device_bytes <= share * needed
+    assert found[0] == ["--accumulate_steps", "8"]
+    assert len(found[2]) >= len(found[1])
+    monkeypatch.setattr(memory, "fits", lambda n, device: False)
+    assert fits() is None
+
+
+def test_a_platform_without_host_memory_is_an_error(train_config, monkeypatch):
+    config = train_config(optim={"state_memory": "pinned_host"})
+    mesh = make_mesh(config.mesh)
+    train.abstract_state(config, mesh)
+    with pytest.raises(RuntimeError, match="optim.state_memory=pinned_host.* keeps no state"):
+        train.check_offload("HloModule m, entry_computation_layout={(f32[4]{0})->f32[4]{0}}")
+    monkeypatch.setattr(sharding, "_memory_kinds", lambda mesh: {"device"})
+    with pytest.raises(InputError, match="optim.state_memory=pinned_host: .* has only device mem"):
+        train.abstract_state(config, mesh)
