@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from inl_jax import processes
 from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, from_json, to_json
 from inl_jax.model import abstract_params
 from inl_jax.tokenizer import Tokenizer
@@ -91,14 +92,19 @@ class Checkpoints:
         folder = self._run_dir / "checkpoints"
         damaged: dict[int, str] = {}
         for step in reversed([c.step for c in self._orbax.checkpoints]):
+            trouble = ""
             try:
-                metadata = self._orbax.checkpointables_metadata(step)
-                _check_matches(metadata.metadata, abstract, folder / str(step))
-                loaded = self._orbax.load_checkpointables(step, abstract)
+                with _reading_alone():
+                    metadata = ocp.checkpointables_metadata(folder / str(step))
+                    _check_matches(metadata.metadata, abstract, folder / str(step))
+                    loaded = ocp.load_checkpointables(folder / str(step), abstract)
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many types for bad bytes
-                damaged[step] = _reason(error)
+                trouble = _reason(error)
+            # Bad bytes may be in the part of one process only; all give the checkpoint up then.
+            if troubles := list(filter(None, processes.gather(trouble))):
+                damaged[step] = troubles[0]
                 continue
             self._set_aside(damaged, report)
             return {**loaded, "step": step, "position": metadata.custom_metadata}
@@ -111,13 +117,14 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: dict[int, str], report) -> None:
-        for step, reason in damaged.items():
+        for step, reason in damaged.items() if processes.first() else ():
             aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self._run_dir / "checkpoints" / str(step), aside)
             if _read_json(self._best).get("step") == step:
                 self._best.unlink()
             report(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
+        processes.gather()  # moved, before anyone looks again
         if damaged:
             self._orbax.reload()
 
@@ -131,11 +138,14 @@ class Checkpoints:
         """
         best = _read_json(self._best)
         lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
-        if not loss < lowest:  # nor where it is NaN
+        lower = loss < lowest  # false where it is NaN
+        if processes.gather(str(lower))[0] == "False":  # as process 0 read it, before it writes
             return
         self.wait()  # best.json never names a checkpoint that is not on disk
         found = {"step": step, "validation_loss": loss, "basis": basis}
-        write_text(self._best, json.dumps(found))
+        if processes.first():
+            write_text(self._best, json.dumps(found))
+        processes.gather()  # so that all keep the same checkpoints
 
     def latest_step(self) -> int | None:
         """The newest saved step."""
@@ -172,6 +182,18 @@ def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
                     f"wants {asked.get(leaf, 'nothing')}: use the config of that run, or another "
                     "run_dir"
                 )
+
+
+@contextlib.contextmanager
+def _reading_alone() -> Iterator[None]:
+    """Orbax reads without waiting for other processes, which bad bytes may keep from coming."""
+    me = jax.process_index()
+    context = ocp.Context()
+    context.multiprocessing.primary_host = me
+    context.multiprocessing.active_processes = {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
+    with context:
+        yield
 
 
 def _reason(error: Exception) -> str:
@@ -218,6 +240,8 @@ def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer) -> None:
 
 def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the config and the tokenizer into the run directory."""
+    if not processes.first():
+        return
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / "config.json").exists():
@@ -302,9 +326,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 def locked(run_dir: str | Path) -> Iterator[None]:
     """Keeps a run directory to one trainer at a time. Makes the directory.
 
+    The processes of one trainer share it: process 0 locks for all.
+
     Raises:
-      InputError: another process trains there, or it cannot be made.
+      InputError: another process trains there, it cannot be made, or not all processes see it.
     """
+    if not processes.first():
+        processes.check_shared(Path(run_dir), "run_dir")
+        yield
+        return
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         handle = open(Path(run_dir) / "lock", "a")
@@ -315,4 +345,5 @@ def locked(run_dir: str | Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"run_dir={run_dir}: another process trains there") from None
+        processes.check_shared(Path(run_dir), "run_dir")
         yield  # the lock goes with the file, also when the process is killed

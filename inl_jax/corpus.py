@@ -120,7 +120,7 @@ def prepare(
     """
     entries = tuple(_find(spec, report) for spec in data.paths)
     _check_no_file_twice(entries)
-    cache = _make_cache(data.cache_dir)
+    cache = make_cache(data.cache_dir)
     _remove_stale(cache)
     if tokenizer is None:
         if data.tokenizer.startswith("bpe:"):
@@ -134,7 +134,8 @@ def prepare(
     )
 
 
-def _make_cache(cache_dir: str) -> Path:
+def make_cache(cache_dir: str) -> Path:
+    """The directory of `data.cache_dir`, made where it is missing; `InputError` where it cannot."""
     try:
         if not cache_dir:
             raise OSError(0, "it is empty")

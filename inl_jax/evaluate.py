@@ -15,6 +15,7 @@ from inl_jax.data import EvalBatch
 from inl_jax.losses import token_losses
 from inl_jax.metrics import perplexity
 from inl_jax.model import hidden_states
+from inl_jax.sharding import fetch
 
 
 class Evaluation(NamedTuple):
@@ -54,7 +55,7 @@ def evaluate(
         if row_losses is None:
             jax.block_until_ready(eval_step(config, params, placed))  # compiles
         start = time.perf_counter()
-        row_losses = np.asarray(eval_step(config, params, placed), np.float64)
+        row_losses = fetch(eval_step(config, params, placed)).astype(np.float64)
         seconds += time.perf_counter() - start
         total += row_losses.sum()  # in float64, so that the batch size does not show
         tokens += int(batch.weights.sum())

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from inl_jax import processes
 from inl_jax.config import ModelConfig
 
 # Dense bfloat16 peak in FLOP/s by device kind, from the makers' data sheets (without sparsity).
@@ -80,21 +81,27 @@ def perplexity(loss: float) -> float:
 class MetricsLog:
     """Records of a run: one JSON object a line, and the same on the console.
 
-    On a terminal a progress line is rewritten in place between the log lines.
+    On a terminal a progress line is rewritten in place between the log lines. With several
+    processes only the first writes anything.
     """
 
     def __init__(self, run_dir: str | Path):
         self._path = Path(run_dir) / "metrics.jsonl"
         self._file = None
-        self._terminal = sys.stdout.isatty()
+        self._first = processes.first()
+        self._terminal = self._first and sys.stdout.isatty()
         self._shown = 0.0
 
     def say(self, line: str) -> None:
         """A line for the console only."""
+        if not self._first:
+            return
         print(f"\r\033[K{line}" if self._terminal else line, flush=True)
 
     def write(self, record: dict[str, Any], line: str) -> None:
         """One record to the file, and its line to the console."""
+        if not self._first:
+            return
         if self._file is None:
             torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
             self._file = open(self._path, "a", buffering=1)

@@ -5,10 +5,11 @@ The model names its axes; nothing but `RULES` says what they mean on a mesh.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -170,12 +171,52 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def local_rows(batch_size: int) -> slice:
-    """This process's contiguous rows of a global batch."""
-    each = batch_size // jax.process_count()
-    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process reads: those its devices hold.
+
+    Where the tensor axis goes across processes, several of them hold and read the same rows.
+    """
+    held = rows(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ends = [index.indices(batch_size) for (index,) in held]
+    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
 
 
 def place(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """A global array from each process's own rows."""
-    return jax.make_array_from_process_local_data(rows(mesh), local)
+    """A global array from each process's `local_rows`."""
+    held = local_rows(mesh, row_shards(mesh))  # of one row for each shard
+    each = len(local) // (held.stop - held.start)
+    first, shape = held.start * each, (row_shards(mesh) * each, *local.shape[1:])
+
+    def part(index):
+        start, stop, _ = index[0].indices(shape[0])
+        return local[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, rows(mesh), part)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array on the host of every process, which all ask for it together."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        mesh = array.sharding.mesh
+        array = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, P()))(array)
+    return np.asarray(array)
+
+
+def any_process(mesh: Mesh) -> Callable[[bool], bool]:
+    """A function that says whether any process has called it with True, with one answer on all.
+
+    Every process calls it once for each update. The answer is that of the call before, which the
+    devices have by then, so that nobody waits for it. One process alone has it at once.
+    """
+    if jax.process_count() == 1:
+        return bool
+    one_each, vote = NamedSharding(mesh, P(AXES)), None
+    collect = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+
+    def ask(flag: bool) -> bool:
+        nonlocal vote
+        before, mine = vote, np.array([flag])
+        vote = collect(jax.make_array_from_callback((mesh.size,), one_each, lambda _: mine))
+        return before is not None and bool(before)
+
+    return ask

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from inl_jax import data, metrics
+from inl_jax import data, metrics, processes
 from inl_jax.checkpoint import (
     Checkpoints,
     check_run,
@@ -29,8 +30,8 @@ from inl_jax.checkpoint import (
     read_params,
     record_run,
 )
-from inl_jax.config import InputError, TrainConfig, load
-from inl_jax.corpus import Corpus, prepare
+from inl_jax.config import InputError, TrainConfig, differences, from_json, load, to_json
+from inl_jax.corpus import Corpus, make_cache, prepare
 from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
 from inl_jax.losses import mean_loss
@@ -55,6 +56,7 @@ from inl_jax.optim import (
 from inl_jax.sharding import (
     RULES,
     abstract_optimizer_state,
+    any_process,
     check_rows,
     local_rows,
     make_mesh,
@@ -211,20 +213,22 @@ def train_step(
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains, or goes on with, the run that `config` describes.
+    """Trains, or goes on with, the run that `config` describes; every process calls it alike.
 
     Raises:
       InputError: the config, the data, the machine or the run directory does not fit.
       Diverged: too many updates in a row were not finite. The state before them is saved.
     """
     mesh = make_mesh(config.mesh)
-    check_machine(config, mesh)
-    corpus = prepare(config.data)
+    check_same_config(config)
+    abstract = abstract_state(config, mesh)
+    check_machine(config, mesh, abstract, report=processes.say)
+    corpus = prepare_everywhere(config)
     data.check(corpus, config.model.vocab_size)
     samples = data.training_samples(corpus, config.data, config.seed)
     check_sample(config, corpus.tokenizer)
     count_steps(config, corpus)
-    check_run(config, corpus.tokenizer)
+    check_run(config, corpus.tokenizer, report=processes.say)
     with (
         locked(config.run_dir),
         jax.set_mesh(mesh),
@@ -232,7 +236,6 @@ def train(config: TrainConfig) -> TrainResult:
         contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as checkpoints,
         contextlib.closing(metrics.MetricsLog(config.run_dir)) as log,
     ):
-        abstract = abstract_state(config, mesh)
         state, position = restore_or_init(config, abstract, checkpoints, corpus, log)
         record_run(config, corpus.tokenizer)
         step = int(state.step)
@@ -249,13 +252,50 @@ def train(config: TrainConfig) -> TrainResult:
         else:
             log.say(f"the run is complete at update {step}; raise num_steps to go on")
             interrupted = False
+    processes.gather()  # the log is written
     step = int(state.step)
     history = metrics.read_metrics(config.run_dir, up_to=step)
     return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
 
 
-def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
+def check_same_config(config: TrainConfig) -> None:
+    """Raises `InputError` where the processes were not started with the same config."""
+    mine = to_json(config)
+    if len(set(processes.gather(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(from_json, processes.gather(mine))
+    i, other = next((i, c) for i, c in enumerate(others, start=1) if c != first)
+    field, expected, found = next(differences(first, other))
+    raise InputError(
+        f"{field}={found} on process {i} and {expected} on process 0: start all with the same "
+        "command and config file"
+    )
+
+
+def prepare_everywhere(config: TrainConfig) -> Corpus:
+    """The same corpus on every process, whether their hosts share the cache or not.
+
+    Raises:
+      InputError: as `prepare` does, and where the processes found different data.
+    """
+    corpus = processes.once_for_each_copy(
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=processes.say)
+    )
+    processes.check_same(
+        "the fingerprint of the data", f"{corpus.fingerprint}/{corpus.tokenizer.fingerprint}",
+        "data.paths and data.tokenizer must name the same files on every host",
+    )  # fmt: skip
+    return corpus
+
+
+def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, report=print) -> None:
     """Says what the run needs and what is here, before anything is allocated.
+
+    Args:
+      config: the run.
+      mesh: its devices.
+      abstract: its state, from `abstract_state`.
+      report: where the lines go.
 
     Raises:
       InputError: the devices, the memory or the disk do not suffice.
@@ -278,9 +318,7 @@ def check_machine(config: TrainConfig, mesh: Mesh, *, report=print) -> None:
         )
     existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
     free = shutil.disk_usage(existing).free
-    checkpoint = sum(
-        math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(config, mesh))
-    )
+    checkpoint = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     if 2 * checkpoint > free:
         raise InputError(
             f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
@@ -564,18 +602,18 @@ class Run:
         c, last = self.config, self.num_steps
         batches = data.training_batches(
             self.samples, position=self.start_position, batch_size=c.batch_size,
-            rows=local_rows(c.batch_size), num_batches=last - self.start_step,
+            rows=local_rows(self.mesh, c.batch_size), num_batches=last - self.start_step,
         )  # fmt: skip
         placed = (place(self.mesh, batch) for batch in batches)
-        pending = None
+        pending, any_stop = None, any_process(self.mesh)
         with StopRequest() as stop:
             self.timer.start(self.start_step)
             for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
                 state, results = step_fn(state, batch)
                 if pending:  # fetched one update late, so that the device never waits for us
                     self.record(state, *pending)
-                pending = (step, results)
-                save = step == last or stop.requested or _due(step, c.save_every)
+                pending, stopping = (step, results), any_stop(stop.requested)
+                save = step == last or stopping or _due(step, c.save_every)
                 side = {
                     self.evaluate: step == last or _due(step, c.eval_every),
                     self.sample: _due(step, c.sample_every),
@@ -586,7 +624,7 @@ class Run:
                 pending = None
                 if save:  # before anything that could fail
                     self.save(state, step)
-                if stop.requested:
+                if stopping:
                     self.checkpoints.wait()
                     self.log.say(f"stopped at update {step} as asked, and saved")
                     return state, True
@@ -670,7 +708,7 @@ class Run:
         )  # fmt: skip
         result = evaluate(
             c.model, state.params, batches,
-            place=lambda array: place(self.mesh, array[local_rows(len(array))]),
+            place=lambda array: place(self.mesh, array[local_rows(self.mesh, len(array))]),
         )  # fmt: skip
         record = {
             "step": step, "validation_loss": result.loss,
@@ -703,7 +741,8 @@ class Run:
         step = self.start_step
         due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
         records = metrics.read_metrics(self.config.run_dir, up_to=step)
-        if due and not any(r["step"] == step and "validation_loss" in r for r in records):
+        missing = not any(r["step"] == step and "validation_loss" in r for r in records)
+        if due and processes.gather(str(missing))[0] == "True":  # one reading of the file for all
             self.evaluate(state, step)
 
 

@@ -1,13 +1,16 @@
 """Trains a model, or goes on with a run: python scripts/train.py --config configs/tiny.py.
 
 Exit codes: 0 done; 2 a mistake in the input; 3 diverged; 75 stopped by SIGTERM or Ctrl-C after
-saving, the same command goes on; 130 stopped by Ctrl-C with nothing more to save.
+saving, the same command goes on; 130 stopped by Ctrl-C with nothing more to save. Under a launcher
+of several processes (docs/cluster.md) all of them end with the same code.
 """
 
 import argparse
+import os
 import sys
+import traceback
 
-from inl_jax.config import exit_on_input_error, from_command_line
+from inl_jax.config import InputError, from_command_line
 
 
 def main() -> int:
@@ -15,26 +18,52 @@ def main() -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run needs and stop, allocating nothing"
     )
+    parser.add_argument("--coordinator", default="", help="host:port of process 0, of several")
+    parser.add_argument("--num_processes", type=int, help="how many; 1 ignores any launcher")
+    parser.add_argument("--process_id", type=int, help="which one this is, from 0")
+    parser.add_argument(
+        "--start_timeout", type=int, default=300, help="seconds for the processes to come together"
+    )
+    parser.add_argument(
+        "--peer_timeout", type=int, default=60,
+        help="seconds without a sign of life after which a process counts as dead, and all end",
+    )  # fmt: skip
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
+    from inl_jax import processes
+    from inl_jax.train import EXIT_DIVERGED, Diverged
+
+    try:
+        return processes.end(run(config, flags))
+    except InputError as error:
+        return processes.end(2, f"error: {error}")
+    except KeyboardInterrupt:  # before the first update, or a second Ctrl-C
+        return processes.end(130, "interrupted; nothing more was saved")
+    except Diverged as error:
+        return processes.end(EXIT_DIVERGED, f"error: {error}")
+    except Exception:  # with several processes also where another one died
+        return processes.end(1, traceback.format_exc().rstrip())
+
+
+def run(config, flags) -> int:
+    """Trains; returns the exit code."""
+    from inl_jax import processes
     from inl_jax.sharding import make_mesh
-    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged, check_machine, train
+    from inl_jax.train import EXIT_INTERRUPTED, abstract_state, check_machine, train
     from inl_jax.xla import apply_flags, use_compile_cache
 
-    with exit_on_input_error():
-        apply_flags(config.xla_flags)
-        if flags.dry_run:
-            check_machine(config, make_mesh(config.mesh))
-            return 0
-        use_compile_cache()
-        try:
-            return EXIT_INTERRUPTED if train(config).interrupted else 0
-        except KeyboardInterrupt:  # before the first update, or a second Ctrl-C
-            print("interrupted; nothing more was saved", file=sys.stderr)
-            return 130
-        except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
+    launch = processes.find_launch(
+        os.environ, coordinator=flags.coordinator, num_processes=flags.num_processes,
+        process_id=flags.process_id,
+    )  # fmt: skip
+    processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
+    apply_flags(config.xla_flags, report=processes.say)
+    if flags.dry_run:
+        mesh = make_mesh(config.mesh)
+        check_machine(config, mesh, abstract_state(config, mesh), report=processes.say)
+        return 0
+    use_compile_cache(report=processes.say)
+    return EXIT_INTERRUPTED if train(config).interrupted else 0
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from inl_jax.optim import make_optimizer
 from inl_jax.sharding import (
     AXES,
     RULES,
+    any_process,
     check_rows,
     local_rows,
     make_mesh,
     param_shardings,
     place,
+    rows,
 )
 from inl_jax.train import abstract_state, compile_step
 
@@ -226,11 +228,57 @@ def test_a_dimension_that_does_not_divide_is_named(model_config, mesh, change, l
 def test_rows_are_placed_in_order():
     mesh = mesh_of(2, 2, 2)
     batch = np.arange(24, dtype=np.int32).reshape(8, 3)
-    assert local_rows(8) == slice(0, 8)
+    assert local_rows(mesh, 8) == slice(0, 8)
     placed = place(mesh, batch)
     np.testing.assert_array_equal(placed, batch)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     assert placed.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("shape", "reads"),
+    [
+        ((8, 1, 1), [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        ((2, 2, 2), [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        ((2, 1, 4), [(0, 4), (0, 4), (4, 8), (4, 8)]),  # the tensor axis crosses processes
+        ((1, 1, 8), [(0, 8)] * 4),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, shape, reads):
+    """As if every two of the eight devices were of one process."""
+    mesh = mesh_of(*shape)
+    batch = np.arange(24, dtype=np.int32).reshape(8, 3)
+    devices = mesh.devices.ravel().tolist()
+    everywhere = jax.sharding.NamedSharding.addressable_devices_indices_map
+    for process, read in enumerate(reads):
+        own = devices[2 * process : 2 * process + 2]
+        monkeypatch.setattr(
+            jax.sharding.NamedSharding, "addressable_devices_indices_map",
+            lambda self, shape, own=own: {
+                d: index for d, index in everywhere(self, shape).items() if d in own
+            },
+        )  # fmt: skip
+        assert local_rows(mesh, 8) == slice(*read)
+        parts = {}
+
+        def only_own(shape, sharding, part, own=own, parts=parts):
+            parts |= {d: part(sharding.devices_indices_map(shape)[d]) for d in own}
+            assert shape == (8, 3)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "make_array_from_callback", only_own)
+            place(mesh, batch[local_rows(mesh, 8)])
+        for d, index in rows(mesh).devices_indices_map((8, 3)).items():
+            if d in own:
+                np.testing.assert_array_equal(parts[d], batch[index])
+
+
+def test_a_stop_is_asked_of_all(monkeypatch):
+    mesh = mesh_of(2, 2, 2)
+    assert [any_process(mesh)(flag) for flag in (False, True)] == [False, True]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ask = any_process(mesh)
+    assert [ask(flag) for flag in (False, True, False, False)] == [False, False, True, False]
 
 
 def test_shardings_match_the_parameters_in_structure(model_config):
