@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from inl_jax.axes import by_row_shard, declare, row_shards
 from inl_jax.config import ModelConfig
 
 CONTROLLERS = ("alpha", "beta", "gate", "candidate")
@@ -81,9 +82,10 @@ def hidden(params, from_context_BSQC, x_BSD, v_BSD, *, dtype) -> jax.Array:
       v_BSD: velocity; None is zero, and saves its product.
       dtype: type of the product.
     """
-    state = x_BSD if v_BSD is None else jnp.concatenate([x_BSD, v_BSD], axis=-1)
-    kernel = params["state_kernel"][: state.shape[-1]]
-    product = jnp.einsum("bse,eqc->bsqc", state.astype(dtype), kernel.astype(dtype))
+    state = [x_BSD] if v_BSD is None else [x_BSD, v_BSD]
+    kernel = params["state_kernel"][: len(state)].astype(dtype)
+    # Stacked beside D, which may be split over devices.
+    product = jnp.einsum("bsed,edqc->bsqc", jnp.stack(state, axis=-2).astype(dtype), kernel)
     return jax.nn.relu(product + from_context_BSQC)
 
 
@@ -165,7 +167,7 @@ def _run_backward(dynamics, segment, residuals, dx_BSD):
     params, x_BSD, s_TD, kept_first, kept_head, segments = residuals
     cast = _cast_kernels(params, dynamics.dtype)
     # Once for all iterations in the order that the products back to (x, v) read it in.
-    cast["state_kernel"] = cast["state_kernel"].transpose(1, 2, 0)
+    cast["state_kernel"] = cast["state_kernel"].transpose(2, 3, 0, 1)
     s_head, s_segments = _split(s_TD, segment)
     through = functools.partial(_segment_backward, cast, dynamics=dynamics)
 
@@ -191,8 +193,8 @@ def _run_backward(dynamics, segment, residuals, dx_BSD):
     sums = _add_products(sums, {"x_kernel": x_BSD[None]}, dr_BSQC[None], dtype=dynamics.dtype)
     ds_TD = jnp.concatenate([ds_D[None], ds_head, ds_segments.reshape(-1, len(ds_D))])
     d_context = sums.pop("context").astype(r_BSQC.dtype)
-    d_state_kernel = jnp.concatenate([sums.pop("x_kernel"), sums.pop("v_kernel")], axis=-1)
-    return sums | {"state_kernel": d_state_kernel.transpose(2, 0, 1)}, d_context, dx_BSD, ds_TD
+    d_state_kernel = jnp.stack([sums.pop("x_kernel"), sums.pop("v_kernel")])
+    return sums | {"state_kernel": d_state_kernel.transpose(0, 3, 1, 2)}, d_context, dx_BSD, ds_TD
 
 
 run_lean.defvjp(_run_forward, _run_backward)
@@ -248,7 +250,7 @@ def _step_backward(params, carry, state, kept, s_D, *, dynamics: Dynamics):
     """Pulls the gradient back through one step.
 
     Args:
-      params: kernels in the type of the products, the state kernel as [Q, C, 2 D].
+      params: kernels in the type of the products, the state kernel as [Q, C, 2, D].
       carry: gradients by (x', v'), and the sums of those by the context and the parameters.
       state: (x, v) before the step.
       kept: (r, rms).
@@ -293,11 +295,10 @@ def _step_backward(params, carry, state, kept, s_D, *, dynamics: Dynamics):
         "output_bias": sums["output_bias"] + jnp.stack([d.sum((0, 1)) for d in do]),
         "mu": sums["mu"] - de_BSD.sum((0, 1)),
     }
-    D = x_BSD.shape[-1]
-    kernel_QCE = params["state_kernel"][..., : D if v_BSD is None else 2 * D]
-    d_products = product("bsqc,qce->bse", dr_BSQC.astype(dtype), kernel_QCE)
-    dx_BSD = dx_BSD + de_BSD + d_products[..., :D]
-    dv_before = None if v_BSD is None else alpha * dv_BSD + d_products[..., D:]
+    kernel_QCED = params["state_kernel"][:, :, : 1 if v_BSD is None else 2]
+    d_products = product("bsqc,qced->bsed", dr_BSQC.astype(dtype), kernel_QCED)
+    dx_BSD = dx_BSD + de_BSD + d_products[..., 0, :]
+    dv_before = None if v_BSD is None else alpha * dv_BSD + d_products[..., 1, :]
     return ((dx_BSD, dv_before), sums), (dr_BSQC, dv_BSD.sum((0, 1)))
 
 
@@ -345,10 +346,27 @@ def integrate(
 
     if remat:
         refine = jax.checkpoint(refine, prevent_cse=False)
-    if chunk == 0 or chunk >= x_BSD.shape[1]:
-        return refine((h_BSD, x_BSD))
-    chunks = jax.tree.map(lambda a: split_positions(a, chunk), (h_BSD, x_BSD))
-    return join_positions(jax.lax.map(refine, chunks), x_BSD.shape[1])
+
+    def refine_all(inputs):
+        S = x_BSD.shape[1]
+        if chunk == 0 or chunk >= S:
+            return refine(inputs)
+        chunks = jax.tree.map(lambda a: split_positions(a, chunk), inputs)
+        return join_positions(jax.lax.map(refine, chunks), S)
+
+    N = row_shards(len(x_BSD))
+    if N == 1:
+        return refine_all(spread((h_BSD, x_BSD), ("batch",)))
+    # The gradients by the parameters add up for each part of the rows by itself, or devices would
+    # exchange them in every iteration.
+    parts = spread(by_row_shard((h_BSD, x_BSD), N), ("batch", None))
+    return jax.vmap(refine_all)(parts).reshape(x_BSD.shape)
+
+
+def spread(tree, rows):
+    """Arrays [..., S, D] with D split as the parameters' is: each device has its channels."""
+    axes = (*rows, "sequence", "channels")
+    return jax.tree.map(lambda a: nn.with_logical_constraint(a, axes), tree)
 
 
 def split_positions(a_BSX, chunk: int) -> jax.Array:
@@ -384,20 +402,18 @@ class Integrator(nn.Module):
         init = nn.initializers
         hidden_init = init.normal((3 * D) ** -0.5)  # lecun-normal; each unit reads (h, x, v)
         declared = {
-            "mu": (init.zeros, (D,), ("embed",)),
-            "gamma": (lambda *a: 1 + init.normal(0.1)(*a), (D,), ("embed",)),
-            "phi": (init.uniform(2 * math.pi), (D,), ("embed",)),
-            "context_kernel": (hidden_init, (D, Q, C), ("embed", None, "controller")),
-            "state_kernel": (hidden_init, (2 * D, Q, C), ("embed", None, "controller")),
-            "hidden_bias": (init.zeros, (Q, C), (None, "controller")),
-            "output_kernel": (init.normal(0.01), (Q, C, D), (None, "controller", "embed")),
-            "output_bias": (_output_bias_init, (Q, D), (None, "embed")),
+            "mu": (init.zeros, (D,), ("channels",)),
+            "gamma": (lambda *a: 1 + init.normal(0.1)(*a), (D,), ("channels",)),
+            "phi": (init.uniform(2 * math.pi), (D,), ("channels",)),
+            "context_kernel": (hidden_init, (D, Q, C), ("state", None, None)),
+            "state_kernel": (hidden_init, (2, D, Q, C), (None, "state", None, None)),
+            "hidden_bias": (init.zeros, (Q, C), (None, None)),
+            "output_kernel": (init.normal(0.01), (Q, C, D), (None, None, "state")),
+            "output_bias": (_output_bias_init, (Q, D), (None, "channels")),
         }
         params = {
-            name: self.param(
-                name, nn.with_logical_partitioning(fn, axes), shape, jnp.dtype(c.param_dtype)
-            )
-            for name, (fn, shape, axes) in declared.items()
+            name: declare(self, name, *declaration, param_dtype=c.param_dtype)
+            for name, declaration in declared.items()
         }
         return integrate(
             params, h_BSD, x_BSD, amplitude=amplitude, num_iterations=c.num_iterations,

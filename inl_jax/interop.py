@@ -94,7 +94,7 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
             "gamma": np.zeros_like(gamma),
             "phi": layer("inl.excitation_phi") + gamma * layer("inl.global_step"),
             "context_kernel": hidden_kernel[: c.d_model],
-            "state_kernel": hidden_kernel[c.d_model :],
+            "state_kernel": hidden_kernel[c.d_model :].reshape(2, -1, *hidden_kernel.shape[1:]),
             "hidden_bias": np.stack([layer(f"inl.mlp_{n}.0.bias") for n in _NETWORKS.values()]),
             "output_kernel": np.stack(
                 [layer(f"inl.mlp_{n}.2.weight").T for n in _NETWORKS.values()]
@@ -170,7 +170,7 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
     for i in range(c.num_layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
         integrator = block["integrator"]
-        hidden = np.concatenate([integrator["context_kernel"], integrator["state_kernel"]])
+        hidden = np.concatenate([integrator["context_kernel"], *integrator["state_kernel"]])
         layer = {theirs: block[ours] for ours, theirs in _VECTORS.items()} | {
             "ff.0.weight": block["up_kernel"].T,
             "ff.3.weight": block["down_kernel"].T,

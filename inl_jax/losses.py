@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from inl_jax.axes import by_row_shard, row_shards
 from inl_jax.integrator import join_positions, split_positions
-from inl_jax.model import logits
-from inl_jax.sharding import row_shards
+from inl_jax.model import embedding_rows, project
 
 CHUNK = 256  # tokens of one device whose logits exist at once
 COLUMNS = 512  # of the embedding's gradient that are added at once
@@ -30,8 +30,12 @@ def token_losses(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.A
       targets_BS: the token that follows each position.
       chunk: tokens of one device whose logits exist at once; 0 takes all.
     """
+    return _token_losses(embedding_rows(params["embedding"]), hidden_BSD, targets_BS, chunk)
+
+
+def _token_losses(embedding_VD, hidden_BSD, targets_BS, chunk):
     # Recomputed in a backward pass, which would otherwise keep the logits of every chunk.
-    losses = jax.checkpoint(lambda inputs: _negative_log_likelihood(params, *inputs)[0])
+    losses = jax.checkpoint(lambda inputs: _negative_log_likelihood(embedding_VD, *inputs)[0])
     parts = _chunks((hidden_BSD, targets_BS), chunk)
     return join_positions(jax.lax.map(losses, parts), targets_BS.shape[1])
 
@@ -39,12 +43,13 @@ def token_losses(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.A
 def mean_loss(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.Array:
     """The mean of `token_losses`, with a gradient that makes the logits once. For training."""
     weight_BS = jnp.full(targets_BS.shape, 1 / targets_BS.size, _wide(hidden_BSD))
-    return _weighted_loss(params["embedding"], hidden_BSD, targets_BS, weight_BS, chunk)
+    embedding_VD = embedding_rows(params["embedding"])
+    return _weighted_loss(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk)
 
 
-def _negative_log_likelihood(params, hidden_BKD, targets_BK):
+def _negative_log_likelihood(embedding_VD, hidden_BKD, targets_BK):
     """The losses, and the softmax as `exp(logits - max)` with its sum."""
-    logits_BKV = logits(params, hidden_BKD)
+    logits_BKV = project(embedding_VD, hidden_BKD)
     top_BK1 = logits_BKV.max(axis=-1, keepdims=True)
     exp_BKV = jnp.exp(logits_BKV - top_BK1)
     sum_BK1 = exp_BKV.sum(axis=-1, keepdims=True)
@@ -54,29 +59,25 @@ def _negative_log_likelihood(params, hidden_BKD, targets_BK):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted_loss(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk):
-    losses = token_losses({"embedding": embedding_VD}, hidden_BSD, targets_BS, chunk=chunk)
+    losses = _token_losses(embedding_VD, hidden_BSD, targets_BS, chunk)
     return jnp.sum(losses * weight_BS)
 
 
 def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk):
     (V, D), S, wide = embedding_VD.shape, targets_BS.shape[1], _wide(hidden_BSD)
-    N = _row_shards(len(targets_BS))
+    N = row_shards(len(targets_BS))
     kernel_VD = embedding_VD.astype(hidden_BSD.dtype)
     width = COLUMNS if D % COLUMNS == 0 else D
 
     def body(carry, inputs):
-        loss, d_embedding_NVD = carry
+        loss_B, d_embedding_NVD = carry
         hidden_BKD, targets_BK, weight_BK = inputs
-        losses_BK, exp_BKV, sum_BK1 = _negative_log_likelihood(
-            {"embedding": kernel_VD}, hidden_BKD, targets_BK
-        )
+        losses_BK, exp_BKV, sum_BK1 = _negative_log_likelihood(kernel_VD, hidden_BKD, targets_BK)
         one_hot_BKV = targets_BK[..., None] == jnp.arange(V)
         d_logits_BKV = (exp_BKV / sum_BK1 - one_hot_BKV) * weight_BK[..., None]
         d_logits_BKV = d_logits_BKV.astype(hidden_BKD.dtype)
         d_hidden_BKD = d_logits_BKV @ kernel_VD
-        by_shard = jax.tree.map(
-            lambda a: a.reshape(N, -1, *a.shape[1:]), (d_logits_BKV, hidden_BKD)
-        )
+        by_shard = by_row_shard((d_logits_BKV, hidden_BKD), N)
 
         def add_columns(i, total_NVD):  # fewer at a time: their product is an array of its own
             d_logits_NBKV, hidden_NBKD = by_shard
@@ -86,17 +87,18 @@ def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chun
             return jax.lax.dynamic_update_slice_in_dim(total_NVD, old + new, i * width, axis=-1)
 
         d_embedding_NVD = jax.lax.fori_loop(0, D // width, add_columns, d_embedding_NVD)
-        return (loss + jnp.sum(losses_BK * weight_BK), d_embedding_NVD), d_hidden_BKD
+        return (loss_B + jnp.sum(losses_BK * weight_BK, axis=1), d_embedding_NVD), d_hidden_BKD
 
-    # One sum for each part of the rows, so that devices exchange theirs once, after the last chunk.
+    # One sum for each row or part of the rows: devices exchange theirs once, after the last chunk.
+    zero_B = jnp.zeros(len(targets_BS), wide)
     zero_NVD = nn.with_logical_constraint(
         jnp.zeros((N, V, D), wide), ("batch", "vocab", "activation")
     )
-    (loss, d_embedding_NVD), d_hidden = jax.lax.scan(
-        body, (jnp.zeros((), wide), zero_NVD), _chunks((hidden_BSD, targets_BS, weight_BS), chunk)
+    (loss_B, d_embedding_NVD), d_hidden = jax.lax.scan(
+        body, (zero_B, zero_NVD), _chunks((hidden_BSD, targets_BS, weight_BS), chunk)
     )
     d_embedding_VD = d_embedding_NVD.sum(axis=0).astype(embedding_VD.dtype)
-    return loss, (d_embedding_VD, join_positions(d_hidden, S))
+    return loss_B.sum(), (d_embedding_VD, join_positions(d_hidden, S))
 
 
 def _weighted_loss_backward(chunk, gradients, d_loss):
@@ -114,14 +116,8 @@ def _chunks(arrays, chunk: int):
     What is added at the end to fill the last chunk is zero, and so is its weight.
     """
     B, S = arrays[0].shape[:2]
-    num_chunks = 1 if chunk == 0 else min(S, -(-B // _row_shards(B) * S // chunk))
+    num_chunks = 1 if chunk == 0 else min(S, -(-B // row_shards(B) * S // chunk))
     return jax.tree.map(lambda a: split_positions(a, -(-S // num_chunks)), arrays)
-
-
-def _row_shards(num_rows: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else row_shards(mesh)
-    return shards if num_rows % shards == 0 else 1
 
 
 def _wide(x: jax.Array):

@@ -145,11 +145,12 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
     rest = vector * (of_D * D + of_F * c.d_ff / tensor)
     kept = working = 0
     if T > 0 and c.integrator_gradient == "autodiff":
-        kept = vector * 17 * T * D
+        kept = vector * 17 * T * D / tensor
     elif T > 0:
-        kept = vector * (2 * -(-T // segment) * D + 4 * c.controller_width * T / tensor)
+        kept = vector * (2 * -(-T // segment) * D / tensor + 4 * c.controller_width * T)
         share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
-        working = vector * share * D * (_ITERATION[products] + (2 * segment if segment > 1 else 0))
+        live = _ITERATION[products] + (2 * segment if segment > 1 else 0)
+        working = vector * share * live * D / tensor
     once, each = {
         "none": (0, rest + kept),
         "integrator": (kept, rest),
@@ -186,6 +187,17 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
         "gathered": gathered,
         "update": max(0, update - backward),
     }
+
+
+def compiled_bytes(memory: Any) -> tuple[int, int]:
+    """Bytes a compiled step takes on each device, and on its host; XLA for CPUs counts all as one.
+
+    Args:
+      memory: from `memory_analysis()`.
+    """
+    device = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    device += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return device, memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
 
 
 def memory_found(mesh: Mesh) -> tuple[int, str]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from inl_jax.axes import declare, gathered
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.integrator import TRAJECTORY, Integrator
 
@@ -189,6 +190,34 @@ def feed_forward(x_BSD, up_kernel, up_bias, down_kernel, down_bias) -> jax.Array
     return jax.nn.gelu(x_BSD @ up_kernel + up_bias, approximate=False) @ down_kernel + down_bias
 
 
+def whole(x_BSD) -> jax.Array:
+    """The stream on every device of the tensor axis, between the parts that split it there."""
+    return nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
+
+
+def look_up(embedding_VD, ids_BS) -> jax.Array:
+    """Rows of the embedding, [B, S, D], each device looking in the columns that it keeps.
+
+    The ids and what was found are exchanged, which is less than the table and its gradient.
+    """
+    ids_BS = nn.with_logical_constraint(ids_BS, ("replicas", "sequence"))
+    x_BSD = embedding_VD[ids_BS]
+    for width in ("table", "embed"):  # first over the tensor axis, then over fsdp
+        x_BSD = nn.with_logical_constraint(x_BSD, ("replicas", "sequence", width))
+    return whole(x_BSD)
+
+
+def embedding_rows(embedding_VD) -> jax.Array:
+    """The embedding for `project`: whole rows, which the tensor axis shares out by vocabulary.
+
+    It is kept split by width alone, because vocabularies have few divisors (50257 = 29 * 1733) and
+    what is kept must divide.
+    """
+    return gathered(
+        nn.with_logical_constraint(embedding_VD, ("vocab", "embed")), ("vocab", "embed")
+    )
+
+
 def _last_real(h_BSD, chunk: Chunk) -> jax.Array:
     """The vector at the last token of each row that is not padding, [B, D]."""
     if chunk.length_B is None:
@@ -204,9 +233,11 @@ class _Declares(nn.Module):
 
     def declare(self, name, initializer, shape, axes, dtype=None) -> jax.Array:
         """A parameter with logical axis names, cast to `dtype` (the compute type by default)."""
-        boxed = nn.with_logical_partitioning(initializer, axes)
-        value = self.param(name, boxed, shape, jnp.dtype(self.config.param_dtype))
-        return value.astype(dtype or compute_dtype(self.config))
+        c = self.config
+        return declare(
+            self, name, initializer, shape, axes, param_dtype=c.param_dtype,
+            dtype=dtype or compute_dtype(c),
+        )  # fmt: skip
 
     def norm(self, name: str, x_BSD):
         """Layer normalisation with parameters `<name>_scale` and `<name>_bias`."""
@@ -214,7 +245,7 @@ class _Declares(nn.Module):
         dtype = _state_dtype(x_BSD)
         scale = self.declare(f"{name}_scale", init.ones, shape, ("norm",), dtype)
         bias = self.declare(f"{name}_bias", init.zeros, shape, ("norm",), dtype)
-        return layer_norm(x_BSD, scale, bias)
+        return whole(layer_norm(x_BSD, scale, bias))
 
 
 class MeanContext(_Declares):
@@ -241,7 +272,7 @@ class DecayContext(_Declares):
         u_BSD = _context_projection(self, self.norm("norm", x_BSD))
         dtype = _state_dtype(u_BSD)
         decay_D = jax.nn.sigmoid(
-            self.declare("decay_logit", _decay_logit_init(self.config), (D,), ("norm",), dtype)
+            self.declare("decay_logit", _decay_logit_init(self.config), (D,), ("channels",), dtype)
         )
         h0_BD = jnp.zeros_like(u_BSD[:, 0], dtype) if state is None else state["h"]
         h_BSD = decay_scan(u_BSD.astype(dtype), decay_D, h0_BD)
@@ -288,8 +319,8 @@ class AttentionContext(_Declares):
 
 def _context_projection(module: _Declares, n_BSD) -> jax.Array:
     D = module.config.d_model
-    kernel = module.declare("kernel", init.normal(D**-0.5), (D, D), ("embed", "context"))
-    return n_BSD @ kernel + module.declare("bias", init.zeros, (D,), ("norm",))
+    kernel = module.declare("kernel", init.normal(D**-0.5), (D, D), ("embed", "channels"))
+    return n_BSD @ kernel + module.declare("bias", init.zeros, (D,), ("channels",))
 
 
 def _decay_logit_init(config: ModelConfig):
@@ -316,19 +347,20 @@ class Block(_Declares):
         """Refines the stream; see the equations in the README."""
         c = self.config
         D, F = c.d_model, c.d_ff
-        x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
+        x_BSD = whole(x_BSD)
         mixer = CONTEXTS[c.context](c, name="context")
         if c.context == "mean":
             n_BSD = self.norm("norm1", x_BSD)
             h_BSD, state = mixer(n_BSD, state, chunk)
             # The published residual: the refined state is added, its start is not taken off.
-            x_BSD = x_BSD + self.dropout(self.integrator(h_BSD, n_BSD, amplitude))
+            x_BSD = whole(x_BSD + self.dropout(self.integrator(h_BSD, n_BSD, amplitude)))
         else:
             h_BSD, state = mixer(x_BSD, state, chunk)
-            x_BSD = x_BSD + h_BSD
+            x_BSD = whole(x_BSD + h_BSD)
             if c.num_iterations > 0:
                 n_BSD = self.norm("norm1", x_BSD)
-                x_BSD = x_BSD + self.dropout(self.integrator(h_BSD, n_BSD, amplitude) - n_BSD)
+                moved_BSD = self.integrator(h_BSD, n_BSD, amplitude) - n_BSD
+                x_BSD = whole(x_BSD + self.dropout(moved_BSD))
         n_BSD = self.norm("norm2", x_BSD)
         out_BSD = feed_forward(
             n_BSD,
@@ -362,20 +394,17 @@ class INLModel(_Declares):
         """Returns (hidden [B, S, D] in the compute type, new state)."""
         c = self.config
         dtype = compute_dtype(c)
-        # Gathered in float32, so that the embedding's gradient adds up in float32.
+        # Looked up in float32, so that the embedding's gradient adds up in float32.
         table_dtype = jnp.promote_types(jnp.float32, dtype)
         embedding_VD = self.declare(
             "embedding", init.normal(c.d_model**-0.5), (c.vocab_size, c.d_model),
-            ("vocab", "embed"), table_dtype,
+            (None, "table"), table_dtype,
         )  # fmt: skip
-        # Whole rows for the lookup: split over fsdp, it would leave activations to be exchanged.
-        embedding_VD = nn.with_logical_constraint(embedding_VD, ("vocab", "activation"))
         start_B1 = 0 if state is None else state.position_B[:, None]
         position_BS = jnp.broadcast_to(start_B1 + jnp.arange(ids_BS.shape[1]), ids_BS.shape)
-        x_BSD = math.sqrt(c.d_model) * embedding_VD[ids_BS]
+        x_BSD = math.sqrt(c.d_model) * look_up(embedding_VD, ids_BS)
         if c.context != "attention":
             x_BSD = x_BSD + sinusoid(position_BS, c.d_model, table_dtype)
-        x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
         block = Block
@@ -461,8 +490,13 @@ def hidden_states(config: ModelConfig, params, input_ids, *, amplitude=None, dro
 
 def logits(params, hidden_D) -> jax.Array:
     """`hidden E^T` with the tied embedding: float32 (float64 for float64 hidden), [..., V]."""
+    return project(embedding_rows(params["embedding"]), hidden_D)
+
+
+def project(embedding_VD, hidden_D) -> jax.Array:
+    """`logits` from `embedding_rows`, for loops: what is gathered within one is so every time."""
     return jnp.einsum(
-        "...d,vd->...v", hidden_D, params["embedding"].astype(hidden_D.dtype),
+        "...d,vd->...v", hidden_D, embedding_VD.astype(hidden_D.dtype),
         preferred_element_type=_state_dtype(hidden_D),
     )  # fmt: skip
 

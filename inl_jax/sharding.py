@@ -25,17 +25,23 @@ ROWS = ("data", "fsdp")  # the mesh axes that split the rows of a batch
 
 RULES = (
     ("batch", ROWS),
+    ("replicas", "data"),  # rows, on devices that look each other's up
     ("sequence", None),
-    ("activation", None),
     ("layers", None),
+    # Widths D, where nothing splits them but fsdp: of activations, norms, and kept parameters.
+    ("activation", None),
     ("norm", None),
     ("embed", "fsdp"),
-    ("context", None),
-    ("vocab", "tensor"),
+    # Widths D of which every device of the tensor axis computes its own channels: of contexts and
+    # integrator states; and of the integrator's parameters as they are kept.
+    ("channels", "tensor"),
+    ("state", ("tensor", "fsdp")),
     ("mlp", "tensor"),
-    ("controller", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    # The embedding, as it is used and as it is kept.
+    ("vocab", "tensor"),
+    ("table", ("fsdp", "tensor")),
 )
 
 
@@ -94,7 +100,9 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
             raise InputError(f"{_name(path)} has the axis {axis!r}, which RULES lacks: add a rule")
     rules = RULES
     if fsdp_shards == "optimizer":
-        rules = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
+        rules = tuple(
+            (name, axes if name == "batch" else _without_fsdp(axes)) for name, axes in RULES
+        )
     shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
 
     def check(path, leaf, sharding):
@@ -110,6 +118,11 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
 
     jax.tree_util.tree_map_with_path(check, unbox(boxed), shardings)
     return shardings
+
+
+def _without_fsdp(axes):
+    kept = tuple(axis for axis in jax.tree.leaves(axes) if axis != "fsdp")
+    return kept or None
 
 
 def _is_spec(x: Any) -> bool:

@@ -65,7 +65,7 @@ from inl_jax.sharding import (
     rows,
 )
 from inl_jax.tokenizer import Tokenizer
-from inl_jax.xla import compile_for_cuda
+from inl_jax.xla import Program, compile_for_cuda
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command goes on from there
 EXIT_DIVERGED = 3
@@ -471,24 +471,21 @@ def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainS
     return jitted.trace(abstract, batch)
 
 
-def compiled_memory(config: TrainConfig, mesh: Mesh, compiler: str) -> tuple[int, int]:
-    """Bytes of a compiled training step on each device and in its host's memory; nothing runs.
+def compile_abstractly(config: TrainConfig, mesh: Mesh, compiler: str) -> Program:
+    """A training step compiled for the devices of `mesh`; nothing is allocated and nothing runs.
 
     Args:
       config: the run.
       mesh: of CPU devices.
-      compiler: "cpu", which counts host memory with the device's; or "cuda".
+      compiler: "cpu", or "cuda" for as many H100s.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         num_steps = config.num_steps or config.optim.warmup_steps + 1
         traced = trace_step(config, num_steps, mesh, abstract_state(config, mesh))
         if compiler == "cuda":
-            memory = compile_for_cuda(traced, mesh.size).memory
-        else:
-            memory = traced.lower().compile().memory_analysis()
-    device = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    device += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return device, memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+            return compile_for_cuda(traced, mesh.size)
+        compiled = traced.lower().compile()
+    return Program(compiled.memory_analysis(), compiled.as_text())
 
 
 def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState, log):

@@ -108,14 +108,14 @@ runtime_version { major: 12 minor: 8 patch: 0 } device_description_str: "NVIDIA 
 """
 
 
-class CudaProgram(NamedTuple):
-    """What XLA's CUDA compiler made of a step."""
+class Program(NamedTuple):
+    """What XLA made of a step."""
 
     memory: Any  # as `memory_analysis()` of a compiled function, for each device
     text: str  # the optimised HLO
 
 
-def compile_for_cuda(traced, num_devices: int) -> CudaProgram:
+def compile_for_cuda(traced, num_devices: int) -> Program:
     """Compiles for H100s on a machine without any, by XLA's own CUDA compiler; nothing runs.
 
     GEMM kernels are not tried out, so speed cannot be told from it; buffers, collectives and memory
@@ -153,7 +153,7 @@ def compile_for_cuda(traced, num_devices: int) -> CudaProgram:
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, or compile for the CPU"
         ) from error
     text = "\n".join(module.to_string() for module in executable.hlo_modules())
-    return CudaProgram(executable.get_compiled_memory_stats(), text)
+    return Program(executable.get_compiled_memory_stats(), text)
 
 
 def _first_line(error: Exception) -> str:

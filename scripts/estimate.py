@@ -1,11 +1,12 @@
-"""What a run needs of each device's memory, before there is a device.
+"""What a run needs of each device's memory and what devices send, before there is a device.
 
 python scripts/estimate.py --config configs/3b.py [--device rtx4090] [--devices 8]
     [--compile cuda] [--json] [--section.field value ...]
 
 Nothing is allocated. Without --compile the state is from shapes and the rest estimated. With it the
 whole step is compiled for as many devices: by XLA for the CPU or, with inl_jax[cuda] installed and
-no GPU needed, for H100s. Exit code 2: it does not fit.
+no GPU needed, for H100s; and what they send each other in one update is counted. (For CPUs XLA adds
+16-bit gradients in float32, and by all-reduce.) Exit code 2: it does not fit.
 """
 
 import argparse
@@ -31,10 +32,11 @@ def main() -> int:
     import jax
 
     from inl_jax import memory
+    from inl_jax.collectives import find_collectives, least_bytes, summed
     from inl_jax.config import InputError
     from inl_jax.metrics import gib
     from inl_jax.sharding import make_mesh
-    from inl_jax.train import compiled_memory, describe_model
+    from inl_jax.train import compile_abstractly, describe_model
 
     with exit_on_input_error():
         if flags.device not in memory.DEVICES:
@@ -54,10 +56,20 @@ def main() -> int:
             "estimated_bytes": device_bytes,
         }
         if flags.compile:
-            device_bytes, host = compiled_memory(config, mesh, flags.compile)
+            program = compile_abstractly(config, mesh, flags.compile)
+            device_bytes, host = memory.compiled_bytes(program.memory)
             host_bytes = host or host_bytes  # the CPU's compiler counts it with the rest
             if not host:
                 device_bytes -= host_bytes
+            sent = summed(find_collectives(program.text, mesh))
+            record |= {
+                "sent_bytes": sum(size for _, size in sent.values()),
+                "least_bytes": least_bytes(config, mesh),
+                "sent": [
+                    {"kind": kind, "axes": axes, "times": times, "bytes": size}
+                    for (kind, axes), (times, size) in sent.items()
+                ],
+            }
         usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
         fits = device_bytes <= usable
         change = None if fits else memory.smallest_change(config, mesh, flags.device)
@@ -82,6 +94,13 @@ def main() -> int:
     for part, size in needed.host.items():
         print(f"  {part + ' on the host':25} {gib(size):>12}")
     print(f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB")
+    if flags.compile and mesh.size > 1:
+        print("each sends in one update:")
+        for row in record["sent"]:
+            what = f"{row['kind']} over {row['axes']}"
+            print(f"  {what:32} {row['times']:>7,} times {row['bytes'] / 1e9:>10.3f} GB")
+        print(f"  {'all':32} {'':13} {record['sent_bytes'] / 1e9:>10.3f} GB")
+        print(f"  {'the least, beside tensor':32} {'':13} {record['least_bytes'] / 1e9:>10.3f} GB")
     if fits:
         print("it fits" + ("" if flags.compile else " by the estimate"))
     elif change is None:

@@ -19,7 +19,7 @@ from inl_jax.config import (
 )
 from inl_jax.model import param_count
 from inl_jax.sharding import make_mesh
-from inl_jax.train import check_machine
+from inl_jax.train import abstract_state, check_machine
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -157,7 +157,8 @@ def test_the_script_answers_a_mistake_with_one_line_and_exit_code_2(tmp_path, ov
 def test_memory_that_does_not_suffice_names_needed_and_found(tmp_path):
     config = load("tiny", ["model.d_model=98304", "model.num_heads=768", f"run_dir={tmp_path}/r"])
     with pytest.raises(InputError, match=r"tiny needs \d+\.\d\d GiB .* \d+\.\d\d GiB was found"):
-        check_machine(config, make_mesh(config.mesh), report=lambda line: None)
+        mesh = make_mesh(config.mesh)
+        check_machine(config, mesh, abstract_state(config, mesh), report=lambda line: None)
     assert not (tmp_path / "r").exists()
 
 

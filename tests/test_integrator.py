@@ -41,7 +41,7 @@ def reference(params, h, x, *, amplitude, num_iterations, dt, kappa):
         o = {}
         for q, name in enumerate(CONTROLLERS):
             inputs = np.concatenate([h, x, v])
-            kernel = np.concatenate([p["context_kernel"][:, q], p["state_kernel"][:, q]])
+            kernel = np.concatenate([p["context_kernel"][:, q], *p["state_kernel"][:, :, q]])
             r = np.maximum(inputs @ kernel + p["hidden_bias"][q], 0)
             o[name] = r @ p["output_kernel"][q] + p["output_bias"][q]
         e = x - p["mu"]

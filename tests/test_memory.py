@@ -90,7 +90,7 @@ def test_the_state_of_a_device_falls_as_one_over_n(name):
 
     whole = state(1)
     for n in (2, 4, 8):
-        assert state(n) == pytest.approx(whole / n, rel=0.005)  # norms are on every device
+        assert state(n) == pytest.approx(whole / n, rel=0.01)  # vectors are on every device
 
 
 ESTIMATED = [

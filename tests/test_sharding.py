@@ -215,7 +215,7 @@ def test_a_micro_batch_must_divide_over_the_devices(train_config):
 @pytest.mark.parametrize(
     "mesh, change, leaf",
     [
-        ((1, 1, 8), {}, r"embedding of shape \(300, 16\)"),
+        ((1, 1, 8), {"d_model": 20}, r"bias of shape \(2, 20\)"),
         ((1, 8, 1), {"d_model": 20}, r"kernel of shape \(2, 20, 20\)"),
         ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "key_kernel of shape"),
     ],
