@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ from inl_jax.config import ModelConfig
 from inl_jax.integrator import CONTROLLERS, Dynamics, Integrator, coefficients, integrate
 
 D, C = 12, 8
+compiled = jax.jit(integrate, static_argnames=("num_iterations", "dynamics"))
 F32 = jnp.dtype("float32")
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def layer_params(config, key=0, scale=0.0):
     """Parameters of one layer; `scale` adds noise to every leaf, so that none is at a zero."""
     ones = jnp.ones((1, 1, config.d_model))
@@ -62,7 +66,7 @@ def test_follows_the_equations(config, kappa):
         params = layer_params(config, scale=0.5)
         params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
         h, x = jax.random.normal(jax.random.key(5), (2, 1, 1, D), jnp.float64)
-        found = integrate(params, h, x, dynamics=dynamics, **settings)[0, 0]
+        found = compiled(params, h, x, dynamics=dynamics, **settings)[0, 0]
         wanted = reference(params, h[0, 0], x[0, 0], dt=0.1, kappa=kappa, **settings)
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
@@ -89,7 +93,7 @@ def test_gradient_is_finite_at_equilibrium(config, dtype, kappa):
         )  # fmt: skip
         return out.sum()
 
-    for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(params, x)):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total, (0, 1)))(params, x)):
         assert jnp.isfinite(leaf).all()
 
 
@@ -124,7 +128,7 @@ def test_state_stays_bounded_under_adversarial_controllers(config):
             jax.random.key(key), jnp.array([-1e4, -5.0, 0.0, 5.0, 25.0, 1e4]), (3, D)
         )
         params["output_bias"] = jnp.concatenate([extremes, jnp.ones((1, D))])
-        out = integrate(
+        out = compiled(
             params, x, x, amplitude=0.03, num_iterations=200, dynamics=Dynamics(0.1, 1.0, F32)
         )
         assert jnp.abs(out).max() < 1e3
@@ -137,7 +141,7 @@ def test_bfloat16_products_keep_a_float32_state(config):
                "phi": jnp.full(D, jnp.pi / 2)}  # fmt: skip
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     x = jnp.ones((1, 1, D), jnp.bfloat16)
-    out = integrate(
+    out = compiled(
         params, x, x, amplitude=0.03, num_iterations=1,
         dynamics=Dynamics(0.1, 1.0, jnp.dtype("bfloat16")),
     )  # fmt: skip
@@ -200,9 +204,9 @@ def check_gradient(config, num_iterations, kappa, options):
     [
         (1, 1.0, {}),
         (2, float("inf"), {"segment": 2}),
-        (3, 0.3, {}),
+        pytest.param(3, 0.3, {}, marks=pytest.mark.slow),
         (6, 1.0, {"segment": 4, "chunk": 2}),
-        (15, 1.0, {}),
+        pytest.param(15, 1.0, {}, marks=pytest.mark.slow),
         (15, float("inf"), {"segment": 7}),
         (15, 1.0, {"segment": 20, "remat": True}),
     ],
@@ -221,7 +225,10 @@ def test_lean_gradient_for_every_number_of_iterations(config, num_iterations, ka
     check_gradient(config, num_iterations, kappa, options)
 
 
-@pytest.mark.parametrize("batch, positions, width", [(1, 1, 2), (3, 1, 6), (1, 7, 10)])
+@pytest.mark.parametrize(
+    "batch, positions, width",
+    [(1, 1, 2), (1, 7, 10), pytest.param(3, 1, 6, marks=pytest.mark.slow)],
+)
 def test_lean_gradient_holds_for_other_shapes(model_config, batch, positions, width):
     config = model_config(d_model=width, controller_width=5, num_heads=1)
     with jax.enable_x64(True):

@@ -15,6 +15,8 @@ from inl_jax.config import InputError, ModelConfig, load, named_configs
 from inl_jax.losses import token_losses
 
 CONTEXTS = ("mean", "decay", "attention")
+SLOW = pytest.mark.slow
+ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
 MIXERS = [(c, t) for c, t in itertools.product(CONTEXTS, (0, 3)) if (c, t) != ("mean", 0)]
 
 PUBLISHED = {
@@ -249,7 +251,7 @@ def loss_and_grad(config, params, ids, dropout_key=None):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", ONE_QUICK)
 def test_remat_changes_nothing_but_memory(model_config, context):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
     kept = model_config(context=context)
@@ -315,7 +317,7 @@ def test_program_size_does_not_grow_with_layers_or_iterations(model_config, cont
     assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=6)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", ONE_QUICK)
 def test_gradients_are_finite_in_bfloat16_at_full_depth(model_config, context):
     """40 layers of 15 iterations, as the 3b, but narrow; every parameter gets a gradient."""
     config = model_config(

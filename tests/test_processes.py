@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import pickle
@@ -14,14 +15,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from inl_jax import checkpoint, processes
+from inl_jax import checkpoint, corpus, data, processes
 from inl_jax.config import InputError, MeshConfig, to_json
 from inl_jax.metrics import read_metrics
 from inl_jax.processes import Launch, find_launch
+from inl_jax.sharding import make_mesh
 
+train = importlib.import_module("inl_jax.train")  # the name in the package is the function
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 90  # seconds for any one launch
 
@@ -263,44 +268,56 @@ def copy_from_update(source, target, step):
             shutil.rmtree(folder)
 
 
+def restored(config, step):
+    """All arrays of a checkpoint, as one process reads them."""
+    abstract = train.split_state(train.abstract_state(config, make_mesh(MeshConfig(data=1))))
+    folder = Path(config.run_dir) / "checkpoints" / str(step)
+    found = ocp.load_checkpointables(folder, abstract)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves([found["params"], found["optimizer"]])]
+
+
 def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(
     train_config, tmp_path, launch
 ):
-    # A cache_dir below the directory that a process runs in: each prepares its own copy.
-    fields = dict(mesh=MeshConfig(fsdp=2), num_steps=6, eval_every=3, save_every=3,
-                  sample_tokens=4, data={"cache_dir": "cache"})  # fmt: skip
-    one, two = (train_config(run_dir=str(tmp_path / f"run-{n}"), **fields) for n in "12")
-    alone = launch("1", one, 1, devices=2)
-    assert alone.wait() == [0], alone.out(0)
-    pair = launch("2", two, 2, "--sample_every", 6)
+    # For two, a cache_dir below the directory that a process runs in: each prepares its own copy.
+    fields = dict(mesh=MeshConfig(fsdp=2, data=1), num_steps=6, eval_every=3, save_every=3)
+    one = train_config(run_dir=str(tmp_path / "run-1"), **fields)
+    two = train_config(run_dir=str(tmp_path / "run-2"), data={"cache_dir": "cache"}, **fields)
+    pair = launch("2", two, 2, "--sample_every", 6, "--sample_tokens", 4)
+    train.train(one)
     assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
 
     assert pair.out(1) == "", "only process 0 speaks"
     assert pair.out(0).count("sample at update") == 1 and pair.out(0).count("update 1/6") == 1
     close(records(two.run_dir), records(one.run_dir))
     assert all(list((folder / "cache").glob("*/train.bin")) for folder in pair.folders)
-    # Each read its own half of every batch, which together are what the one process read.
-    (whole,), (first, second) = alone.rows(), pair.rows()
-    assert len(whole) == 6 and all(row[:3] == [0, 8, 8] for row in whole)
-    assert all(row[:3] == [0, 4, 4] for row in first)
+    # Each read its own half of every batch, which together are what one process reads.
+    samples = data.training_samples(corpus.prepare(one.data), one.data, one.seed)
+    batches = data.training_batches(
+        samples, position=0, batch_size=8, rows=slice(0, 8), num_batches=6
+    )
+    first, second = pair.rows()
+    assert all(row[:3] == [0, 4, 4] for row in first) and len(first) == 6
     assert all(row[:3] == [4, 8, 4] for row in second)
-    assert [a[3] + b[3] for a, b in zip(first, second, strict=True)] == [row[3] for row in whole]
+    assert [a[3] + b[3] for a, b in zip(first, second, strict=True)] == [b.sum() for b in batches]
 
     # From update 3 on, by the other number of processes: the same bits, then the same losses.
-    going_on = []
-    for before, config, n in ((alone, one, 2), (pair, two, 1)):
-        run_dir = f"{config.run_dir}-on"
-        copy_from_update(config.run_dir, run_dir, 3)
-        (Path(run_dir) / "metrics.jsonl").unlink()
-        config = dataclasses.replace(config, run_dir=run_dir)
-        group = launch(f"on-{n}", config, n, devices=2 // n)
-        going_on.append((before, group, run_dir))
-    for before, group, run_dir in going_on:
-        assert set(group.wait()) == {0}, group.out(0)
-        assert "resuming from update 3" in group.out(0)
-        same(group.arrays("restored-3"), before.arrays("saved-3"))
-        caught_up = [r for r in records(one.run_dir) if r["step"] == 3 and "loss" not in r]
-        close(records(run_dir), caught_up + [r for r in records(one.run_dir) if r["step"] > 3])
+    one_on, two_on = (
+        dataclasses.replace(c, run_dir=f"{c.run_dir}-on", data=one.data) for c in (one, two)
+    )
+    for before, after in ((one, one_on), (two, two_on)):
+        copy_from_update(before.run_dir, after.run_dir, 3)
+        (Path(after.run_dir) / "metrics.jsonl").unlink()
+    pair_on = launch("on", one_on, 2)
+    same(restored(two, 3), pair.arrays("saved-3"))
+    train.train(two_on)
+    assert pair_on.wait() == [0, 0], pair_on.out(0)
+    assert "resuming from update 3" in pair_on.out(0)
+    same(pair_on.arrays("restored-3"), restored(one, 3))
+    caught_up = [r for r in records(one.run_dir) if r["step"] == 3 and "loss" not in r]
+    expected = caught_up + [r for r in records(one.run_dir) if r["step"] > 3]
+    for config in (one_on, two_on):
+        close(records(config.run_dir), expected)
 
 
 def logged(run_dir):
@@ -311,12 +328,13 @@ def newest(run_dir):
     return max(int(p.name) for p in (Path(run_dir) / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_a_dead_process_ends_all_and_a_signal_to_one_stops_all(train_config, launch):
-    """SIGKILL to process 1, the same command again, SIGKILL to process 0, again, SIGTERM to 1."""
+@pytest.mark.parametrize("victims", [(1,), pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_a_dead_process_ends_all_and_a_signal_to_one_stops_all(train_config, launch, victims):
+    """SIGKILL to a process, the same command again, and so on; at last SIGTERM to process 1."""
     config = train_config(num_steps=10**6, log_every=4, save_every=8, eval_every=0,
                           mesh=MeshConfig(fsdp=2))  # fmt: skip
     reached = 0
-    for victim in (1, 0):
+    for victim in victims:
         pair = launch(f"kill-{victim}", config, 2, "--peer_timeout", 10)
         pair.reach(config.run_dir, logged(config.run_dir) + 20)
         pair.all[victim].kill()

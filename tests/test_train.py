@@ -65,7 +65,9 @@ def batches(n, rows=8, seq=16, vocab=257):
     return jax.random.randint(jax.random.key(7), (n, rows, seq + 1), 0, vocab)
 
 
-@pytest.mark.parametrize("param_dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "param_dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_accumulation_equals_the_big_batch(train_config, param_dtype):
     with jax.enable_x64(param_dtype == "float64"):
         ends = []
@@ -84,7 +86,7 @@ def test_accumulation_equals_the_big_batch(train_config, param_dtype):
         )
 
 
-@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("accumulate_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_nonfinite_update_leaves_parameters_and_optimizer_untouched(
     train_config, accumulate_steps
 ):
@@ -121,8 +123,8 @@ def on_mesh(config):
     ("param_dtype", "accumulate_steps", "mesh"),
     [
         ("float32", 1, MeshConfig(data=1)),
-        ("float32", 2, MeshConfig(data=1)),
-        ("bfloat16", 1, MeshConfig(data=1)),
+        pytest.param("float32", 2, MeshConfig(data=1), marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, MeshConfig(data=1), marks=pytest.mark.slow),
         ("bfloat16", 2, MeshConfig(data=2, fsdp=2, tensor=2)),
     ],
 )
@@ -231,11 +233,14 @@ def test_loss_falls_and_the_result_speaks(train_config, capsys):
 @pytest.mark.parametrize(
     ("fields", "stop_signal"),
     [
-        ({"model": {"dropout": 0.1}}, signal.SIGINT),
         (
-            {"model": {"param_dtype": "bfloat16", "context": "attention"}, "accumulate_steps": 2},
+            {
+                "model": {"param_dtype": "bfloat16", "context": "attention", "dropout": 0.1},
+                "accumulate_steps": 2,
+            },
             signal.SIGTERM,
         ),
+        pytest.param({"model": {"dropout": 0.1}}, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_anywhere_and_resumed_is_bit_identical(
