@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +109,32 @@ def test_published_weights_become_a_run_that_goes_round(run_script, tmp_path, mo
     code, _, err = run_script("import_torch.py", "--weights", tmp_path / "junk.pt",
                               "--num_iterations", 3, "--out", tmp_path / "no")  # fmt: skip
     assert code == 2 and err.startswith("error: ")
+
+
+def test_an_update_is_predicted_from_what_devices_send():
+    scaling = runpy.run_path(str(SCRIPTS / "scaling.py"))
+    shape = {"data": 64, "fsdp": 8, "tensor": 1}
+    bandwidth = scaling["bandwidth"]
+    assert bandwidth(("fsdp",), shape) == 450e9  # within a node
+    assert bandwidth(("data",), shape) == 50e9  # one adapter for each ring
+    assert bandwidth(("data", "fsdp"), shape) == 400e9  # eight
+    assert bandwidth(("fsdp",), {"data": 1, "fsdp": 64, "tensor": 1}) == 400e9
+    assert bandwidth(("tensor",), {"data": 8, "fsdp": 4, "tensor": 2}) == 450e9
+    assert bandwidth(("fsdp",), {"data": 1, "fsdp": 16, "tensor": 4}) == 100e9
+
+    done = subprocess.run(
+        [
+            sys.executable, SCRIPTS / "scaling.py", "--config", "tiny", "--meshes", "1x1x1",
+            "1x2x1", "--compile", "cpu", "--json", "--model.num_layers", "2",
+        ],
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone, pair = json.loads(done.stdout)["rows"]
+    assert alone["sent, GB"] == 0 and alone["of linear"] == [1, 1]
+    assert pair["computing, s"] == alone["computing, s"] / 2
+    assert pair["update, s"] == [
+        max(pair["computing, s"], pair["exchanging, s"]),
+        pair["computing, s"] + pair["exchanging, s"],
+    ]
+    assert pair["sent, GB"] > 0

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The 3b on 4 nodes of 8 GPUs: sbatch scripts/slurm_3b.sh   (docs/cluster.md says more)
+#SBATCH --job-name=inl-3b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# One process a node, which takes its 8 GPUs: parameters are split within a node, rows over all.
+# SIGTERM comes 5 minutes before the time is up: the update is finished and saved, exit code 75.
+code=0
+srun --kill-on-bad-exit=1 python scripts/train.py --config configs/3b.py \
+  --mesh.data rest --mesh.fsdp 8 --accumulate_steps 2 \
+  --data.paths "${DATA:?set DATA to the text, on a file system that all nodes see}" \
+  --run_dir "${RUN_DIR:-runs/3b}" || code=$?
+
+# 75: stopped and saved. The same job goes on from there.
+if [ "$code" = 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
