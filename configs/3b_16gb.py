@@ -6,8 +6,8 @@
 Recipe     As 3b, but masters and moments live in host memory and pass through the device one layer
            at a time; the mean over micro-batches is kept in bfloat16, rounded stochastically; the
            integrator keeps two segments and works on half a sequence at a time.
-Hardware   One CUDA GPU of 16 GB, 24 GB of free host memory.
-Memory     13.5 GB on the device, 20.4 GB pinned on the host, by XLA's CUDA compiler; no GPU was at
+Hardware   One CUDA GPU of 16 GB, 24 GB of free host memory, which stays pinned.
+Memory     13.6 GB on the device, 20.4 GB pinned on the host, by XLA's CUDA compiler; no GPU was at
            hand to see it: python scripts/estimate.py --config configs/3b_16gb.py --compile cuda
            docs/memory.md compares it with recipes that need less.
 Time, loss not measured. Each update moves 41 GB over PCIe, 1.6 s at 25 GB/s, and computes on
