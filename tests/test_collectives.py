@@ -100,6 +100,8 @@ def test_the_text_of_the_cuda_compiler_is_read(groups):
     }
 
 
+SLOW = pytest.mark.slow
+ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
 LAYERS, ITERATIONS, MICRO, ROWS, SEQ, WIDTH, VOCAB = 3, 6, 2, 16, 24, 40, 302
 
 
@@ -145,7 +147,7 @@ def check_no_logits(found, tensor=1):
                 assert math.prod(shape) <= VOCAB * WIDTH and WIDTH % min(shape) == 0, c
 
 
-@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
+@pytest.mark.parametrize("context", ONE_QUICK)
 def test_fsdp_gathers_parameters_alone_and_once_for_each_pass(step_of, context):
     found, config, mesh = step_of(1, 8, 1, context=context)
     check_no_logits(found)
@@ -187,7 +189,7 @@ def test_sharded_optimizer_state_gathers_the_new_parameters_once(step_of):
     assert max(c.times for c in found if c.kind == "all-gather") <= MICRO
 
 
-@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
+@pytest.mark.parametrize("context", ONE_QUICK)
 def test_a_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside(step_of, context):
     found, config, _ = step_of(2, 2, 2, context=context)
     check_no_logits(found, tensor=2)

@@ -554,6 +554,7 @@ def wait_for(process, run_dir, step):
     pytest.fail("the run did not get there")
 
 
+@pytest.mark.slow  # by default test_processes.py kills, and the test before compares bits
 def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tmp_path):
     """kill -9 between checkpoints, then SIGTERM, then to the end: equal to one straight run."""
     settings = dict(num_steps=700, log_every=20, save_every=100, eval_every=0, eval_sequences=4)
