@@ -164,14 +164,13 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D
     table = max(4, width) * c.vocab_size // tensor  # one column of it in float32
     logits = table * (2 * chunk + columns)
-    if width < 4 or fsdp > 1:  # the embedding's gradient, added up apart from the other gradients
+    if width < 4:  # the embedding's gradient, added up apart from the other gradients
         logits += table * D
     gathered = 0
-    if fsdp > 1 and config.mesh.fsdp_shards == "all":  # two layers' and the embedding's
+    if fsdp > 1 and config.mesh.fsdp_shards == "all":  # two layers', or the embedding's
         blocks = abstract_params(c)["blocks"]
         sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks)]
-        gathered = 2 * width * sum(sizes) // c.num_layers
-        gathered += width * c.vocab_size * D
+        gathered = width * max(2 * sum(sizes) // c.num_layers, c.vocab_size * D)
         gathered //= tensor
 
     copies = 6 if o.moment_dtype == "bfloat16" else 2
