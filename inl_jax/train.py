@@ -1,25 +1,17 @@
-"""Training: a pure `train_step`, and `train(config)`, the loop round it."""
+"""Training: `train(config)`, the loop round the training step."""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import math
-import re
-import shutil
 import signal
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from inl_jax import data, metrics, processes
 from inl_jax.checkpoint import (
@@ -30,54 +22,32 @@ from inl_jax.checkpoint import (
     read_params,
     record_run,
 )
-from inl_jax.config import InputError, TrainConfig, differences, from_json, load, to_json
-from inl_jax.corpus import Corpus, make_cache, prepare
+from inl_jax.config import InputError, TrainConfig, load
+from inl_jax.corpus import Corpus, prepare
 from inl_jax.evaluate import Evaluation, evaluate
 from inl_jax.generate import LanguageModel
-from inl_jax.losses import mean_loss
-from inl_jax.memory import memory_found, memory_needed
-from inl_jax.model import (
-    abstract_params,
-    attention_kernel,
-    compute_dtype,
-    hidden_states,
-    init_params,
-    param_count,
+from inl_jax.optim import any_length_optimizer
+from inl_jax.preflight import (
+    check_machine,
+    check_same_config,
+    check_sample,
+    count_steps,
+    prepare_everywhere,
 )
-from inl_jax.optim import (
-    accumulator_dtype,
-    any_length_optimizer,
-    apply_gradients,
-    init_optimizer,
-    learning_rate_schedule,
-    make_optimizer,
-    round_tree,
-)
-from inl_jax.sharding import (
-    RULES,
-    abstract_optimizer_state,
-    any_process,
-    check_rows,
-    local_rows,
-    make_mesh,
-    param_shardings,
-    place,
-    rows,
+from inl_jax.sharding import RULES, any_process, local_rows, make_mesh, place
+from inl_jax.step import (
+    TrainState,
+    abstract_state,
+    compile_step,
+    init_state,
+    join_state,
+    split_state,
+    state_from_params,
 )
 from inl_jax.tokenizer import Tokenizer
-from inl_jax.xla import Program, compile_for_cuda
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command goes on from there
 EXIT_DIVERGED = 3
-
-
-class TrainState(NamedTuple):
-    """All that training changes."""
-
-    step: jax.Array  # updates tried, int32
-    skipped: jax.Array  # of them, those left out because something was not finite
-    params: Any
-    opt_state: Any
 
 
 class Diverged(RuntimeError):
@@ -99,117 +69,6 @@ class TrainResult:
     def model(self) -> LanguageModel:
         """The trained model, ready to generate."""
         return LanguageModel(self.config.model, self.params, self.tokenizer)
-
-
-# --- pure functions
-
-
-def loss_fn(params, batch_BS, dropout_key, *, config: TrainConfig) -> jax.Array:
-    """Mean next-token loss of sequences [B, S + 1], float32."""
-    dropout_key = dropout_key if config.model.dropout > 0 else None
-    hidden = hidden_states(config.model, params, batch_BS[:, :-1], dropout_key=dropout_key)
-    return mean_loss(params, hidden, batch_BS[:, 1:], chunk=config.loss_chunk)
-
-
-def init_state(key: jax.Array, *, config: TrainConfig, optimizer) -> TrainState:
-    """The state before the first update."""
-    return state_from_params(init_params(config.model, key), optimizer=optimizer)
-
-
-def state_from_params(params, *, optimizer) -> TrainState:
-    """The state before the first update, from given parameters."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, init_optimizer(optimizer, params))
-
-
-def gradients(params, batch_BS, key, *, config: TrainConfig, shardings=None):
-    """Loss and gradients of a batch, the means over its micro-batches.
-
-    The rows are dealt to `accumulate_steps` micro-batches in turn, so that each device keeps its
-    own. `optax.MultiSteps` takes the mean. It is set to emit one micro-batch later than
-    there are any, and its mean is read from its state: this way it wraps no optimizer, which it
-    would run for every micro-batch and whose old state it would hold beside the new.
-
-    Args:
-      params: the parameters.
-      batch_BS: tokens, int32 [batch_size, S + 1].
-      key: for dropout.
-      config: the run.
-      shardings: where gradients lie, one for each parameter.
-
-    Returns:
-      (loss, gradients): these in the type of the parameters, or `accumulator_dtype` where added up.
-    """
-
-    def one(batch_BS, i):
-        loss, grads = jax.value_and_grad(loss_fn)(
-            params, batch_BS, jax.random.fold_in(key, i), config=config
-        )
-        return loss, place_tree(grads)
-
-    def place_tree(tree):
-        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
-
-    k = config.accumulate_steps
-    micro_kBS = batch_BS.reshape(-1, k, batch_BS.shape[-1]).swapaxes(0, 1)
-    if k == 1:
-        return one(micro_kBS[0], 0)
-    wide = jnp.promote_types(jnp.float32, config.model.param_dtype)
-    mean = optax.MultiSteps(optax.identity(), k + 1, accumulator_dtype=wide)
-
-    def add(state, inputs):
-        loss, grads = one(*inputs)
-        held = state.acc_grads
-        state = state._replace(acc_grads=optax.tree.cast(held, wide))
-        state = mean.update(optax.tree.cast(grads, wide), state)[1]
-        rounded = round_tree(jax.random.fold_in(key, k + 1 + inputs[1]), state.acc_grads, held)
-        return state._replace(acc_grads=place_tree(rounded)), loss
-
-    state = mean.init(params)
-    state = state._replace(acc_grads=optax.tree.cast(state.acc_grads, accumulator_dtype(config)))
-    state, losses = jax.lax.scan(add, state, (micro_kBS, jnp.arange(k)))
-    return losses.mean(), state.acc_grads
-
-
-def train_step(
-    state: TrainState, batch_BS, *, config: TrainConfig, optimizer, schedule, shardings=None
-):
-    """One optimizer update.
-
-    A non-finite loss or gradient norm leaves parameters and optimizer as they were.
-
-    Args:
-      state: the state, to be donated.
-      batch_BS: tokens, int32 [batch_size, S + 1].
-      config: the run.
-      optimizer: from `make_optimizer`.
-      schedule: its learning rate by update, for the record.
-      shardings: where gradients lie, one for each parameter; left to XLA without.
-
-    Returns:
-      The new state and scalar metrics: loss, grad_norm, learning_rate, finite, skipped.
-    """
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    loss, grads = gradients(state.params, batch_BS, key, config=config, shardings=shardings)
-    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(loss.dtype), grads))
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = apply_gradients(
-        optimizer, grads, state.opt_state, state.params,
-        scale=jnp.minimum(1, config.optim.clip_norm / grad_norm), keep=~finite,
-        key=jax.random.fold_in(key, config.accumulate_steps),
-    )  # fmt: skip
-    skipped = state.skipped + jnp.where(finite, 0, 1)
-    results = {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": schedule(state.step - state.skipped),
-        "finite": finite,
-        "skipped": skipped,
-    }
-    return TrainState(state.step + 1, skipped, params, opt_state), results
-
-
-# --- the run
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -258,121 +117,6 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
 
 
-def check_same_config(config: TrainConfig) -> None:
-    """Raises `InputError` where the processes were not started with the same config."""
-    mine = to_json(config)
-    if len(set(processes.gather(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
-        return
-    first, *others = map(from_json, processes.gather(mine))
-    i, other = next((i, c) for i, c in enumerate(others, start=1) if c != first)
-    field, expected, found = next(differences(first, other))
-    raise InputError(
-        f"{field}={found} on process {i} and {expected} on process 0: start all with the same "
-        "command and config file"
-    )
-
-
-def prepare_everywhere(config: TrainConfig) -> Corpus:
-    """The same corpus on every process, whether their hosts share the cache or not.
-
-    Raises:
-      InputError: as `prepare` does, and where the processes found different data.
-    """
-    corpus = processes.once_for_each_copy(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=processes.say)
-    )
-    processes.check_same(
-        "the fingerprint of the data", f"{corpus.fingerprint}/{corpus.tokenizer.fingerprint}",
-        "data.paths and data.tokenizer must name the same files on every host",
-    )  # fmt: skip
-    return corpus
-
-
-def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, report=print) -> None:
-    """Says what the run needs and what is here, before anything is allocated.
-
-    Args:
-      config: the run.
-      mesh: its devices.
-      abstract: its state, from `abstract_state`.
-      report: where the lines go.
-
-    Raises:
-      InputError: the devices, the memory or the disk do not suffice.
-    """
-    report(describe_model(config))
-    check_rows(config, mesh)
-    needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
-    total = needed.device_bytes
-    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)
-    report(
-        f"memory on each of {mesh.size} devices: needs {metrics.gib(total)} ({parts}); found "
-        f"{metrics.gib(found)} ({what})"
-    )
-    if total > found:
-        raise InputError(
-            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
-            f"{metrics.gib(found)} was found: scripts/estimate.py names the smallest change that "
-            "makes it fit; else lower batch_size or data.seq_len, raise accumulate_steps, or raise "
-            "mesh.fsdp with more devices"
-        )
-    existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    checkpoint = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    if 2 * checkpoint > free:
-        raise InputError(
-            f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
-            f"{metrics.gib(checkpoint)}, of which two exist while one is replaced: free some disk "
-            "or choose another run_dir"
-        )
-
-
-def describe_model(config: TrainConfig) -> str:
-    """Name, true parameter count and shape in one line."""
-    m, n = config.model, param_count(config.model)
-    kernel = f" ({attention_kernel(m)} kernel)" if m.context == "attention" else ""
-    return (
-        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context{kernel}, "
-        f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
-        f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
-    )
-
-
-def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position: int = 0) -> int:
-    """Updates in the run: `num_steps`, or those that `num_epochs` makes.
-
-    Args:
-      config: the run.
-      corpus: its data.
-      step: updates already done.
-      position: the samples they consumed, perhaps at another batch size.
-
-    Raises:
-      InputError: the epochs are shorter than the warmup.
-    """
-    if config.num_steps > 0:
-        return config.num_steps
-    windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
-    left = math.floor(config.num_epochs * windows) - position
-    num_steps = max(1, step + max(0, left // config.batch_size))
-    if config.optim.warmup_steps >= num_steps:
-        raise InputError(
-            f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} makes "
-            f"only {num_steps} updates of {config.batch_size} sequences; lower the warmup"
-        )
-    return num_steps
-
-
-def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises `InputError` where the printed samples would be too long for the model."""
-    longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
-    if config.sample_every > 0 and longest > config.model.max_seq_len:
-        raise InputError(
-            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "
-            f"beyond model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
-        )
-
-
 def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, log) -> None:
     """The first lines of a run."""
     per_update = config.batch_size * config.data.seq_len
@@ -390,17 +134,6 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, lo
         f"{devices.size} x {devices[0].device_kind} ({devices[0].platform}); mesh {axes}"
         + (f"; {unused} more devices are not used" if unused else "")
     )
-
-
-def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state, without allocating."""
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract_params(config.model),
-        param_shardings(mesh, config.model, fsdp_shards=config.mesh.fsdp_shards),
-    )
-    return TrainState(scalar, scalar, params, abstract_optimizer_state(config, mesh))
 
 
 def restore_or_init(
@@ -443,115 +176,6 @@ def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus,
         "tokens on, in an order of their own"
     )
     return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
-
-
-def split_state(state: TrainState) -> dict[str, Any]:
-    """A state as a checkpoint holds it: the parameters apart from the rest."""
-    rest = state._asdict()
-    return {"params": rest.pop("params"), "optimizer": rest}
-
-
-def join_state(found: dict[str, Any]) -> TrainState:
-    """The inverse of `split_state`."""
-    return TrainState(params=found["params"], **found["optimizer"])
-
-
-def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState):
-    """`train_step` traced for this run, its state donated; `abstract` is from `abstract_state`."""
-    batch = jax.ShapeDtypeStruct(
-        (config.batch_size, config.data.seq_len + 1), jnp.int32, sharding=rows(mesh)
-    )
-    schedule = learning_rate_schedule(config, num_steps)
-    step_fn = functools.partial(
-        train_step, config=config, optimizer=make_optimizer(config, num_steps), schedule=schedule,
-        shardings=param_shardings(mesh, config.model),
-    )  # fmt: skip
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
-    return jitted.trace(abstract, batch)
-
-
-def compile_abstractly(config: TrainConfig, mesh: Mesh, compiler: str) -> Program:
-    """A training step compiled for the devices of `mesh`; nothing is allocated and nothing runs.
-
-    Args:
-      config: the run.
-      mesh: of CPU devices.
-      compiler: "cpu", or "cuda" for as many H100s.
-    """
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        num_steps = config.num_steps or config.optim.warmup_steps + 1
-        traced = trace_step(config, num_steps, mesh, abstract_state(config, mesh))
-        if compiler == "cuda":
-            return compile_for_cuda(traced, mesh.size)
-        compiled = traced.lower().compile()
-    return Program(compiled.memory_analysis(), compiled.as_text())
-
-
-def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState, log):
-    """The training step compiled for this run, and what it was compiled to checked.
-
-    Raises:
-      RuntimeError: cuDNN attention was asked for and is not in it.
-    """
-    start = time.perf_counter()
-    log.say("compiling the training step ...")
-    compiled = trace_step(config, num_steps, mesh, abstract).lower().compile()
-    log.say(f"compiled in {time.perf_counter() - start:.1f} s")
-    memory, held = compiled.memory_analysis(), state_bytes(abstract)
-    in_place = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
-    if in_place < held:
-        log.say(
-            f"WARNING: only {metrics.gib(in_place)} of the state's {metrics.gib(held)} on each "
-            "device is updated in place; the rest is held twice"
-        )
-    if config.optim.state_memory == "pinned_host":
-        check_offload(compiled.as_text())
-    if config.model.context == "attention" and attention_kernel(config.model) == "cudnn":
-        check_fused_attention(compiled.as_text())
-    return compiled
-
-
-def state_bytes(abstract: TrainState) -> int:
-    """Bytes of the state on each device."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(abstract)
-    )
-
-
-def check_offload(program: str) -> None:
-    """Raises `RuntimeError` where a compiled step holds nothing in host memory.
-
-    Args:
-      program: its text. XLA writes arrays in host memory with `S(5)` in their layout.
-    """
-    layout = re.search(r"entry_computation_layout=.*", program)
-    if layout is None or layout[0].count("S(5)") < 2:  # once coming in, once going out
-        raise RuntimeError(
-            "optim.state_memory=pinned_host: the compiled step keeps no state in host memory; this "
-            "platform does not support it, set optim.state_memory=device"
-        )
-
-
-def check_fused_attention(program: str) -> None:
-    """Raises `RuntimeError` where a step lacks cuDNN's attention kernel, forward or backward.
-
-    Args:
-      program: its text, as StableHLO or as compiled.
-    """
-    kernels = set(re.findall(r"__cudnn\$fmha\w+", program))
-    missing = [
-        direction
-        for direction, backward in (("forward", False), ("backward", True))
-        if not any(("Backward" in kernel) == backward for kernel in kernels)
-    ]
-    if missing:
-        raise RuntimeError(
-            f"the compiled step lacks cuDNN's attention kernel in its {' and '.join(missing)} pass "
-            f"(found: {', '.join(sorted(kernels)) or 'none'}): report this, or set "
-            "model.attention_kernel=xla to train without it"
-        )
 
 
 class StopRequest:

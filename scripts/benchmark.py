@@ -58,7 +58,7 @@ from inl_jax.model import (
 )
 from inl_jax.optim import any_length_optimizer
 from inl_jax.sharding import RULES, check_rows, make_mesh, place
-from inl_jax.train import abstract_state, compile_step, init_state, trace_step
+from inl_jax.step import abstract_state, compile_step, init_state, trace_step
 from inl_jax.xla import apply_flags
 
 PAUSE = 0.3  # seconds between measurements, in which idle threads stop spinning

@@ -35,8 +35,9 @@ def main() -> int:
     from inl_jax.collectives import find_collectives, least_bytes, summed
     from inl_jax.config import InputError
     from inl_jax.metrics import gib
+    from inl_jax.preflight import describe_model
     from inl_jax.sharding import make_mesh
-    from inl_jax.train import compile_abstractly, describe_model
+    from inl_jax.step import compile_abstractly
 
     with exit_on_input_error():
         if flags.device not in memory.DEVICES:

@@ -66,7 +66,7 @@ def predict(config, mesh: tuple[int, ...], flags) -> dict:
 
     from inl_jax.collectives import find_collectives, least_bytes
     from inl_jax.sharding import make_mesh
-    from inl_jax.train import compile_abstractly
+    from inl_jax.step import compile_abstractly
 
     data, fsdp, tensor = mesh
     micro = data * fsdp * flags.sequences_per_device

@@ -48,8 +48,10 @@ def main() -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
     from inl_jax import processes
+    from inl_jax.preflight import check_machine
     from inl_jax.sharding import make_mesh
-    from inl_jax.train import EXIT_INTERRUPTED, abstract_state, check_machine, train
+    from inl_jax.step import abstract_state
+    from inl_jax.train import EXIT_INTERRUPTED, train
     from inl_jax.xla import apply_flags, use_compile_cache
 
     launch = processes.find_launch(

@@ -15,6 +15,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any other use of JAX
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
@@ -31,6 +32,16 @@ MODEL = {
     "num_kv_heads": 1,
     "remat": "none",
 }
+
+
+def assert_same(a, b):
+    """Equal bits and types, leaf by leaf."""
+
+    def check(x, y):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+    jax.tree.map(check, a, b)
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from conftest import assert_same
 
 from inl_jax.checkpoint import Checkpoints, check_run, read_config, read_params, record_run
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.sharding import make_mesh
+from inl_jax.step import TrainState, abstract_state, split_state
 from inl_jax.tokenizer import load_tokenizer, train_bpe
-from inl_jax.train import TrainState, abstract_state, split_state
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 
@@ -59,16 +60,6 @@ def restore(run_dir, abstract, *, report=print):
         return checkpoints.restore(abstract, report=report)
     finally:
         checkpoints.close()
-
-
-def assert_same(a, b):
-    """Equal bits and types."""
-
-    def check(x, y):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-    jax.tree.map(check, a, b)
 
 
 def contents(folder):

@@ -11,7 +11,7 @@ from inl_jax.collectives import find_collectives, least_bytes, summed
 from inl_jax.config import MeshConfig
 from inl_jax.model import abstract_params
 from inl_jax.sharding import RULES, make_mesh
-from inl_jax.train import abstract_state, trace_step
+from inl_jax.step import abstract_state, trace_step
 
 
 def mesh_of(data, fsdp, tensor):

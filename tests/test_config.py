@@ -18,8 +18,9 @@ from inl_jax.config import (
     to_json,
 )
 from inl_jax.model import param_count
+from inl_jax.preflight import check_machine
 from inl_jax.sharding import make_mesh
-from inl_jax.train import abstract_state, check_machine
+from inl_jax.step import abstract_state
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

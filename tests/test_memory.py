@@ -1,5 +1,4 @@
 import functools
-import importlib
 import json
 import math
 import os
@@ -13,8 +12,8 @@ import pytest
 from inl_jax import memory, sharding
 from inl_jax.config import InputError, MeshConfig, load, override
 from inl_jax.sharding import make_mesh
+from inl_jax.step import abstract_state, check_offload
 
-train = importlib.import_module("inl_jax.train")  # the name in the package is the function
 ROOT = Path(__file__).parent.parent
 RECIPES = {
     "masters": {},
@@ -42,7 +41,7 @@ def test_the_state_part_of_the_memory_is_exact(train_config, recipe, mesh):
             mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor, fsdp_shards=shards),
         )  # fmt: skip
         mesh_ = make_mesh(config.mesh)
-        state, needed = train.abstract_state(config, mesh_), memory.memory_needed(config, mesh_)
+        state, needed = abstract_state(config, mesh_), memory.memory_needed(config, mesh_)
         parts = [needed.device[part] for part in ("parameters", "masters", "moments")]
         assert sum(parts) == bytes_of(state, "device") - 2 * 4  # two counters
         assert needed.host_bytes == bytes_of(state, "host")
@@ -86,7 +85,7 @@ def test_the_state_of_a_device_falls_as_one_over_n(name):
 
     def state(n):
         mesh = make_mesh(MeshConfig(data=1, fsdp=n))
-        return bytes_of(train.abstract_state(config, mesh), "device")
+        return bytes_of(abstract_state(config, mesh), "device")
 
     whole = state(1)
     for n in (2, 4, 8):
@@ -176,9 +175,9 @@ def test_the_smallest_change_is_tried_in_order_and_fits(train_config, monkeypatc
 def test_a_platform_without_host_memory_is_an_error(train_config, monkeypatch):
     config = train_config(optim={"state_memory": "pinned_host"})
     mesh = make_mesh(config.mesh)
-    train.abstract_state(config, mesh)
+    abstract_state(config, mesh)
     with pytest.raises(RuntimeError, match="optim.state_memory=pinned_host.* keeps no state"):
-        train.check_offload("HloModule m, entry_computation_layout={(f32[4]{0})->f32[4]{0}}")
+        check_offload("HloModule m, entry_computation_layout={(f32[4]{0})->f32[4]{0}}")
     monkeypatch.setattr(sharding, "_memory_kinds", lambda mesh: {"device"})
     with pytest.raises(InputError, match="optim.state_memory=pinned_host: .* has only device mem"):
-        train.abstract_state(config, mesh)
+        abstract_state(config, mesh)

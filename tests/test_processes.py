@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import pickle
@@ -20,13 +19,13 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from inl_jax import checkpoint, corpus, data, processes
+from inl_jax import checkpoint, corpus, data, processes, train
 from inl_jax.config import InputError, MeshConfig, to_json
 from inl_jax.metrics import read_metrics
 from inl_jax.processes import Launch, find_launch
 from inl_jax.sharding import make_mesh
+from inl_jax.step import abstract_state, split_state
 
-train = importlib.import_module("inl_jax.train")  # the name in the package is the function
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 90  # seconds for any one launch
 
@@ -270,7 +269,7 @@ def copy_from_update(source, target, step):
 
 def restored(config, step):
     """All arrays of a checkpoint, as one process reads them."""
-    abstract = train.split_state(train.abstract_state(config, make_mesh(MeshConfig(data=1))))
+    abstract = split_state(abstract_state(config, make_mesh(MeshConfig(data=1))))
     folder = Path(config.run_dir) / "checkpoints" / str(step)
     found = ocp.load_checkpointables(folder, abstract)
     return [np.asarray(leaf) for leaf in jax.tree.leaves([found["params"], found["optimizer"]])]
@@ -284,7 +283,7 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(
     one = train_config(run_dir=str(tmp_path / "run-1"), **fields)
     two = train_config(run_dir=str(tmp_path / "run-2"), data={"cache_dir": "cache"}, **fields)
     pair = launch("2", two, 2, "--sample_every", 6, "--sample_tokens", 4)
-    train.train(one)
+    train(one)
     assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
 
     assert pair.out(1) == "", "only process 0 speaks"
@@ -310,7 +309,7 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(
         (Path(after.run_dir) / "metrics.jsonl").unlink()
     pair_on = launch("on", one_on, 2)
     same(restored(two, 3), pair.arrays("saved-3"))
-    train.train(two_on)
+    train(two_on)
     assert pair_on.wait() == [0, 0], pair_on.out(0)
     assert "resuming from update 3" in pair_on.out(0)
     same(pair_on.arrays("restored-3"), restored(one, 3))

@@ -1,6 +1,5 @@
 """The scripts, run in this process on a model of seconds."""
 
-import importlib
 import json
 import os
 import runpy
@@ -8,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from inl_jax import interop
+from inl_jax import interop, train
+from inl_jax.checkpoint import read_params
+from inl_jax.corpus import prepare
 from inl_jax.model import init_params
 
-train = importlib.import_module("inl_jax.train")
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -38,7 +39,7 @@ def run_script(monkeypatch, capsys):
 @pytest.fixture
 def trained(train_config):
     config = train_config(num_steps=4)
-    train.train(config)
+    train(config)
     return config
 
 
@@ -49,7 +50,7 @@ def test_a_trained_run_is_evaluated_sampled_and_drawn(trained, run_script, tmp_p
         return json.loads(out.splitlines()[-1])
 
     whole = evaluate()
-    assert whole["tokens"] == train.prepare(trained.data).sources[0].validation_tokens
+    assert whole["tokens"] == prepare(trained.data).sources[0].validation_tokens
     assert whole["loss"] == evaluate()["loss"]
     np.testing.assert_allclose(evaluate("--batch_size", 3)["loss"], whole["loss"], rtol=1e-6)
     np.testing.assert_allclose(whole["perplexity"], np.exp(whole["loss"]))
@@ -93,7 +94,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_published_weights_become_a_run_that_goes_round(run_script, tmp_path, model_config):
     torch = pytest.importorskip("torch", reason="the torch extra is not installed")
     config = model_config(context="mean", kappa=float("inf"))
-    params = init_params(config, train.jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     params["blocks"]["integrator"]["gamma"] *= 0
     weights = interop.params_to_torch(params, config)
     torch.save({k: torch.from_numpy(np.array(v)) for k, v in weights.items()}, tmp_path / "w.pt")
@@ -102,8 +103,8 @@ def test_published_weights_become_a_run_that_goes_round(run_script, tmp_path, mo
     assert code == 2 and "50257" in err and not (tmp_path / "run").exists()
     code, _, err = run_script("import_torch.py", *args, "--tokenizer", "bytes")
     assert code == 0, err
-    _, found = train.read_params(tmp_path / "run", config)
-    train.jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, found)
+    _, found = read_params(tmp_path / "run", config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, found)
     assert run_script("import_torch.py", *args)[0] == 2, "an existing run must not be overwritten"
     (tmp_path / "junk.pt").write_bytes(b"junk")
     code, _, err = run_script("import_torch.py", "--weights", tmp_path / "junk.pt",

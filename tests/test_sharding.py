@@ -22,7 +22,7 @@ from inl_jax.sharding import (
     place,
     rows,
 )
-from inl_jax.train import abstract_state, compile_step
+from inl_jax.step import abstract_state, compile_step
 
 CONTEXTS = ["mean", "decay", "attention"]
 MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -16,20 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import assert_same
 
 import inl_jax
-from inl_jax import checkpoint, model
+from inl_jax import checkpoint
 from inl_jax.config import InputError, MeshConfig, override, to_json
 from inl_jax.metrics import read_metrics
-from inl_jax.optim import learning_rate_schedule, make_optimizer
+from inl_jax.step import loss_fn
 
 train = importlib.import_module("inl_jax.train")  # the name in the package is the function
 ROOT = Path(__file__).parent.parent
-
-
-def same(a, b):
-    """Bit for bit, leaf by leaf."""
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def saved_state(config, step):
@@ -49,164 +44,6 @@ def stop_at(patch, step, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
 
     patch.setattr(train.Run, "record", record)
-
-
-def stepper(config, num_steps=10):
-    """(jitted train_step, first state) outside any loop."""
-    optimizer = make_optimizer(config, num_steps)
-    schedule = learning_rate_schedule(config, num_steps)
-    step = jax.jit(
-        lambda s, b: train.train_step(s, b, config=config, optimizer=optimizer, schedule=schedule)
-    )
-    return step, train.init_state(jax.random.key(0), config=config, optimizer=optimizer)
-
-
-def batches(n, rows=8, seq=16, vocab=257):
-    return jax.random.randint(jax.random.key(7), (n, rows, seq + 1), 0, vocab)
-
-
-@pytest.mark.parametrize(
-    "param_dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.slow)]
-)
-def test_accumulation_equals_the_big_batch(train_config, param_dtype):
-    with jax.enable_x64(param_dtype == "float64"):
-        ends = []
-        for k in (1, 4):
-            config = train_config(model={"param_dtype": param_dtype}, accumulate_steps=k)
-            step, state = stepper(config)
-            for batch in batches(3):
-                state, results = step(state, batch)
-            ends.append((state.params, results["loss"], results["grad_norm"]))
-        tolerance = {"float64": 1e-9, "bfloat16": 0.05}[param_dtype]
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance
-            ),
-            *ends,
-        )
-
-
-@pytest.mark.parametrize("accumulate_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_nonfinite_update_leaves_parameters_and_optimizer_untouched(
-    train_config, accumulate_steps
-):
-    config = train_config(accumulate_steps=accumulate_steps)
-    step, state = stepper(config)
-    state, _ = step(state, batches(1)[0])
-    state, good = step(state, batches(1)[0])  # the first update has learning rate 0
-    params = dict(state.params)
-    poisoned = state._replace(
-        params=params | {"embedding": params["embedding"].at[3, 0].set(jnp.nan)}
-    )
-    after, results = step(poisoned, batches(1)[0].at[0, 0].set(3))
-    assert not results["finite"] and results["skipped"] == 1 and after.step == state.step + 1
-    same((after.params, after.opt_state), (poisoned.params, poisoned.opt_state))
-    # Batches that do not touch the bad row of the embedding still see it in the logits; a good
-    # state goes on as if nothing had happened, at the learning rate it had reached.
-    after, results = step(after._replace(params=state.params), batches(1)[0])
-    assert results["finite"] and results["skipped"] == 1
-    np.testing.assert_allclose(
-        results["learning_rate"], learning_rate_schedule(config, 10)(2), rtol=1e-6
-    )
-    assert good["finite"] and not jnp.array_equal(after.params["embedding"], params["embedding"])
-
-
-@contextlib.contextmanager
-def on_mesh(config):
-    """Yields what comes before the config's training step: its mesh and abstract state."""
-    mesh = train.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), train.nn.logical_axis_rules(train.RULES):
-        yield mesh, train.abstract_state(config, mesh)
-
-
-@pytest.mark.parametrize(
-    ("param_dtype", "accumulate_steps", "mesh"),
-    [
-        ("float32", 1, MeshConfig(data=1)),
-        pytest.param("float32", 2, MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, MeshConfig(data=1), marks=pytest.mark.slow),
-        ("bfloat16", 2, MeshConfig(data=2, fsdp=2, tensor=2)),
-    ],
-)
-def test_the_step_updates_all_of_its_state_in_place(
-    train_config, capsys, param_dtype, accumulate_steps, mesh
-):
-    config = train_config(
-        model={"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
-    )
-    with on_mesh(config) as (mesh, abstract):
-        log = train.metrics.MetricsLog(config.run_dir)
-        compiled = train.compile_step(config, 10, mesh, abstract, log)
-    held = sum(
-        np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(abstract)
-    )
-    assert compiled.memory_analysis().alias_size_in_bytes == held
-    assert "WARNING" not in capsys.readouterr().out
-
-
-def test_a_state_that_is_held_twice_is_reported(train_config, monkeypatch, capsys):
-    jit = jax.jit
-
-    def without_donation(*args, donate_argnums=(), **kwargs):
-        return jit(*args, **kwargs)
-
-    monkeypatch.setattr(jax, "jit", without_donation)
-    config = train_config()
-    with on_mesh(config) as (mesh, abstract):
-        train.compile_step(config, 10, mesh, abstract, train.metrics.MetricsLog(config.run_dir))
-    assert "WARNING: only 0.00 GiB of the state's" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
-def test_the_program_of_the_step_does_not_grow_with_layers_or_iterations(train_config, context):
-    def size(**fields):
-        config = train_config(model={"context": context, "remat": "block"} | fields)
-        with on_mesh(config) as (mesh, abstract):
-            return len(train.trace_step(config, 10, mesh, abstract).lower().as_text())
-
-    small = size(num_layers=2, num_iterations=2)
-    assert size(num_layers=6, num_iterations=2) == pytest.approx(small, rel=0.01)
-    assert size(num_layers=2, num_iterations=9) == pytest.approx(small, rel=0.01)
-
-
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_the_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
-    train_config, monkeypatch, remat
-):
-    """Lowered for CUDA on any machine: what the compiler is given, not what it makes of it."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
-
-    def program(**fields):
-        fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
-        config = train_config(model=fields)
-        with on_mesh(config) as (mesh, abstract):
-            traced = train.trace_step(config, 10, mesh, abstract)
-            return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    train.check_fused_attention(program())
-    with pytest.raises(RuntimeError, match="in its forward and backward pass .found: none"):
-        train.check_fused_attention(program(attention_kernel="xla"))
-
-
-def test_a_missing_attention_kernel_is_named():
-    forward = 'custom_call_target="__cudnn$fmhaSoftmax"'
-    backward = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
-    train.check_fused_attention(f"{forward}, x\n{backward}, y")
-    with pytest.raises(RuntimeError, match=r"in its backward pass \(found: __cudnn\$fmhaSoftmax\)"):
-        train.check_fused_attention(forward)
-    with pytest.raises(RuntimeError, match="in its forward pass .*model.attention_kernel"):
-        train.check_fused_attention(backward)
-
-
-def test_the_compiled_step_is_checked_for_the_kernel_it_was_to_use(train_config, monkeypatch):
-    monkeypatch.setattr(train, "attention_kernel", lambda _: "cudnn")  # the model itself uses xla
-    config = train_config(model={"context": "attention"})
-    with on_mesh(config) as (mesh, abstract), pytest.raises(RuntimeError, match="lacks cuDNN"):
-        train.compile_step(config, 10, mesh, abstract, train.metrics.MetricsLog(config.run_dir))
 
 
 def test_loss_falls_and_the_result_speaks(train_config, capsys):
@@ -257,8 +94,8 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
     assert stopped.interrupted and 3 <= stopped.step < 8
     resumed = train.train(parts)
     assert not resumed.interrupted and resumed.step == 8
-    same(expected.params, resumed.params)
-    same(saved_state(whole, 8), saved_state(parts, 8))
+    assert_same(expected.params, resumed.params)
+    assert_same(saved_state(whole, 8), saved_state(parts, 8))
 
     def losses(result):
         keep = ("step", "loss", "grad_norm", "validation_loss", "samples_seen")
@@ -273,7 +110,7 @@ def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
     capsys.readouterr()
     again = train.train(config)
     assert "complete" in capsys.readouterr().out
-    same(first.params, again.params)
+    assert_same(first.params, again.params)
     assert again.history == first.history
 
 
@@ -335,14 +172,13 @@ def test_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_path):
 
 def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monkeypatch):
     config = train_config(max_nonfinite_steps=3, num_steps=20)
-    original = train.loss_fn
 
     def break_after(params, batch, key, *, config):
-        loss = original(params, batch, key, config=config)
+        loss = loss_fn(params, batch, key, config=config)
         moved = jnp.abs(params["final_norm_scale"] - 1).max() > 1e-3  # from the second update on
         return jnp.where(moved, jnp.nan, loss)
 
-    monkeypatch.setattr(train, "loss_fn", break_after)
+    monkeypatch.setattr("inl_jax.step.loss_fn", break_after)
     with pytest.raises(train.Diverged, match="3 updates in a row"):
         train.train(config)
     _, params = checkpoint.read_params(config.run_dir, config.model)
@@ -490,44 +326,6 @@ def test_the_state_is_described_once_a_start(train_config, monkeypatch):
     assert len(calls) == 1
 
 
-def test_epochs_are_counted_in_windows(train_config):
-    config = train_config(num_steps=0, num_epochs=0.5, optim={"warmup_steps": 0})
-    corpus = train.prepare(config.data)
-    windows = (corpus.sources[0].train_tokens - 1) // 32
-    assert train.count_steps(config, corpus) == windows // 2 // 8
-    with pytest.raises(InputError, match="optim.warmup_steps=9999"):
-        train.count_steps(override(config, ["--optim.warmup_steps", "9999"]), corpus)
-
-
-def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
-    config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
-    with pytest.raises(InputError, match=r"needs .* GiB of memory on each device and .* GiB was"):
-        train.train(config)
-
-
-def test_the_attention_kernel_is_checked_before_anything_is_allocated(train_config, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
-    with pytest.raises(InputError, match="model.compute_dtype=float32"):
-        train.train(train_config(model={"context": "attention"}))
-    config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})
-    assert "attention context (cudnn kernel)" in train.describe_model(config)
-
-
-def test_samples_too_long_for_the_model_are_refused_at_the_start(train_config):
-    with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
-        train.train(train_config(sample_every=4, sample_tokens=31))
-
-
-def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("went on"))
-    usage = train.shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="run_dir"):
-        train.train(train_config())
-
-
 def run_script(name, *args, **kwargs):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / name), *args]
@@ -584,7 +382,7 @@ def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tm
     out = whole.communicate()[0]
     assert whole.returncode == 0, out
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    same(saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 700),
+    assert_same(saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 700),
          saved_state(dataclasses.replace(train_config(), run_dir=str(whole)), 700))  # fmt: skip
     losses = [
         [(r["step"], r["loss"]) for r in read_metrics(d) if "loss" in r] for d in (parts, whole)

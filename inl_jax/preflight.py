@@ -1,0 +1,133 @@
+"""What is checked before anything is allocated: config, machine, data, length of the run."""
+
+import hashlib
+import math
+import shutil
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from inl_jax import data, metrics, processes
+from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
+from inl_jax.corpus import Corpus, make_cache, prepare
+from inl_jax.memory import memory_found, memory_needed
+from inl_jax.model import attention_kernel, compute_dtype, param_count
+from inl_jax.sharding import check_rows
+from inl_jax.step import TrainState
+from inl_jax.tokenizer import Tokenizer
+
+
+def check_same_config(config: TrainConfig) -> None:
+    """Raises `InputError` where the processes were not started with the same config."""
+    mine = to_json(config)
+    if len(set(processes.gather(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(from_json, processes.gather(mine))
+    i, other = next((i, c) for i, c in enumerate(others, start=1) if c != first)
+    field, expected, found = next(differences(first, other))
+    raise InputError(
+        f"{field}={found} on process {i} and {expected} on process 0: start all with the same "
+        "command and config file"
+    )
+
+
+def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, report=print) -> None:
+    """Says what the run needs and what is here, before anything is allocated.
+
+    Args:
+      config: the run.
+      mesh: its devices.
+      abstract: its state, from `abstract_state`.
+      report: where the lines go.
+
+    Raises:
+      InputError: the devices, the memory or the disk do not suffice.
+    """
+    report(describe_model(config))
+    check_rows(config, mesh)
+    needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
+    total = needed.device_bytes
+    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)
+    report(
+        f"memory on each of {mesh.size} devices: needs {metrics.gib(total)} ({parts}); found "
+        f"{metrics.gib(found)} ({what})"
+    )
+    if total > found:
+        raise InputError(
+            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
+            f"{metrics.gib(found)} was found: scripts/estimate.py names the smallest change that "
+            "makes it fit; else lower batch_size or data.seq_len, raise accumulate_steps, or raise "
+            "mesh.fsdp with more devices"
+        )
+    existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    checkpoint = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    if 2 * checkpoint > free:
+        raise InputError(
+            f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
+            f"{metrics.gib(checkpoint)}, of which two exist while one is replaced: free some disk "
+            "or choose another run_dir"
+        )
+
+
+def describe_model(config: TrainConfig) -> str:
+    """Name, true parameter count and shape in one line."""
+    m, n = config.model, param_count(config.model)
+    kernel = f" ({attention_kernel(m)} kernel)" if m.context == "attention" else ""
+    return (
+        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context{kernel}, "
+        f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
+        f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
+    )
+
+
+def prepare_everywhere(config: TrainConfig) -> Corpus:
+    """The same corpus on every process, whether their hosts share the cache or not.
+
+    Raises:
+      InputError: as `prepare` does, and where the processes found different data.
+    """
+    corpus = processes.once_for_each_copy(
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=processes.say)
+    )
+    processes.check_same(
+        "the fingerprint of the data", f"{corpus.fingerprint}/{corpus.tokenizer.fingerprint}",
+        "data.paths and data.tokenizer must name the same files on every host",
+    )  # fmt: skip
+    return corpus
+
+
+def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises `InputError` where the printed samples would be too long for the model."""
+    longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
+    if config.sample_every > 0 and longest > config.model.max_seq_len:
+        raise InputError(
+            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "
+            f"beyond model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
+        )
+
+
+def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position: int = 0) -> int:
+    """Updates in the run: `num_steps`, or those that `num_epochs` makes.
+
+    Args:
+      config: the run.
+      corpus: its data.
+      step: updates already done.
+      position: the samples they consumed, perhaps at another batch size.
+
+    Raises:
+      InputError: the epochs are shorter than the warmup.
+    """
+    if config.num_steps > 0:
+        return config.num_steps
+    windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
+    left = math.floor(config.num_epochs * windows) - position
+    num_steps = max(1, step + max(0, left // config.batch_size))
+    if config.optim.warmup_steps >= num_steps:
+        raise InputError(
+            f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} makes "
+            f"only {num_steps} updates of {config.batch_size} sequences; lower the warmup"
+        )
+    return num_steps
