@@ -4,17 +4,18 @@ Nothing is allocated: the state is read off its shapes and shardings; what a ste
 an estimate, fitted to what XLA's compilers say (see `_working`).
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, TrainConfig, override
+from inl_jax.config import InputError, ModelConfig, TrainConfig, override
 from inl_jax.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.model import abstract_params, compute_dtype
 from inl_jax.optim import MasterState, accumulator_dtype
@@ -90,6 +91,18 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
     device |= {f"{part} (estimate)": size for part, size in working.items()}
     host = {part: state[part, "pinned_host"] for part in ("masters", "moments")}
     return MemoryNeeded(device, {part: size for part, size in host.items() if size})
+
+
+def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
+    """Estimated bytes of activations on each device of `mesh` under each `remat` mode."""
+    rows = config.batch_size // config.accumulate_steps // row_shards(mesh)
+
+    def activations(mode: str) -> int:
+        model = dataclasses.replace(config.model, remat=mode)
+        changed = dataclasses.replace(config, model=model)
+        return _working(changed, rows * config.data.seq_len, mesh)["activations"]
+
+    return {mode: activations(mode) for mode in get_args(get_type_hints(ModelConfig)["remat"])}
 
 
 def _num_bytes(tree: Any, shardings: Any = None) -> int:

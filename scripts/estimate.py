@@ -1,7 +1,7 @@
 """What a run needs of each device's memory and what devices send, before there is a device.
 
 python scripts/estimate.py --config configs/3b.py [--device rtx4090] [--devices 8]
-    [--compile cuda] [--json] [--section.field value ...]
+    [--compile [cuda]] [--json] [--section.field value ...]
 
 Nothing is allocated. Without --compile the state is from shapes and the rest estimated. With it the
 whole step is compiled for as many devices: by XLA for the CPU or, with inl_jax[cuda] installed and
@@ -22,7 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--device", default="h100-80gb", help="what has to hold it")
     parser.add_argument("--devices", type=int, default=1, help="how many, as a virtual mesh")
-    parser.add_argument("--compile", choices=("cpu", "cuda"), help="ask this compiler, too")
+    parser.add_argument("--compile", nargs="?", choices=("cpu", "cuda"), const="cpu",
+                        help="ask this compiler, too (cpu where none is named)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     config, flags = from_command_line(parser)
     # Before JAX starts: its CUDA compiler is wanted without a device, and all else runs on the CPU.
@@ -74,7 +75,9 @@ def main() -> int:
         usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
         fits = device_bytes <= usable
         change = None if fits else memory.smallest_change(config, mesh, flags.device)
+        by_remat = memory.activations_by_remat(config, mesh)
     record |= {
+        "activations_by_remat": by_remat,
         "config": config.name, "device": flags.device, "devices": flags.devices,
         "mesh": dict(mesh.shape), "compiler": flags.compile, "device_bytes": device_bytes,
         "host_bytes": host_bytes, "usable_bytes": usable, "fits": fits,
@@ -90,6 +93,7 @@ def main() -> int:
         if size:
             print(f"  {part:25} {gib(size):>12}")
     print(f"  {'all':25} {gib(needed.device_bytes):>12}")
+    print("  activations by remat: " + ", ".join(f"{m} {gib(b)}" for m, b in by_remat.items()))
     if flags.compile:
         print(f"  {'as compiled for ' + flags.compile:25} {gib(device_bytes):>12}")
     for part, size in needed.host.items():

@@ -1,7 +1,10 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,9 +16,9 @@ import pytest
 from conftest import assert_same
 
 from inl_jax.checkpoint import Checkpoints, check_run, read_config, read_params, record_run
-from inl_jax.config import InputError, MeshConfig
+from inl_jax.config import InputError, MeshConfig, to_json
 from inl_jax.sharding import make_mesh
-from inl_jax.step import TrainState, abstract_state, split_state
+from inl_jax.step import TrainState, abstract_state, split_state, state_bytes
 from inl_jax.tokenizer import load_tokenizer, train_bpe
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
@@ -90,7 +93,7 @@ def _save_once(saved_run, train_config):
         save(saved_run, {step: filled(abstract, step) for step in (1, 2, 3)})
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (2, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (3, 1, 1), (1, 1, 1)])
 def test_a_state_comes_back_bit_exact_on_any_topology(run_dir, config, shape):
     abstract = abstract_of(config, *shape)
     masters = optax.tree.get(abstract["optimizer"]["opt_state"]["rest"], "masters")
@@ -103,6 +106,45 @@ def test_a_state_comes_back_bit_exact_on_any_topology(run_dir, config, shape):
     jax.tree.map(lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(),
                  abstract, tree)  # fmt: skip
     TrainState(params=found["params"], **found["optimizer"])
+
+
+# Trains, or does what a resumed run does before its first update; prints its peak memory in bytes.
+PEAK = """
+import resource, sys
+import jax
+from inl_jax import checkpoint, train
+from inl_jax.config import from_json
+from inl_jax.sharding import make_mesh
+from inl_jax.step import abstract_state, split_state
+
+what, config = sys.argv[1], from_json(sys.argv[2])
+if what == "train":
+    train(config)
+else:
+    state = split_state(abstract_state(config, make_mesh(config.mesh)))
+    checkpoints = checkpoint.Checkpoints(config.run_dir, keep_last=2)
+    jax.block_until_ready(checkpoints.restore(state)["optimizer"])
+    checkpoints.close()
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_restoring_needs_less_memory_than_training(train_config, devices):
+    config = train_config(
+        model={"d_model": 512, "d_ff": 2048, "num_layers": 12}, num_steps=3, eval_every=0,
+        mesh=MeshConfig(data=1, fsdp=devices), batch_size=devices, save_every=0,
+    )  # fmt: skip
+    peaks = {}
+    for what in ("train", "restore"):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        command = [sys.executable, "-c", PEAK, what, to_json(config)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        peaks[what] = int(done.stdout.splitlines()[-1])
+    num_bytes = state_bytes(abstract_state(config, mesh_of(1, 1, 1)))
+    print(f"{devices} devices: state {num_bytes:,}, peak {peaks}")
+    assert num_bytes < peaks["restore"] < peaks["train"]
 
 
 def test_parameters_are_readable_alone(run_dir, config):

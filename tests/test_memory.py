@@ -65,6 +65,12 @@ def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
         config = train_config(model=model, **fields)
         return memory.memory_needed(config, make_mesh(config.mesh)).device_bytes
 
+    config = train_config(model={"num_layers": 8, "remat": "integrator"})
+    mesh = make_mesh(config.mesh)
+    by_remat = memory.activations_by_remat(config, mesh)
+    assert list(by_remat) == ["none", "integrator", "all_but_integrator", "block"]
+    kept = memory.memory_needed(config, mesh).device["activations (estimate)"]
+    assert by_remat["block"] < by_remat["integrator"] == kept < by_remat["none"]
     assert total(model={"remat": "block"}) < total(model={"remat": "none"})
     for kind in ("integrator", "all_but_integrator"):
         assert total(model={"remat": "block"}) < total(model={"remat": kind})
@@ -134,6 +140,13 @@ def test_the_script_says_what_fits_and_the_change_that_makes_it_fit():
     done = estimate("--config", "3b", "--device", "rtx4090", "--json", *change)
     record = json.loads(done.stdout)
     assert done.returncode == 0 and record["fits"] and record["host_bytes"] > 0
+
+
+def test_the_script_asks_the_compiler_that_is_always_there():
+    done = estimate("--config", "tiny", "--devices", "2", "--compile", "--json")
+    record = json.loads(done.stdout)
+    assert record["compiler"] == "cpu" and record["sent_bytes"] >= record["least_bytes"] > 0
+    assert record["device_bytes"] != record["estimated_bytes"]
 
 
 @pytest.mark.parametrize(

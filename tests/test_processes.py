@@ -402,6 +402,20 @@ def test_four_processes_and_a_tensor_axis_across_processes_train_as_one(
 
 
 @pytest.mark.slow
+def test_a_diverging_run_ends_all_with_one_message_and_good_weights(train_config, launch):
+    config = train_config(
+        num_steps=20, max_nonfinite_steps=3, eval_every=0, mesh=MeshConfig(fsdp=2),
+        optim={"learning_rate": 1e30, "warmup_steps": 0},
+    )  # fmt: skip
+    pair = launch("diverge", config, 2)
+    assert pair.wait() == [3, 3], pair.out(0) + pair.out(1)
+    (error,) = re.findall("error: .*", pair.out(0) + pair.out(1))
+    assert "3 updates in a row" in error and pair.out(1) == ""
+    _, params = checkpoint.read_params(config.run_dir, config.model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(train_config, launch):
     config = train_config(num_steps=10**6, log_every=4, save_every=8, mesh=MeshConfig(fsdp=2))
     pair = launch("hang", config, 2, "--peer_timeout", 10)
