@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig
 from inl_jax.model import abstract_params
-from inl_jax.sharding import param_shardings
+from inl_jax.sharding import param_shardings, spread_rows
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16,
@@ -86,7 +86,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> int:
         sent += part * (2 * (fsdp - 1) if split else 0)
         over = data if split else data * fsdp
         sent += 2 * part * (over - 1) / over
-    return int(sent * config.accumulate_steps)
+    return int(sent * spread_rows(config, mesh).accumulate_steps)
 
 
 # --- the text

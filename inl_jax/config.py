@@ -262,7 +262,7 @@ class MeshConfig:
     fsdp: int | Literal["rest"] = 1
     """Devices that share parameters and optimizer state, and also split the rows."""
     tensor: int | Literal["rest"] = 1
-    """Devices that split the feed-forward, attention heads and controllers."""
+    """Devices that split the feed-forward, attention heads, and the integrator's channels."""
     fsdp_shards: Literal["all", "optimizer"] = "all"
     """What the fsdp axis splits: parameters and optimizer state (ZeRO-3), or only the optimizer
     state and the accumulated gradients, while each device keeps all parameters (ZeRO-1 and 2)."""
@@ -276,7 +276,7 @@ class MeshConfig:
                 size == "rest" or whole, f"mesh.{name}={size!r}: a positive whole number, or rest"
             )
         rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]
-        _require(len(rest) < 2, f"{' and '.join(rest)} are both rest: only one axis may be")
+        _require(len(rest) < 2, f"{' and '.join(rest)} are both rest: give one of them a number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,8 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per update, over all devices and micro-batches."""
     accumulate_steps: int = 1
-    """Micro-batches an update is split into. More of them need less memory; results are equal."""
+    """Micro-batches an update is split into, or as many of them as have a row for every device.
+    More of them need less memory; results are equal."""
     loss_chunk: int = 256
     """Tokens of one device whose logits exist at once; 0 takes all. Results are equal."""
     log_every: int = 10

@@ -21,10 +21,10 @@ from inl_jax.model import abstract_params, compute_dtype
 from inl_jax.optim import MasterState, accumulator_dtype
 from inl_jax.sharding import (
     abstract_optimizer_state,
-    check_rows,
     make_mesh,
     param_shardings,
     row_shards,
+    spread_rows,
 )
 
 # Memory in MiB as nvidia-smi shows it.
@@ -69,8 +69,8 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
     Raises:
       InputError: the model or a micro-batch does not divide over the mesh.
     """
+    config = spread_rows(config, mesh)
     c = config.model
-    check_rows(config, mesh)
     whole = abstract_params(c)
     params = _num_bytes(whole, param_shardings(mesh, c, fsdp_shards=config.mesh.fsdp_shards))
     gradients = _num_bytes(whole, param_shardings(mesh, c))
@@ -95,6 +95,7 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
 
 def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Estimated bytes of activations on each device of `mesh` under each `remat` mode."""
+    config = spread_rows(config, mesh)
     rows = config.batch_size // config.accumulate_steps // row_shards(mesh)
 
     def activations(mode: str) -> int:

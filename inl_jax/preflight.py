@@ -13,7 +13,7 @@ from inl_jax.config import InputError, TrainConfig, differences, from_json, to_j
 from inl_jax.corpus import Corpus, make_cache, prepare
 from inl_jax.memory import memory_found, memory_needed
 from inl_jax.model import attention_kernel, compute_dtype, param_count
-from inl_jax.sharding import check_rows
+from inl_jax.sharding import row_shards, spread_rows
 from inl_jax.step import TrainState
 from inl_jax.tokenizer import Tokenizer
 
@@ -45,7 +45,12 @@ def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, repo
       InputError: the devices, the memory or the disk do not suffice.
     """
     report(describe_model(config))
-    check_rows(config, mesh)
+    spread = spread_rows(config, mesh)
+    if spread != config:
+        report(
+            f"accumulate_steps {config.accumulate_steps} -> {spread.accumulate_steps}, so that "
+            f"each of {row_shards(mesh)} devices has rows of every micro-batch"
+        )
     needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
     total = needed.device_bytes
     parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)

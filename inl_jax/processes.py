@@ -26,7 +26,7 @@ from inl_jax.config import InputError
 START_SECONDS = 300  # for all processes to come together
 PEER_SECONDS = 60  # without a sign of life, after which a process counts as dead
 SHARED_SECONDS = 30  # for a file of one host to be seen by the others
-ANSWER_SECONDS = 3  # for which process 0 stays, so that the others hear why all end
+ANSWER_SECONDS = 3  # for the others to hear that all end; who does not is gone
 _END = "inl_jax/end"
 
 T = TypeVar("T")
@@ -40,6 +40,10 @@ class Launch(NamedTuple):
     process_id: int
     devices: tuple[int, ...] = ()  # its own among the GPUs it can see; empty: all of them
     launcher: str = "deactivate"  # JAX's cluster_detection_method
+
+
+class Absent(RuntimeError):
+    """Not all processes came together; they may the next time."""
 
 
 # --- Start -------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def start(
 ) -> None:
     """Joins the other processes. Before JAX first looks at its devices; None does nothing.
 
-    From here on a failure of any process ends all of them (see `end`), and SIGTERM is a Ctrl-C.
+    From here on a failure of any process ends all of them (see `end`).
 
     Args:
       launch: from `find_launch`.
@@ -176,7 +180,7 @@ def start(
       peer_timeout: seconds without a sign of life after which a process counts as dead.
 
     Raises:
-      InputError: the others did not come in time.
+      Absent: the others did not come in time.
     """
     if launch is None:
         return
@@ -202,13 +206,11 @@ def start(
     if thread.is_alive() or trouble:
         where = launch.coordinator or f"the address that {launch.launcher} gives"
         reason = str(trouble[0]).splitlines()[0] if trouble else f"within {start_timeout} s"
-        raise InputError(
+        raise Absent(
             f"coordinator={where}: process {launch.process_id} of {launch.num_processes} did not "
             f"meet the others there ({reason}): start all of them, with an address and a free port "
             "of process 0's host that every host can reach"
         )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     _joined.set()
     threading.Thread(target=_watch, daemon=True).start()
 
@@ -316,17 +318,17 @@ _ending = threading.Event()  # the main thread is at the end already
 def end(code: int, message: str = "") -> int:
     """The last call of a program: gives its exit code back, with several processes the same on all.
 
-    With a message, which is a failure that the others may not share, they all end now: the first
-    to fail shows its message, the others are silent.
+    With a message, which is a failure that the others may not share, they all end now. The first
+    to fail shows its message, or says which process was lost; process 0 says who that was.
     """
     _ending.set()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it when the first has ended
     if message and _joined.is_set():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is lost
             global_state.client.key_value_set(_END, f"{code} {global_state.process_id}")
         code, speaker = _ended() or (code, global_state.process_id)
-        if speaker == global_state.process_id:
-            print(message, file=sys.stderr)
-        _leave(code)
+        _leave(code, speaker, message)
     if message:
         print(message, file=sys.stderr)
         if global_state.client is not None:  # JAX would wait for those it never met
@@ -342,7 +344,7 @@ def _watch() -> None:
     while not _ending.wait(1):
         ended = _ended()
         if ended and not _ending.is_set():
-            _leave(ended[0])
+            _leave(*ended)
 
 
 def _ended() -> tuple[int, int] | None:
@@ -354,15 +356,37 @@ def _ended() -> tuple[int, int] | None:
     return int(code), int(process)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, speaker: int, message: str = "") -> None:
     """Ends this process at once: nothing of JAX may wait here for processes that have gone."""
-    client, me, n = global_state.client, global_state.process_id, global_state.num_processes
+    me, n = global_state.process_id, global_state.num_processes
+    if me == speaker:
+        if lost := _without_answer(ANSWER_SECONDS):
+            message = (
+                f"error: process {', '.join(map(str, lost))} of {n} is gone, and with it all end; "
+                f"the same command goes on from the last checkpoint ({message.splitlines()[-1]})"
+            )
+        print(message, file=sys.stderr)
+    elif me == 0:
+        print(f"process {speaker} of {n} ends all with exit code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(f"{_END}/{me}", "")
-        until = time.monotonic() + ANSWER_SECONDS
-        for i in range(1, n if me == 0 else 0):  # the store lives in process 0
-            left = int(1000 * (until - time.monotonic()))
-            client.blocking_key_value_get(f"{_END}/{i}", max(1, left))
+        global_state.client.key_value_set(f"{_END}/{me}", "")
+    if me == 0:  # the store lives here: until the speaker has heard the others, and all have gone
+        _without_answer(2 * ANSWER_SECONDS)
+        time.sleep(1)
     os._exit(code)
+
+
+def _without_answer(seconds: float) -> list[int]:
+    """The processes that have not said within so many seconds that they leave, too."""
+    until, lost = time.monotonic() + seconds, []
+    for i in range(global_state.num_processes):
+        if i == global_state.process_id:
+            continue
+        left = max(1, int(1000 * (until - time.monotonic())))
+        try:
+            global_state.client.blocking_key_value_get(f"{_END}/{i}", left)
+        except jax.errors.JaxRuntimeError:
+            lost.append(i)
+    return lost

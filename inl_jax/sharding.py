@@ -3,6 +3,7 @@
 The model names its axes; nothing but `RULES` says what they mean on a mesh.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -55,7 +56,11 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     Raises:
       InputError: there are too few devices, or the rest cannot be shared out evenly.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    hint = ""
+    if devices is None:
+        devices = jax.devices()
+        if devices[0].platform == "cpu":
+            hint = "; JAX_NUM_CPU_DEVICES=8 makes eight of a CPU"
     sizes, n = {axis: getattr(config, axis) for axis in AXES}, len(devices)
     known = math.prod(size for size in sizes.values() if size != "rest")
     shape = tuple(n // known if size == "rest" else size for size in sizes.values())
@@ -65,8 +70,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     ):
         fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"{fields}: the product must be the number of devices, {n}, or less with no axis the "
-            "rest"
+            f"{fields}: the product must be the number of devices, and there are {n}{hint}"
         )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
@@ -100,9 +104,7 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
             raise InputError(f"{_name(path)} has the axis {axis!r}, which RULES lacks: add a rule")
     rules = RULES
     if fsdp_shards == "optimizer":
-        rules = tuple(
-            (name, axes if name == "batch" else _without_fsdp(axes)) for name, axes in RULES
-        )
+        rules = tuple((name, _without_fsdp(axes)) for name, axes in RULES)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
 
     def check(path, leaf, sharding):
@@ -173,15 +175,23 @@ def _memory_kinds(mesh: Mesh) -> set[str]:
     return {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
 
 
-def check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises `InputError` where a micro-batch does not divide over the devices."""
-    micro = config.batch_size // config.accumulate_steps
-    if micro % row_shards(mesh) != 0:
+def spread_rows(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The config with its `accumulate_steps` lowered to what every device has rows for.
+
+    A micro-batch needs a row for each device. In how many of them an update comes does not change
+    it, so a config for one device holds for many; none of them then has more rows at a time.
+
+    Raises:
+      InputError: the batch does not divide over the devices.
+    """
+    each, left = divmod(config.batch_size, row_shards(mesh))
+    if left:
         raise InputError(
-            f"batch_size={config.batch_size} in accumulate_steps={config.accumulate_steps} gives "
-            f"micro-batches of {micro} sequences, which do not divide over {row_shards(mesh)} "
-            "devices (mesh.data x mesh.fsdp): change one of them"
+            f"batch_size={config.batch_size}: does not divide over {row_shards(mesh)} devices "
+            "(mesh.data x mesh.fsdp); change one of them"
         )
+    steps = max(k for k in range(1, config.accumulate_steps + 1) if each % k == 0)
+    return dataclasses.replace(config, accumulate_steps=steps)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:

@@ -25,7 +25,7 @@ from inl_jax.optim import (
     make_optimizer,
     round_tree,
 )
-from inl_jax.sharding import RULES, abstract_optimizer_state, param_shardings, rows
+from inl_jax.sharding import RULES, abstract_optimizer_state, param_shardings, rows, spread_rows
 from inl_jax.xla import Program, compile_for_cuda
 
 
@@ -175,6 +175,7 @@ def train_step(
 
 def trace_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: TrainState):
     """`train_step` traced for this run, its state donated; `abstract` is from `abstract_state`."""
+    config = spread_rows(config, mesh)
     batch = jax.ShapeDtypeStruct(
         (config.batch_size, config.data.seq_len + 1), jnp.int32, sharding=rows(mesh)
     )

@@ -34,7 +34,7 @@ from inl_jax.preflight import (
     count_steps,
     prepare_everywhere,
 )
-from inl_jax.sharding import RULES, any_process, local_rows, make_mesh, place
+from inl_jax.sharding import RULES, any_process, local_rows, make_mesh, place, spread_rows
 from inl_jax.step import (
     TrainState,
     abstract_state,
@@ -124,7 +124,7 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, lo
     devices = mesh.devices.ravel()
     log.say(
         f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
-        f"{config.data.seq_len}, {config.accumulate_steps} micro-batches) = "
+        f"{config.data.seq_len}, {spread_rows(config, mesh).accumulate_steps} micro-batches) = "
         f"{num_steps * per_update / train_tokens:.2f} epochs of {metrics.count(train_tokens)} "
         "tokens"
     )
@@ -323,8 +323,9 @@ class Run:
         c = self.config
         if sum(files.validation_tokens for files in self.corpus.sources) == 0:
             return None
+        micro_batches = spread_rows(c, self.mesh).accumulate_steps
         batches = data.eval_batches(
-            self.corpus, seq_len=c.data.seq_len, batch_size=c.batch_size // c.accumulate_steps,
+            self.corpus, seq_len=c.data.seq_len, batch_size=c.batch_size // micro_batches,
             max_sequences=c.eval_sequences,
         )  # fmt: skip
         result = evaluate(

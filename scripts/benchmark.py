@@ -57,7 +57,7 @@ from inl_jax.model import (
     logits,
 )
 from inl_jax.optim import any_length_optimizer
-from inl_jax.sharding import RULES, check_rows, make_mesh, place
+from inl_jax.sharding import RULES, make_mesh, place, spread_rows
 from inl_jax.step import abstract_state, compile_step, init_state, trace_step
 from inl_jax.xla import apply_flags
 
@@ -368,7 +368,7 @@ def train(parser, argv) -> Report:
 def training(config: TrainConfig, flags) -> dict[str, Any]:
     """What training steps of one config take."""
     mesh = make_mesh(config.mesh)
-    check_rows(config, mesh)
+    config = spread_rows(config, mesh)
     shape = (config.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
@@ -558,7 +558,7 @@ def block_temp_bytes(model: ModelConfig, seq_len: int) -> int:
 def step_memory(config: TrainConfig) -> dict[str, Any]:
     """Memory and compile time of the whole training step."""
     mesh = make_mesh(config.mesh)
-    check_rows(config, mesh)
+    config = spread_rows(config, mesh)
     say("compiling the training step")
     start = time.perf_counter()
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):

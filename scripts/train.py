@@ -1,16 +1,25 @@
 """Trains a model, or goes on with a run: python scripts/train.py --config configs/tiny.py.
 
-Exit codes: 0 done; 2 a mistake in the input; 3 diverged; 75 stopped by SIGTERM or Ctrl-C after
-saving, the same command goes on; 130 stopped by Ctrl-C with nothing more to save. Under a launcher
-of several processes (docs/cluster.md) all of them end with the same code.
+Exit codes: 0 done; 1 failed; 2 a mistake in the input; 3 diverged; 75 stopped by SIGTERM, or by
+Ctrl-C after saving: the same command goes on; 130 stopped by Ctrl-C with nothing more to save.
+Several processes (docs/cluster.md) all end with the same code.
 """
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 
 from inl_jax.config import InputError, from_command_line
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM while no update could be finished and saved first."""
+
+
+def terminate(number, frame) -> None:
+    raise Terminated
 
 
 def main() -> int:
@@ -31,12 +40,19 @@ def main() -> int:
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax import processes
-    from inl_jax.train import EXIT_DIVERGED, Diverged
+    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
 
+    signal.signal(signal.SIGTERM, terminate)  # until the training loop looks out for it
     try:
         return processes.end(run(config, flags))
     except InputError as error:
         return processes.end(2, f"error: {error}")
+    except Terminated:
+        return processes.end(
+            EXIT_INTERRUPTED, "terminated outside the training loop: nothing more was saved"
+        )
+    except processes.Absent as error:
+        return processes.end(1, f"error: {error}")
     except KeyboardInterrupt:  # before the first update, or a second Ctrl-C
         return processes.end(130, "interrupted; nothing more was saved")
     except Diverged as error:

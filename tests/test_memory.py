@@ -154,7 +154,7 @@ def test_the_script_asks_the_compiler_that_is_always_there():
     [
         (["--device", "tpu"], "--device tpu: choose one of"),
         (["--devices", "0"], "--devices 0: must be positive"),
-        (["--devices", "3"], "batch_size=64 in accumulate_steps=64"),
+        (["--devices", "3"], "batch_size=64: does not divide over 3"),
     ],
 )
 def test_a_mistake_is_one_line(flags, message):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +8,22 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from inl_jax.config import InputError, MeshConfig
+from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.model import abstract_params, boxed_init
 from inl_jax.optim import make_optimizer
 from inl_jax.sharding import (
     AXES,
     RULES,
     any_process,
-    check_rows,
     local_rows,
     make_mesh,
     param_shardings,
     place,
     rows,
+    spread_rows,
 )
 from inl_jax.step import abstract_state, compile_step
 
@@ -188,7 +191,7 @@ def test_the_mesh_fills_the_devices_or_says_why_not():
     assert tuple(make_mesh(MeshConfig(data=1, tensor="rest")).shape.values()) == (1, 1, 8)
     assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
     for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
-        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* devices, 8"
+        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8; JAX_NUM_CPU_DEV"
         with pytest.raises(InputError, match=fields):
             make_mesh(wrong)
 
@@ -215,11 +218,25 @@ def test_a_parameter_without_a_rule_is_an_error(model_config, monkeypatch):
         param_shardings(mesh_of(1, 1, 1), model_config())
 
 
-def test_a_micro_batch_must_divide_over_the_devices(train_config):
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_no_device_is_without_a_row_or_has_more_at_a_time_than_one_alone(a, b, c):
+    """Any batch, in any micro-batches it divides into, on any devices it divides over."""
+    config = TrainConfig(batch_size=a * b * c, accumulate_steps=a * b)
+    for devices in (a * c, b * c, a, b * b):
+        mesh = SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
+        if config.batch_size % devices:
+            with pytest.raises(InputError, match=f"batch_size={a * b * c}: does not divide over"):
+                spread_rows(config, mesh)
+            continue
+        rows, left = divmod(config.batch_size, spread_rows(config, mesh).accumulate_steps * devices)
+        assert left == 0 and 1 <= rows <= config.batch_size // config.accumulate_steps
+
+
+def test_micro_batches_that_give_every_device_a_row_are_left_alone(train_config):
     mesh = mesh_of(2, 2, 2)  # rows are split over data and fsdp
-    check_rows(train_config(batch_size=8, accumulate_steps=2), mesh)
-    with pytest.raises(InputError, match="batch_size=8 in accumulate_steps=4 .* of 2 sequences"):
-        check_rows(train_config(batch_size=8, accumulate_steps=4), mesh)
+    for steps, spread in ((1, 1), (2, 2), (4, 2), (8, 2)):
+        config = train_config(batch_size=8, accumulate_steps=steps)
+        assert spread_rows(config, mesh).accumulate_steps == spread
 
 
 @pytest.mark.parametrize(
