@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import runpy
@@ -239,10 +240,9 @@ class OptimConfig:
     def __post_init__(self):
         _check_types(self, "optim.")
         _require_positive(self, "optim.", "learning_rate", "eps", "clip_norm")
-        _require(
-            self.learning_rate < float("inf"),
-            f"optim.learning_rate={self.learning_rate}: must be finite",
-        )
+        for name in ("learning_rate", "eps", "weight_decay"):
+            value = getattr(self, name)
+            _require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
         _require_not_negative(self, "optim.", "warmup_steps", "weight_decay")
         for name in ("b1", "b2"):
             value = getattr(self, name)
@@ -451,7 +451,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """`config` with the fields named on a command line replaced. Raises as `load` does."""
-    args = [arg if arg.startswith("-") or "=" not in arg else f"--{arg}" for arg in overrides]
+    args = [
+        f"--{arg}" if _assigns(arg, after) else arg
+        for after, arg in itertools.pairwise(["", *overrides])
+    ]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -463,6 +466,14 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         if stop.code == 0:  # --help was printed
             raise
         raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _assigns(arg: str, after: str) -> bool:
+    """Whether `arg` is field=value, and not a value of the flag `after` that has a = in it."""
+    field, equals, _ = arg.partition("=")
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    known = re.fullmatch(r"\w+(\.\w+)?", field) and field.partition(".")[0] in names
+    return bool(equals and known and not (after.startswith("--") and "=" not in after))
 
 
 def _one_line(boxed: str) -> str:

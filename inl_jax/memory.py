@@ -46,6 +46,20 @@ DEVICES = {
 USABLE = 0.92  # of it, by JAX at XLA_PYTHON_CLIENT_MEM_FRACTION=.95; the CUDA context has the rest
 
 
+def find_device(name: str) -> str:
+    """The entry of `DEVICES` that `name` is, or is the only one to begin with.
+
+    Raises:
+      InputError: there is none, or there are several.
+    """
+    found = [known for known in DEVICES if known.startswith(name.lower())]
+    if name.lower() in DEVICES:
+        found = [name.lower()]
+    if len(found) != 1:
+        raise InputError(f"--device {name}: choose one of {', '.join(found or DEVICES)}")
+    return found[0]
+
+
 class MemoryNeeded(NamedTuple):
     """Bytes by part, for each device and, where there is any, for its share of the host."""
 
@@ -135,6 +149,7 @@ def _state_bytes(state: Any) -> dict[tuple[str, str], int]:
 # In D float32 values per token, beside what is kept of the integrator: for the rest of a block (and
 # in F values), and while the gradient of one iteration is computed.
 _REST = {"float32": (16, 3), "bfloat16": (5, 1.5)}
+_SCORES = 3.75  # copies of a block's attention scores
 _ITERATION = {"float32": 12, "bfloat16": 5}
 
 
@@ -157,6 +172,10 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
     vector = max(4, width) * tokens
     of_D, of_F = _REST[products]
     rest = vector * (of_D * D + of_F * c.d_ff / tensor)
+    if c.context == "attention" and (
+        c.attention_kernel == "xla" or (c.attention_kernel == "auto" and products == "float32")
+    ):  # XLA holds the scores, where cuDNN (which takes 16-bit types alone) does not
+        rest += _SCORES * 4 * tokens * seq_len * c.num_heads / tensor
     kept = working = 0
     if T > 0 and c.integrator_gradient == "autodiff":
         kept = vector * 17 * T * D / tensor
@@ -219,6 +238,11 @@ def memory_found(mesh: Mesh) -> tuple[int, str]:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit, f"{device.device_kind}, the share JAX may use"
+    return host_memory() // len(mesh.local_devices), "free memory of this machine"
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory that are free, or that its container may use."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # counts page cache that can be given back
@@ -228,31 +252,41 @@ def memory_found(mesh: Mesh) -> tuple[int, str]:
         limit = Path("/sys/fs/cgroup") / name
         if limit.exists() and limit.read_text().strip().isdigit():
             available = min(available, int(limit.read_text()))
-    return available // len(mesh.local_devices), "free memory of this machine"
+    return available
 
 
-def fits(needed: MemoryNeeded, device: str) -> bool:
-    """Whether one device's part fits into what JAX can use of a `DEVICES` entry."""
-    return needed.device_bytes <= USABLE * DEVICES[device] * 2**20
-
-
-def smallest_change(config: TrainConfig, mesh: Mesh, device: str) -> list[str] | None:
+def smallest_change(config: TrainConfig, mesh: Mesh, usable: float) -> list[str] | None:
     """Flags of the smallest change that makes a run fit; None where no change known here does.
 
     Changes are tried from those that cost least to those that change the arithmetic: each alone,
-    then each with all before it.
+    then each with all before it, of which what is not needed is left out again.
+
+    Args:
+      config: the run.
+      mesh: its devices.
+      usable: bytes of each that it may take.
     """
-    devices, together = mesh.devices.ravel().tolist(), []
+    devices, before = mesh.devices.ravel().tolist(), []
+
+    def fits(changes: list[list[str]]) -> bool:
+        try:
+            changed = override(config, sum(changes, []))
+            needed = memory_needed(changed, make_mesh(changed.mesh, devices=devices))
+        except InputError:  # does not divide, or does not go together
+            return False
+        return needed.device_bytes <= usable
+
     for flags in _changes(config, len(devices)):
-        together = [*together, *flags]
-        for tried in (flags, together):
-            try:
-                changed = override(config, tried)
-                needed = memory_needed(changed, make_mesh(changed.mesh, devices=devices))
-            except InputError:  # does not divide, or does not go together
-                continue
-            if fits(needed, device):
-                return tried
+        if override(config, flags) == config:
+            continue
+        if fits([flags]):
+            return flags
+        before.append(flags)
+        if fits(before):
+            for other in before[:-1]:
+                without = [kept for kept in before if kept is not other]
+                before = without if fits(without) else before
+            return sum(before, [])
     return None
 
 

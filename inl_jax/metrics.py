@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 def perplexity(loss: float) -> float:
     """`exp(loss)`, infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 class MetricsLog:

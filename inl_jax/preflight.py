@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from inl_jax import data, metrics, processes
 from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
 from inl_jax.corpus import Corpus, make_cache, prepare
-from inl_jax.memory import memory_found, memory_needed
+from inl_jax.memory import host_memory, memory_found, memory_needed, smallest_change
 from inl_jax.model import attention_kernel, compute_dtype, param_count
 from inl_jax.sharding import row_shards, spread_rows
 from inl_jax.step import TrainState
@@ -44,6 +44,8 @@ def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, repo
     Raises:
       InputError: the devices, the memory or the disk do not suffice.
     """
+    if config.model.context == "attention":
+        attention_kernel(config.model)  # raises where it cannot be had
     report(describe_model(config))
     spread = spread_rows(config, mesh)
     if spread != config:
@@ -51,35 +53,68 @@ def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, repo
             f"accumulate_steps {config.accumulate_steps} -> {spread.accumulate_steps}, so that "
             f"each of {row_shards(mesh)} devices has rows of every micro-batch"
         )
+    _check_memory(config, mesh, report)
+    _check_disk(config, abstract)
+
+
+def _check_memory(config: TrainConfig, mesh: Mesh, report) -> None:
     needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
-    total = needed.device_bytes
     parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)
     report(
-        f"memory on each of {mesh.size} devices: needs {metrics.gib(total)} ({parts}); found "
-        f"{metrics.gib(found)} ({what})"
+        f"memory on each of {mesh.size} devices: needs {metrics.gib(needed.device_bytes)} "
+        f"({parts}); found {metrics.gib(found)} ({what})"
     )
-    if total > found:
-        raise InputError(
-            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
-            f"{metrics.gib(found)} was found: scripts/estimate.py names the smallest change that "
-            "makes it fit; else lower batch_size or data.seq_len, raise accumulate_steps, or raise "
-            "mesh.fsdp with more devices"
+    host, host_found = needed.host_bytes * len(mesh.local_devices), host_memory()
+    if host:
+        report(
+            f"memory of this host: needs {metrics.gib(host)} (optimizer state of its devices); "
+            f"found {metrics.gib(host_found)}"
         )
-    existing = next(p for p in (Path(config.run_dir).absolute() / "x").parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    checkpoint = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    if 2 * checkpoint > free:
+    if mesh.local_devices[0].platform == "cpu":  # both are the same memory
+        found -= needed.host_bytes
+    if needed.device_bytes > found:
+        change = smallest_change(config, mesh, found)
+        advice = (
+            f"add {' '.join(change)}" if change
+            else "more devices (mesh.fsdp), a shorter data.seq_len or a smaller model are needed"
+        )  # fmt: skip
         raise InputError(
-            f"run_dir={config.run_dir} has {metrics.gib(free)} free and one checkpoint takes "
-            f"{metrics.gib(checkpoint)}, of which two exist while one is replaced: free some disk "
-            "or choose another run_dir"
+            f"{config.name} needs {metrics.gib(needed.device_bytes)} of memory on each device and "
+            f"{metrics.gib(found)} was found: {advice}"
+        )
+    if host > host_found:
+        raise InputError(
+            f"optim.state_memory=pinned_host: takes {metrics.gib(host)} of this host's memory and "
+            f"{metrics.gib(host_found)} is free: lower that, with optim.moment_dtype="
+            "bfloat16 and optim.rounding=stochastic, or set optim.state_memory=device"
+        )
+
+
+def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
+    run_dir = Path(config.run_dir).absolute()
+    free = shutil.disk_usage(next(p for p in (run_dir / "x").parents if p.exists())).free
+    one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    # Beside the newest there are the best and the one that is being written.
+    count, saves = config.keep_last + 2, 1
+    if config.save_every > 0:
+        saves += (config.num_steps or math.inf) // config.save_every
+    there = sum(p.stat().st_size for p in (run_dir / "checkpoints").rglob("*") if p.is_file())
+    if min(count, saves) * one - there > free:
+        raise InputError(
+            f"run_dir={config.run_dir} has {metrics.gib(free)} free; a checkpoint takes "
+            f"{metrics.gib(one)}, and {min(count, saves)} exist at a time (keep_last="
+            f"{config.keep_last}, the best, the one being written): free some disk, lower "
+            "keep_last, or choose another run_dir"
         )
 
 
 def describe_model(config: TrainConfig) -> str:
     """Name, true parameter count and shape in one line."""
     m, n = config.model, param_count(config.model)
-    kernel = f" ({attention_kernel(m)} kernel)" if m.context == "attention" else ""
+    kernel = ""
+    if m.context == "attention":
+        chosen = m.attention_kernel if m.attention_kernel != "auto" else attention_kernel(m)
+        kernel = f" ({chosen} kernel)"
     return (
         f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context{kernel}, "
         f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "

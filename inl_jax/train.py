@@ -77,44 +77,48 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
       InputError: the config, the data, the machine or the run directory does not fit.
       Diverged: too many updates in a row were not finite. The state before them is saved.
+      Stopped: SIGTERM before the first update.
     """
-    mesh = make_mesh(config.mesh)
-    check_same_config(config)
-    abstract = abstract_state(config, mesh)
-    check_machine(config, mesh, abstract, report=processes.say)
-    corpus = prepare_everywhere(config)
-    data.check(corpus, config.model.vocab_size)
-    samples = data.training_samples(corpus, config.data, config.seed)
-    check_sample(config, corpus.tokenizer)
-    count_steps(config, corpus)
-    check_run(config, corpus.tokenizer, report=processes.say)
-    with (
-        locked(config.run_dir),
-        jax.set_mesh(mesh),
-        nn.logical_axis_rules(RULES),
-        contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as checkpoints,
-        contextlib.closing(metrics.MetricsLog(config.run_dir)) as log,
-    ):
-        state, position = restore_or_init(config, abstract, checkpoints, corpus, log)
-        record_run(config, corpus.tokenizer)
+    with StopRequest() as stop:
+        mesh = make_mesh(config.mesh)
+        check_same_config(config)
+        abstract = abstract_state(config, mesh)
+        check_machine(config, mesh, abstract, report=processes.say)
+        corpus = prepare_everywhere(config)
+        data.check(corpus, config.model.vocab_size)
+        samples = data.training_samples(corpus, config.data, config.seed)
+        check_sample(config, corpus.tokenizer)
+        count_steps(config, corpus)
+        check_run(config, corpus.tokenizer, report=processes.say)
+        with (
+            locked(config.run_dir),
+            jax.set_mesh(mesh),
+            nn.logical_axis_rules(RULES),
+            contextlib.closing(
+                Checkpoints(config.run_dir, keep_last=config.keep_last)
+            ) as checkpoints,
+            contextlib.closing(metrics.MetricsLog(config.run_dir)) as log,
+        ):
+            state, position = restore_or_init(config, abstract, checkpoints, corpus, log)
+            record_run(config, corpus.tokenizer)
+            step = int(state.step)
+            num_steps = count_steps(config, corpus, step=step, position=position)
+            announce(config, corpus, num_steps, mesh, log)
+            run = Run(
+                config, corpus, samples, mesh, num_steps, step=step, position=position,
+                checkpoints=checkpoints, log=log,
+            )  # fmt: skip
+            run.catch_up(state)
+            if step < num_steps:
+                step_fn = compile_step(config, num_steps, mesh, abstract, log)
+                state, interrupted = run.loop(step_fn, state, stop)
+            else:
+                log.say(f"the run is complete at update {step}; raise num_steps to go on")
+                interrupted = False
+        processes.gather()  # the log is written
         step = int(state.step)
-        num_steps = count_steps(config, corpus, step=step, position=position)
-        announce(config, corpus, num_steps, mesh, log)
-        run = Run(
-            config, corpus, samples, mesh, num_steps, step=step, position=position,
-            checkpoints=checkpoints, log=log,
-        )  # fmt: skip
-        run.catch_up(state)
-        if step < num_steps:
-            step_fn = compile_step(config, num_steps, mesh, abstract, log)
-            state, interrupted = run.loop(step_fn, state)
-        else:
-            log.say(f"the run is complete at update {step}; raise num_steps to go on")
-            interrupted = False
-    processes.gather()  # the log is written
-    step = int(state.step)
-    history = metrics.read_metrics(config.run_dir, up_to=step)
-    return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
+        history = metrics.read_metrics(config.run_dir, up_to=step)
+        return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
 
 
 def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh, log) -> None:
@@ -178,11 +182,20 @@ def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus,
     return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came outside the loop: there was no update to finish and save."""
+
+
 class StopRequest:
-    """Catches SIGTERM and Ctrl-C for as long as it is open; a second Ctrl-C is not caught."""
+    """Catches SIGTERM and Ctrl-C for as long as it is open.
+
+    In the loop they are noted, for the update to be finished and saved; a second Ctrl-C is not
+    caught. Before it they raise at once. Python drops what is raised in some callbacks, as XLA's
+    for the garbage collector; the loop finds it noted.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.requested = self.in_loop = False
 
     def __enter__(self) -> "StopRequest":
         self._old = {}
@@ -192,9 +205,11 @@ class StopRequest:
         return self
 
     def _catch(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        again, self.requested = self.requested, True
+        if number == signal.SIGTERM and not self.in_loop:
+            raise Stopped
+        if number == signal.SIGINT and (again or not self.in_loop):
             raise KeyboardInterrupt
-        self.requested = True
 
     def __exit__(self, *exception):
         for number, handler in self._old.items():
@@ -218,7 +233,7 @@ class Run:
         peak = metrics.peak_flops(device)
         self.mfu_per_token_rate = flops / (peak * mesh.size) if peak else None
 
-    def loop(self, step_fn, state: TrainState) -> tuple[TrainState, bool]:
+    def loop(self, step_fn, state: TrainState, stop: StopRequest) -> tuple[TrainState, bool]:
         """Updates until the end, or until asked to stop; returns the state and whether asked."""
         c, last = self.config, self.num_steps
         batches = data.training_batches(
@@ -227,33 +242,33 @@ class Run:
         )  # fmt: skip
         placed = (place(self.mesh, batch) for batch in batches)
         pending, any_stop = None, any_process(self.mesh)
-        with StopRequest() as stop:
-            self.timer.start(self.start_step)
-            for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
-                state, results = step_fn(state, batch)
-                if pending:  # fetched one update late, so that the device never waits for us
-                    self.record(state, *pending)
-                pending, stopping = (step, results), any_stop(stop.requested)
-                save = step == last or stopping or _due(step, c.save_every)
-                side = {
-                    self.evaluate: step == last or _due(step, c.eval_every),
-                    self.sample: _due(step, c.sample_every),
-                }
-                if not (save or any(side.values())):
-                    continue
+        stop.in_loop = True
+        self.timer.start(self.start_step)
+        for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
+            state, results = step_fn(state, batch)
+            if pending:  # fetched one update late, so that the device never waits for us
                 self.record(state, *pending)
-                pending = None
-                if save:  # before anything that could fail
-                    self.save(state, step)
-                if stopping:
-                    self.checkpoints.wait()
-                    self.log.say(f"stopped at update {step} as asked, and saved")
-                    return state, True
-                for action, due in side.items():
-                    if due:
-                        action(state, step)
-                self.timer.start(step)
-            self.checkpoints.wait()  # still catching signals: the last save must not be lost
+            pending, stopping = (step, results), any_stop(stop.requested)
+            save = step == last or stopping or _due(step, c.save_every)
+            side = {
+                self.evaluate: step == last or _due(step, c.eval_every),
+                self.sample: _due(step, c.sample_every),
+            }
+            if not (save or any(side.values())):
+                continue
+            self.record(state, *pending)
+            pending = None
+            if save:  # before anything that could fail
+                self.save(state, step)
+            if stopping:
+                self.checkpoints.wait()
+                self.log.say(f"stopped at update {step} as asked, and saved")
+                return state, True
+            for action, due in side.items():
+                if due:
+                    action(state, step)
+            self.timer.start(step)
+        self.checkpoints.wait()  # still catching signals: the last save must not be lost
         return state, False
 
     def record(self, state: TrainState, step: int, results: dict[str, jax.Array]) -> None:

@@ -26,23 +26,22 @@ def main() -> int:
                         help="ask this compiler, too (cpu where none is named)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     config, flags = from_command_line(parser)
-    # Before JAX starts: its CUDA compiler is wanted without a device, and all else runs on the CPU.
+    # Of CUDA the compiler alone is wanted, without a device; all else runs on the CPU.
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if flags.compile != "cuda":
-        os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    if flags.compile != "cuda":
+        jax.config.update("jax_platforms", "cpu")
     from inl_jax import memory
     from inl_jax.collectives import find_collectives, least_bytes, summed
     from inl_jax.config import InputError
     from inl_jax.metrics import gib
     from inl_jax.preflight import describe_model
-    from inl_jax.sharding import make_mesh
+    from inl_jax.sharding import make_mesh, spread_rows
     from inl_jax.step import compile_abstractly
 
     with exit_on_input_error():
-        if flags.device not in memory.DEVICES:
-            raise InputError(f"--device {flags.device}: choose one of {', '.join(memory.DEVICES)}")
+        flags.device = memory.find_device(flags.device)
         if flags.devices < 1:
             raise InputError(f"--devices {flags.devices}: must be positive")
         jax.config.update("jax_num_cpu_devices", flags.devices)
@@ -74,7 +73,9 @@ def main() -> int:
             }
         usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
         fits = device_bytes <= usable
-        change = None if fits else memory.smallest_change(config, mesh, flags.device)
+        # Where the compiler asks for more than was estimated, so it will after a change.
+        allowed = usable * needed.device_bytes / device_bytes
+        change = None if fits else memory.smallest_change(config, mesh, allowed)
         by_remat = memory.activations_by_remat(config, mesh)
     record |= {
         "activations_by_remat": by_remat,
@@ -88,17 +89,20 @@ def main() -> int:
         return 0 if fits else 2
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"on each of {mesh.size} x {flags.device} ({axes}):")
+    micro_batches = spread_rows(config, mesh).accumulate_steps
+    print(f"on each of {mesh.size} x {flags.device} ({axes}), {micro_batches} micro-batches:")
     for part, size in needed.device.items():
         if size:
             print(f"  {part:25} {gib(size):>12}")
     print(f"  {'all':25} {gib(needed.device_bytes):>12}")
     print("  activations by remat: " + ", ".join(f"{m} {gib(b)}" for m, b in by_remat.items()))
     if flags.compile:
-        print(f"  {'as compiled for ' + flags.compile:25} {gib(device_bytes):>12}")
+        compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
+        print(f"  {'as compiled ' + compiler:25} {gib(device_bytes):>12}")
     for part, size in needed.host.items():
         print(f"  {part + ' on the host':25} {gib(size):>12}")
-    print(f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB")
+    print(f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, with "
+          "XLA_PYTHON_CLIENT_MEM_FRACTION=.95")  # fmt: skip
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")
         for row in record["sent"]:

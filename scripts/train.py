@@ -14,14 +14,6 @@ import traceback
 from inl_jax.config import InputError, from_command_line
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM while no update could be finished and saved first."""
-
-
-def terminate(number, frame) -> None:
-    raise Terminated
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument(
@@ -40,21 +32,25 @@ def main() -> int:
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax import processes
-    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
+    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged, Stopped
 
-    signal.signal(signal.SIGTERM, terminate)  # until the training loop looks out for it
+    def stop(number, frame):
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)  # until `train` looks out for it
     try:
         return processes.end(run(config, flags))
     except InputError as error:
         return processes.end(2, f"error: {error}")
-    except Terminated:
-        return processes.end(
-            EXIT_INTERRUPTED, "terminated outside the training loop: nothing more was saved"
-        )
     except processes.Absent as error:
         return processes.end(1, f"error: {error}")
-    except KeyboardInterrupt:  # before the first update, or a second Ctrl-C
-        return processes.end(130, "interrupted; nothing more was saved")
+    except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
+        code, what = (
+            (EXIT_INTERRUPTED, "terminated") if isinstance(stopped, Stopped)
+            else (130, "interrupted")
+        )  # fmt: skip
+        processes.end(code, f"{what}; nothing more was saved")
+        os._exit(code)  # a compilation that still runs in XLA's threads would crash a slower exit
     except Diverged as error:
         return processes.end(EXIT_DIVERGED, f"error: {error}")
     except Exception:  # with several processes also where another one died

@@ -1,4 +1,3 @@
-import functools
 import json
 import math
 import os
@@ -133,7 +132,7 @@ def test_the_script_says_what_fits_and_the_change_that_makes_it_fit():
     assert done.returncode == 0 and record["fits"] and record["change"] is None
     assert record["device_bytes"] == sum(record["parts"].values()) and record["host_bytes"] == 0
 
-    done = estimate("--config", "3b", "--device", "rtx4090", "--json")
+    done = estimate("--config", "3b", "--device", "RTX4090", "--json")
     record = json.loads(done.stdout)
     assert done.returncode == 2 and not record["fits"]
     change = record["change"].split()
@@ -152,7 +151,8 @@ def test_the_script_asks_the_compiler_that_is_always_there():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--device", "tpu"], "--device tpu: choose one of"),
+        (["--device", "tpu"], "--device tpu: choose one of b200-180gb, "),
+        (["--device", "a100"], "--device a100: choose one of a100-80gb, a100-40gb"),
         (["--devices", "0"], "--devices 0: must be positive"),
         (["--devices", "3"], "batch_size=64: does not divide over 3"),
     ],
@@ -163,26 +163,25 @@ def test_a_mistake_is_one_line(flags, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_smallest_change_is_tried_in_order_and_fits(train_config, monkeypatch):
+def test_the_smallest_change_fits_and_holds_nothing_that_is_not_needed(train_config):
     config = train_config(
         model={"param_dtype": "bfloat16", "d_model": 64, "num_layers": 8}, batch_size=8
     )
     mesh = make_mesh(config.mesh)
     needed = memory.memory_needed(config, mesh).device_bytes
-    fits = functools.partial(memory.smallest_change, config, mesh, "rtx4090")
     found = []
     for share in (0.9, 0.55, 0.3):
-        monkeypatch.setattr(
-            memory, "fits", lambda n, device, share=share: n.device_bytes <= share * needed
-        )
-        change = fits()
+        change = memory.smallest_change(config, mesh, share * needed)
         found.append(change)
         changed = override(config, change)
         assert memory.memory_needed(changed, mesh).device_bytes <= share * needed
+        # None of its flags could be left out.
+        for i in range(0, len(change), 2):
+            fewer = override(config, change[:i] + change[i + 2 :])
+            assert memory.memory_needed(fewer, mesh).device_bytes > share * needed
     assert found[0] == ["--accumulate_steps", "8"]
     assert len(found[2]) >= len(found[1])
-    monkeypatch.setattr(memory, "fits", lambda n, device: False)
-    assert fits() is None
+    assert memory.smallest_change(config, mesh, 0) is None
 
 
 def test_a_platform_without_host_memory_is_an_error(train_config, monkeypatch):

@@ -411,7 +411,7 @@ preflight.prepare = lambda *args, **fields: (pathlib.Path({str(started)!r}).touc
         time.sleep(0.1)
     group.all[-1].send_signal(signal.SIGTERM)
     assert group.wait() == [75] * n, group.out(0)
-    assert "terminated outside the training loop: nothing more was saved" in group.out(n - 1)
+    assert "terminated; nothing more was saved" in group.out(n - 1)
     assert n == 1 or "process 1 of 2 ends all with exit code 75" in group.out(0)
     assert not (Path(config.run_dir) / "checkpoints").exists()
 
