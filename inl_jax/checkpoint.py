@@ -30,6 +30,8 @@ _FREE_FIELDS = (
     "model.remat", "model.attention_kernel", "model.integrator_gradient",
     "model.integrator_segment", "model.integrator_chunk",
 )  # fmt: skip
+# Fields of the optimizer that decide what its state is made of.
+_STATE_FIELDS = ("optim.optimizer", "optim.moment_dtype", "optim.rounding")
 
 
 class _KeepLastAndBest:
@@ -97,6 +99,8 @@ class Checkpoints:
                 with _reading_alone():
                     metadata = ocp.checkpointables_metadata(folder / str(step))
                     _check_matches(metadata.metadata, abstract, folder / str(step))
+                    if not metadata.custom_metadata:
+                        raise OSError("its position in the data cannot be read")
                     loaded = ocp.load_checkpointables(folder / str(step), abstract)
             except InputError:
                 raise
@@ -216,10 +220,12 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> Non
             _check_tokenizer(config.init_from, tokenizer)
         return
     for field, before, now in differences(read_config(run_dir), config):
-        if field.startswith("model.") and field not in _FREE_FIELDS:
+        of_state = field in _STATE_FIELDS
+        if of_state or (field.startswith("model.") and field not in _FREE_FIELDS):
+            afresh = " with init_from, for the weights alone" if of_state else ""
             raise InputError(
                 f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
-                "or another run_dir"
+                f"or another run_dir{afresh}"
             )
         if field not in ("run_dir", "name"):
             report(f"changed since this run was started: {field} {before} -> {now}")

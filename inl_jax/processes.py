@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -181,9 +182,22 @@ def start(
 
     Raises:
       Absent: the others did not come in time.
+      InputError: process 0 cannot listen on its port, or a timeout is none.
     """
+    for name, seconds in (("start_timeout", start_timeout), ("peer_timeout", peer_timeout)):
+        if seconds < 1:
+            raise InputError(f"{name}={seconds}: must be 1 second or more")
     if launch is None:
         return
+    if launch.process_id == 0 and launch.coordinator:  # JAX would crash
+        port = int(launch.coordinator.rsplit(":", 1)[1])
+        try:
+            socket.create_server(("", port)).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"coordinator={launch.coordinator}: process 0 cannot listen on port {port} "
+                f"({error}); choose a free one, and give the processes different ids"
+            ) from None
     # XLA's own handler would take SIGTERM and leave us without it.
     jax.config.update("jax_enable_preemption_service", False)
     trouble: list[Exception] = []
@@ -266,24 +280,34 @@ def check_same(what: str, value: str, advice: str) -> None:
 
 
 def check_shared(directory: Path, name: str) -> None:
-    """Raises `InputError` where a process does not see what process 0 writes in `directory`."""
+    """Raises `InputError` where not all processes can write in `directory` and see what others do.
+
+    It is tried: each writes a file of its own, and then looks for process 0's.
+    """
     if global_state.num_processes == 1:
         return
-    mark = directory / f".shared-{gather(uuid.uuid4().hex)[0]}"
-    if first():
-        mark.touch()
+    secret = gather(uuid.uuid4().hex)[0]
+    marks = [directory / f".shared-{secret}-{i}" for i in range(global_state.num_processes)]
+    mine, trouble = marks[global_state.process_id], ""
+    try:
+        mine.touch()
+    except OSError as error:
+        trouble = f"cannot write there ({error.strerror})"
     gather()
     until = time.monotonic() + SHARED_SECONDS
-    while not (seen := mark.exists()) and time.monotonic() < until:
+    while not (seen := marks[0].exists()) and not trouble and time.monotonic() < until:
         time.sleep(0.5)
-    blind = [i for i, answer in enumerate(gather(str(seen))) if answer == "False"]
-    if first():
-        mark.unlink()
-    if blind:
-        raise InputError(
-            f"{name}={directory}: process {blind[0]} does not see there what process 0 wrote; name "
-            "a directory on a file system that all hosts share"
-        )
+    if not (seen or trouble):
+        trouble = "does not see there what process 0 wrote"
+    troubles = gather(trouble)
+    with contextlib.suppress(OSError):
+        mine.unlink()
+    for i, trouble in enumerate(troubles):
+        if trouble:
+            raise InputError(
+                f"{name}={directory}: process {i} {trouble}; name a directory on a file system "
+                "that all hosts share and may write"
+            )
 
 
 def once_for_each_copy(directory: Path, work: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 The model names its axes; nothing but `RULES` says what they mean on a mesh.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -71,6 +72,12 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
         fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
             f"{fields}: the product must be the number of devices, and there are {n}{hint}"
+        )
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            f"process {min(counts, key=counts.get)} has {min(counts.values())} devices and process "
+            f"{max(counts, key=counts.get)} has {max(counts.values())}: give all as many"
         )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])

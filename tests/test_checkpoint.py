@@ -218,6 +218,7 @@ DAMAGES = {
     "empty": empty,
     "no params": without("params"),
     "no optimizer": without("optimizer"),
+    "no position": lambda step_dir: (step_dir / "_CHECKPOINT_METADATA").unlink(),
 }
 
 
@@ -225,7 +226,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, damage):
     damage(run_dir / "checkpoints/3")
     lost = contents(run_dir / "checkpoints/3")
-    if damage is not DAMAGES["no optimizer"]:
+    if damage not in (DAMAGES["no optimizer"], DAMAGES["no position"]):
         with pytest.raises(InputError, match="3 is damaged"):
             read_params(run_dir, config.model, step=3)
     abstract, lines = abstract_of(config, 2, 2, 2), []
@@ -241,7 +242,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, d
 
     # The run goes on and saves that step again.
     assert checkpoints.latest_step() == 2
-    checkpoints.save(3, **filled(abstract, 33), position={})
+    checkpoints.save(3, **filled(abstract, 33), position={"data": ""})
     checkpoints.close()
     found = restore(run_dir, abstract)
     assert found["step"] == 3
@@ -321,6 +322,15 @@ def test_a_run_does_not_go_on_with_another_model(config, change, named):
         start_run(other, BYTES)
     assert contents(config.run_dir) == before
     assert read_config(config.run_dir) == config
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_optimizer_state(config):
+    start_run(config, BYTES)
+    for change in ({"optimizer": "adafactor"}, {"moment_dtype": "bfloat16"}):
+        (field, value), *_ = change.items()
+        other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **change))
+        with pytest.raises(InputError, match=f"optim.{field}={value}, .*another run_dir with init"):
+            start_run(other, BYTES)
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(config):

@@ -68,6 +68,7 @@ def test_overrides_reach_every_type_of_field():
         ("model.context=foo", ["model.context", "'foo'", "'attention'"]),
         ("--optim.learning_rate", ["optim.learning_rate"]),
         ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
+        ("optim.weight_decay=inf", ["optim.weight_decay=inf"]),
         ("optim.learning_rate=-1", ["optim.learning_rate=-1"]),
         ("model.num_heads=5", ["model.num_heads=5", "model.d_model=128"]),
         ("model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=4"]),
@@ -111,6 +112,17 @@ def test_a_config_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text,
     with pytest.raises(InputError) as caught:
         load(path)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_value_may_hold_an_equals_sign():
+    config = override(
+        TrainConfig(),
+        ["--run_dir", "runs/lr=1e-3", "--data.paths", "/d/lang=en/*.parquet", "lang=fr/x.txt",
+         "--sample_prompt", "seed = 1", "--name=seed=2", "batch_size=6", "optim.b1=.5"],
+    )  # fmt: skip
+    assert config.data.paths == ("/d/lang=en/*.parquet", "lang=fr/x.txt")
+    assert (config.run_dir, config.sample_prompt) == ("runs/lr=1e-3", "seed = 1")
+    assert (config.name, config.batch_size, config.optim.b1) == ("seed=2", 6, 0.5)
 
 
 def test_json_round_trip():

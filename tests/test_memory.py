@@ -126,6 +126,22 @@ def test_the_estimate_is_within_15_percent_of_the_compiled_step(name, devices, a
     assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [("8", "2", "0"), ("8", "1", "0"), ("2", "1", "5")],
+)
+def test_the_estimate_holds_for_the_scores_of_attention(flags):
+    batch_size, accumulate, iterations = flags
+    done = estimate(
+        "--config", "small", "--model.context", "attention", "--model.num_iterations", iterations,
+        "--model.max_seq_len", "4096", "--data.seq_len", "4096", "--model.num_layers", "2",
+        "--batch_size", batch_size, "--accumulate_steps", accumulate, "--compile", "--json",
+    )  # fmt: skip
+    record = json.loads(done.stdout)
+    assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.15)
+
+
 def test_the_script_says_what_fits_and_the_change_that_makes_it_fit():
     done = estimate("--config", "3b", "--json")
     record = json.loads(done.stdout)

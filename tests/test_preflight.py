@@ -1,8 +1,14 @@
+import dataclasses
+from pathlib import Path
+
+import jax
 import pytest
 
 from inl_jax import model, preflight, train
 from inl_jax.config import InputError, override
 from inl_jax.corpus import prepare
+from inl_jax.sharding import make_mesh
+from inl_jax.step import abstract_state
 
 
 def test_epochs_are_counted_in_windows(train_config):
@@ -41,3 +47,46 @@ def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="run_dir"):
         train(train_config())
+
+
+def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_config, monkeypatch):
+    """Those kept, the best and the one being written, less what is there already."""
+    config = train_config(save_every=2, num_steps=100, keep_last=3)
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config, mesh)
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+    def check(free, **fields):
+        usage = preflight.shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+        preflight.check_machine(dataclasses.replace(config, **fields), mesh, abstract)
+
+    check(5 * one)
+    with pytest.raises(InputError, match="5 exist at a time .keep_last=3, .*lower keep_last"):
+        check(5 * one - 1)
+    check(3 * one, keep_last=1)
+    check(one, save_every=0)  # the last alone
+    check(2 * one, save_every=60)
+    folder = Path(config.run_dir) / "checkpoints" / "2"
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(bytes(one))
+    check(4 * one)
+
+
+def test_state_on_the_host_must_fit_there(train_config, monkeypatch):
+    config = train_config(optim={"state_memory": "pinned_host"})
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config, mesh)
+    host = preflight.memory_needed(config, mesh).host_bytes
+    lines = []
+    preflight.check_machine(config, mesh, abstract, report=lines.append)
+    assert any("memory of this host: needs" in line for line in lines)
+    monkeypatch.setattr(preflight, "host_memory", lambda: host - 1)
+    with pytest.raises(InputError, match="optim.state_memory=pinned_host: takes .* is free"):
+        preflight.check_machine(config, mesh, abstract)
+    # On a CPU it is the memory of the device, too.
+    device = preflight.memory_needed(config, mesh).device_bytes
+    monkeypatch.setattr(preflight, "host_memory", lambda: 10 * host)
+    monkeypatch.setattr(preflight, "memory_found", lambda _: (device + host - 1, "free"))
+    with pytest.raises(InputError, match="of memory on each device and .* was found: add --"):
+        preflight.check_machine(config, mesh, abstract)

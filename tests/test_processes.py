@@ -110,6 +110,15 @@ def test_what_is_missing_or_impossible_is_named(env, flags, named):
         find_launch({k: v for k, v in env.items() if v is not None}, **flags)
 
 
+def test_a_port_in_use_and_no_time_are_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}: process 0 cannot listen on port"):
+            processes.start(Launch(f"127.0.0.1:{port}", 2, 0))
+    with pytest.raises(InputError, match="peer_timeout=0: must be 1 second or more"):
+        processes.start(None, peer_timeout=0)
+
+
 def test_alone_everything_answers_at_once(tmp_path, capsys):
     assert processes.first() and processes.gather("a") == ["a"]
     assert processes.once_for_each_copy(tmp_path, lambda: 7) == 7 and not list(tmp_path.iterdir())
@@ -414,6 +423,26 @@ preflight.prepare = lambda *args, **fields: (pathlib.Path({str(started)!r}).touc
     assert "terminated; nothing more was saved" in group.out(n - 1)
     assert n == 1 or "process 1 of 2 ends all with exit code 75" in group.out(0)
     assert not (Path(config.run_dir) / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_one_process_cannot_write_is_refused_at_the_start(
+    train_config, launch
+):
+    read_only = """
+import errno, pathlib, sys
+touch = pathlib.Path.touch
+def refuse(self, *args, **fields):
+    if sys.argv[-1] == "1" and ".shared-" in self.name:
+        raise OSError(errno.EROFS, "Read-only file system")
+    touch(self, *args, **fields)
+pathlib.Path.touch = refuse
+"""
+    config = train_config(mesh=MeshConfig(fsdp=2))
+    pair = launch("read-only", config, 2, before=read_only)
+    assert pair.wait() == [2, 2], pair.out(0) + pair.out(1)
+    (error,) = re.findall("error: .*", pair.out(0) + pair.out(1))
+    assert f"{config.run_dir}: process 1 cannot write there (Read-only file system)" in error
 
 
 @pytest.mark.slow

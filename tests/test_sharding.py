@@ -196,6 +196,12 @@ def test_the_mesh_fills_the_devices_or_says_why_not():
             make_mesh(wrong)
 
 
+def test_processes_without_as_many_devices_each_are_named():
+    devices = [SimpleNamespace(process_index=i, platform="cpu") for i in (0, 1, 1)]
+    with pytest.raises(InputError, match="process 0 has 1 devices and process 1 has 2"):
+        make_mesh(MeshConfig(), devices=devices)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
