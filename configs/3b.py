@@ -5,9 +5,10 @@
 Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens. The published
            mean context (--model.context mean) has 1,698,168,832 parameters, attention
            (--model.context attention) 1,949,919,232.
-Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
+Hardware   One GPU of 80 GB, or several, as 8 with --mesh.fsdp 8.
 Memory     28.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
+           exact from shapes; gradients and activations come on top: 34.4 GiB in all, 6.8 GiB on
+           each of 8 under fsdp (docs/memory.md, in GB).
            Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
            (docs/benchmarks.md); on a GPU not measured yet.
 Time, loss not measured yet for this size; 130,000 updates of 262,144 tokens are about

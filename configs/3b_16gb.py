@@ -11,7 +11,7 @@ Memory     13.6 GB on the device, 20.4 GB pinned on the host, by XLA's CUDA comp
            hand to see it: python scripts/estimate.py --config configs/3b_16gb.py --compile cuda
            docs/memory.md compares it with recipes that need less.
 Time, loss not measured. Each update moves 41 GB over PCIe, 1.6 s at 25 GB/s, and computes on
-           262,144 tokens, about 100 s at 40 TFLOP/s.
+           262,144 tokens, about 100 s at an assumed 40 TFLOP/s.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -5,9 +5,10 @@
 Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 tokens. The published
            mean context (--model.context mean) has 2,524,171,008 parameters, attention
            (--model.context attention) 2,948,967,168.
-Hardware   Several GPUs of 80 GB with --mesh.fsdp, or one of 141 GB.
+Hardware   One GPU of 80 GB, or several, as 8 with --mesh.fsdp 8.
 Memory     42.3 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
+           exact from shapes; gradients and activations come on top: 50.3 GiB in all, 9.3 GiB on
+           each of 8 under fsdp (docs/memory.md, in GB).
            Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
            (docs/benchmarks.md); on a GPU not measured yet.
 Time, loss not measured yet for this size; 190,000 updates of 262,144 tokens are about

@@ -16,9 +16,11 @@ set -euo pipefail
 
 # One process a node, which takes its 8 GPUs: parameters are split within a node, rows over all.
 # SIGTERM comes 5 minutes before the time is up: the update is finished and saved, exit code 75.
+# srun takes --cpus-per-task only when it is told again.
 code=0
-srun --kill-on-bad-exit=1 python scripts/train.py --config configs/3b.py \
-  --mesh.data rest --mesh.fsdp 8 --accumulate_steps 2 \
+export XLA_PYTHON_CLIENT_MEM_FRACTION=.95
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+  python scripts/train.py --config configs/3b.py --mesh.data rest --mesh.fsdp 8 \
   --data.paths "${DATA:?set DATA to the text, on a file system that all nodes see}" \
   --run_dir "${RUN_DIR:-runs/3b}" || code=$?
 
