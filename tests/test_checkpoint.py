@@ -177,7 +177,7 @@ def test_the_newest_and_the_best_are_kept(config):
     tree = filled(abstract_of(config, 1, 1, 1), 0)
     checkpoints = Checkpoints(config.run_dir, keep_last=2)
     for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 1.5, 4.0], start=1):
-        checkpoints.save(step, **tree, position={})
+        checkpoints.save(step, **tree, position={"data": ""})
         checkpoints.note_validation(step, loss)
     assert checkpoints.latest_step() == 6
     checkpoints.close()
@@ -295,7 +295,7 @@ def test_a_save_is_not_touched_by_what_happens_to_the_arrays_next(config):
     spoil = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), donate_argnums=0,
                     keep_unused=True)  # fmt: skip
     checkpoints = Checkpoints(config.run_dir, keep_last=1)
-    checkpoints.save(1, **tree, position={})
+    checkpoints.save(1, **tree, position={"data": ""})
     spoiled = jax.block_until_ready(spoil(tree))
     assert not any(leaf.any() for leaf in jax.tree.leaves(spoiled))
     checkpoints.close()

@@ -103,8 +103,8 @@ ESTIMATED = [
 ]  # fmt: skip
 
 
-def estimate(*args):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+def estimate(*args, unoptimized="0"):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": unoptimized}
     return subprocess.run(
         [sys.executable, ROOT / "scripts/estimate.py", *args], env=env, capture_output=True,
         text=True, timeout=300,
@@ -158,7 +158,7 @@ def test_the_script_says_what_fits_and_the_change_that_makes_it_fit():
 
 
 def test_the_script_asks_the_compiler_that_is_always_there():
-    done = estimate("--config", "tiny", "--devices", "2", "--compile", "--json")
+    done = estimate("--config", "tiny", "--devices", "2", "--compile", "--json", unoptimized="1")
     record = json.loads(done.stdout)
     assert record["compiler"] == "cpu" and record["sent_bytes"] >= record["least_bytes"] > 0
     assert record["device_bytes"] != record["estimated_bytes"]

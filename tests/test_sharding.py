@@ -97,7 +97,6 @@ QUICK = [
     ("mean", (2, 2, 2), "all", 2),
     ("decay", (1, 8, 1), "all", 1),
     ("decay", (2, 2, 2), "optimizer", 2),
-    ("decay", (2, 4, 1), "optimizer", 1),
     ("attention", (1, 4, 2), "all", 1),
 ]
 
