@@ -255,7 +255,9 @@ def host_memory() -> int:
     return available
 
 
-def smallest_change(config: TrainConfig, mesh: Mesh, usable: float) -> list[str] | None:
+def smallest_change(
+    config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False
+) -> list[str] | None:
     """Flags of the smallest change that makes a run fit; None where no change known here does.
 
     Changes are tried from those that cost least to those that change the arithmetic: each alone,
@@ -265,6 +267,7 @@ def smallest_change(config: TrainConfig, mesh: Mesh, usable: float) -> list[str]
       config: the run.
       mesh: its devices.
       usable: bytes of each that it may take.
+      shared: whether they take what is kept in host memory from these, as CPUs do.
     """
     devices, before = mesh.devices.ravel().tolist(), []
 
@@ -274,7 +277,7 @@ def smallest_change(config: TrainConfig, mesh: Mesh, usable: float) -> list[str]
             needed = memory_needed(changed, make_mesh(changed.mesh, devices=devices))
         except InputError:  # does not divide, or does not go together
             return False
-        return needed.device_bytes <= usable
+        return needed.device_bytes + shared * needed.host_bytes <= usable
 
     for flags in _changes(config, len(devices)):
         if override(config, flags) == config:

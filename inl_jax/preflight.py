@@ -1,5 +1,6 @@
 """What is checked before anything is allocated: config, machine, data, length of the run."""
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -70,16 +71,16 @@ def _check_memory(config: TrainConfig, mesh: Mesh, report) -> None:
             f"memory of this host: needs {metrics.gib(host)} (optimizer state of its devices); "
             f"found {metrics.gib(host_found)}"
         )
-    if mesh.local_devices[0].platform == "cpu":  # both are the same memory
-        found -= needed.host_bytes
-    if needed.device_bytes > found:
-        change = smallest_change(config, mesh, found)
+    shared = mesh.local_devices[0].platform == "cpu"  # one memory for both
+    total = needed.device_bytes + shared * needed.host_bytes
+    if total > found:
+        change = smallest_change(config, mesh, found, shared=shared)
         advice = (
             f"add {' '.join(change)}" if change
             else "more devices (mesh.fsdp), a shorter data.seq_len or a smaller model are needed"
         )  # fmt: skip
         raise InputError(
-            f"{config.name} needs {metrics.gib(needed.device_bytes)} of memory on each device and "
+            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
             f"{metrics.gib(found)} was found: {advice}"
         )
     if host > host_found:
@@ -98,7 +99,10 @@ def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
     count, saves = config.keep_last + 2, 1
     if config.save_every > 0:
         saves += (config.num_steps or math.inf) // config.save_every
-    there = sum(p.stat().st_size for p in (run_dir / "checkpoints").rglob("*") if p.is_file())
+    there = 0
+    with contextlib.suppress(FileNotFoundError):  # another process trains there, as is said later
+        for path in (run_dir / "checkpoints").rglob("*"):
+            there += path.stat().st_size if path.is_file() else 0
     if min(count, saves) * one - there > free:
         raise InputError(
             f"run_dir={config.run_dir} has {metrics.gib(free)} free; a checkpoint takes "
