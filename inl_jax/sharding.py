@@ -114,19 +114,27 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
         rules = tuple((name, _without_fsdp(axes)) for name, axes in RULES)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
 
-    def check(path, leaf, sharding):
+    def check(path, leaf, spec, sharding):
         if len(sharding.spec) < leaf.ndim:
             raise InputError(f"{_name(path)} of shape {leaf.shape} does not name its axes")
-        try:
-            sharding.shard_shape(leaf.shape)
-        except ValueError:
-            raise InputError(
-                f"{_name(path)} of shape {leaf.shape} does not divide over the mesh axes "
-                f"{sharding.spec} of {dict(mesh.shape)}: choose mesh.fsdp and mesh.tensor that do"
-            ) from None
+        for size, name, axes in zip(leaf.shape, spec, sharding.spec, strict=True):
+            axes = jax.tree.leaves(axes)
+            if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
+                raise InputError(
+                    f"model.{_FIELDS[name]}={size}: does not divide over {parts} devices "
+                    f"({' x '.join(f'mesh.{axis}' for axis in axes)}; {_name(path)} of shape "
+                    f"{leaf.shape}); change one of them"
+                )
 
-    jax.tree_util.tree_map_with_path(check, unbox(boxed), shardings)
+    jax.tree_util.tree_map_with_path(check, unbox(boxed), specs, shardings)
     return shardings
+
+
+# The field of a model's config that is the size of an axis.
+_FIELDS = {
+    "embed": "d_model", "channels": "d_model", "state": "d_model", "table": "d_model",
+    "mlp": "d_ff", "heads": "num_heads", "kv_heads": "num_kv_heads",
+}  # fmt: skip
 
 
 def _without_fsdp(axes):

@@ -245,15 +245,22 @@ def test_micro_batches_that_give_every_device_a_row_are_left_alone(train_config)
 
 
 @pytest.mark.parametrize(
-    "mesh, change, leaf",
+    "mesh, change, named",
     [
-        ((1, 1, 8), {"d_model": 20}, r"bias of shape \(2, 20\)"),
-        ((1, 8, 1), {"d_model": 20}, r"kernel of shape \(2, 20, 20\)"),
-        ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "key_kernel of shape"),
+        ((1, 1, 8), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.tensor; .*bias"),
+        ((1, 8, 1), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.fsdp; .*kernel"),
+        ((1, 4, 2), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.\w+ x mesh.\w+; "),
+        ((1, 1, 4), {"d_ff": 30}, r"model.d_ff=30: .* 4 devices \(mesh.tensor; .*down_"),
+        ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "model.num_kv_heads=1: .*key_k"),
+        (
+            (1, 1, 4),
+            {"context": "attention", "num_kv_heads": 2},
+            "model.num_(kv_)?heads=2: .*kernel",
+        ),
     ],
 )
-def test_a_dimension_that_does_not_divide_is_named(model_config, mesh, change, leaf):
-    with pytest.raises(InputError, match=f"{leaf}.* mesh.fsdp and mesh.tensor"):
+def test_a_dimension_that_does_not_divide_is_named(model_config, mesh, change, named):
+    with pytest.raises(InputError, match=named):
         param_shardings(mesh_of(*mesh), model_config(**change))
 
 
