@@ -267,6 +267,8 @@ def _wait_for(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+        if ended := _ended():  # also at the end, where nobody watches
+            _leave(*ended)
 
 
 def check_same(what: str, value: str, advice: str) -> None:
@@ -346,7 +348,7 @@ def end(code: int, message: str = "") -> int:
     to fail shows its message, or says which process was lost; process 0 says who that was.
     """
     _ending.set()
-    if threading.current_thread() is threading.main_thread():
+    if _joined.is_set() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it when the first has ended
     if message and _joined.is_set():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is lost
@@ -386,7 +388,7 @@ def _leave(code: int, speaker: int, message: str = "") -> None:
     if me == speaker:
         if lost := _without_answer(ANSWER_SECONDS):
             message = (
-                f"error: process {', '.join(map(str, lost))} of {n} is gone, and with it all end; "
+                f"error: process {', '.join(map(str, lost))} of {n} is gone or hangs, so all end; "
                 f"the same command goes on from the last checkpoint ({message.splitlines()[-1]})"
             )
         print(message, file=sys.stderr)

@@ -50,6 +50,7 @@ def main() -> int:
             else (130, "interrupted")
         )  # fmt: skip
         processes.end(code, f"{what}; nothing more was saved")
+        sys.stdout.flush()
         os._exit(code)  # a compilation that still runs in XLA's threads would crash a slower exit
     except Diverged as error:
         return processes.end(EXIT_DIVERGED, f"error: {error}")

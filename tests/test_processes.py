@@ -362,7 +362,7 @@ def test_a_dead_process_ends_all_and_a_signal_to_one_stops_all(train_config, lau
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 2, 75), codes
         said = pair.out(0) + pair.out(1)
         # Ours where an exchange fails; JAX's where a save waits, or where the store died.
-        gone = "process 1 of 2 is gone, and with it all end.*Gloo"
+        gone = "process 1 of 2 is gone or hangs, so all end.*Gloo"
         assert re.search(f"{gone}|heartbeats\\):\n1\n" if victim else "Gloo|task died", said), said
         checkpoint.read_params(config.run_dir, config.model)
         assert newest(config.run_dir) >= reached + 8
