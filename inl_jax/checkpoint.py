@@ -219,8 +219,9 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> Non
         if config.init_from:
             _check_tokenizer(config.init_from, tokenizer)
         return
+    saved = any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
     for field, before, now in differences(read_config(run_dir), config):
-        of_state = field in _STATE_FIELDS
+        of_state = saved and field in _STATE_FIELDS
         if of_state or (field.startswith("model.") and field not in _FREE_FIELDS):
             afresh = " with init_from, for the weights alone" if of_state else ""
             raise InputError(

@@ -261,7 +261,7 @@ def smallest_change(
     """Flags of the smallest change that makes a run fit; None where no change known here does.
 
     Changes are tried from those that cost least to those that change the arithmetic: each alone,
-    then each with all before it, of which what is not needed is left out again.
+    then each with those before it that do no harm, of which what is not needed is left out again.
 
     Args:
       config: the run.
@@ -271,37 +271,37 @@ def smallest_change(
     """
     devices, before = mesh.devices.ravel().tolist(), []
 
-    def fits(changes: list[list[str]]) -> bool:
+    def needs(changes: list[list[str]]) -> float:
         try:
             changed = override(config, sum(changes, []))
             needed = memory_needed(changed, make_mesh(changed.mesh, devices=devices))
         except InputError:  # does not divide, or does not go together
-            return False
-        return needed.device_bytes + shared * needed.host_bytes <= usable
+            return math.inf
+        return needed.device_bytes + shared * needed.host_bytes
 
-    for flags in _changes(config, len(devices)):
-        if override(config, flags) == config:
-            continue
-        if fits([flags]):
+    for flags in _changes(config, mesh):
+        if needs([flags]) <= usable:
             return flags
+        if needs([*before, flags]) > needs(before):
+            continue
         before.append(flags)
-        if fits(before):
+        if needs(before) <= usable:
             for other in before[:-1]:
                 without = [kept for kept in before if kept is not other]
-                before = without if fits(without) else before
+                before = without if needs(without) <= usable else before
             return sum(before, [])
     return None
 
 
-def _changes(config: TrainConfig, num_devices: int) -> Iterator[list[str]]:
-    rows = math.gcd(config.batch_size, config.batch_size // num_devices or 1)
-    yield ["--accumulate_steps", str(rows)]  # one sequence of each device at a time
+def _changes(config: TrainConfig, mesh: Mesh) -> Iterator[list[str]]:
+    # One sequence of each device at a time.
+    yield ["--accumulate_steps", str(config.batch_size // row_shards(mesh))]
     yield ["--model.remat", "block"]
     if config.model.num_iterations > 1:
         yield ["--model.integrator_segment", str(-(-config.model.num_iterations // 2))]
         yield ["--model.integrator_chunk", str(-(-config.data.seq_len // 2))]
-    if num_devices > 1:
-        yield ["--mesh.data", "1", "--mesh.fsdp", str(num_devices), "--mesh.tensor", "1"]
+    if mesh.size > 1:
+        yield ["--mesh.data", "1", "--mesh.fsdp", str(mesh.size), "--mesh.tensor", "1"]
     yield ["--optim.state_memory", "pinned_host"]
     if config.model.param_dtype == "bfloat16":
         yield ["--optim.accumulator_dtype", "bfloat16"]

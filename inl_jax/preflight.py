@@ -84,10 +84,12 @@ def _check_memory(config: TrainConfig, mesh: Mesh, report) -> None:
             f"{metrics.gib(found)} was found: {advice}"
         )
     if host > host_found:
+        o, narrow = config.optim, "optim.moment_dtype=bfloat16 and optim.rounding=stochastic, or "
+        if config.model.param_dtype != "bfloat16" or o.rounding == "stochastic":
+            narrow = ""
         raise InputError(
             f"optim.state_memory=pinned_host: takes {metrics.gib(host)} of this host's memory and "
-            f"{metrics.gib(host_found)} is free: lower that, with optim.moment_dtype="
-            "bfloat16 and optim.rounding=stochastic, or set optim.state_memory=device"
+            f"{metrics.gib(host_found)} is free: set {narrow}optim.state_memory=device"
         )
 
 
@@ -95,10 +97,10 @@ def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
     run_dir = Path(config.run_dir).absolute()
     free = shutil.disk_usage(next(p for p in (run_dir / "x").parents if p.exists())).free
     one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    # Beside the newest there are the best and the one that is being written.
-    count, saves = config.keep_last + 2, 1
-    if config.save_every > 0:
-        saves += (config.num_steps or math.inf) // config.save_every
+    # Beside the newest there are the one that is being written and, where validation finds it, the
+    # best; but no more than are ever saved. How many updates epochs make is not known yet.
+    count = config.keep_last + 1 + (config.eval_every > 0)
+    saves = 1 if config.save_every == 0 else -(-config.num_steps // config.save_every) or 2
     there = 0
     with contextlib.suppress(FileNotFoundError):  # another process trains there, as is said later
         for path in (run_dir / "checkpoints").rglob("*"):
@@ -107,7 +109,7 @@ def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
         raise InputError(
             f"run_dir={config.run_dir} has {metrics.gib(free)} free; a checkpoint takes "
             f"{metrics.gib(one)}, and {min(count, saves)} exist at a time (keep_last="
-            f"{config.keep_last}, the best, the one being written): free some disk, lower "
+            f"{config.keep_last}; the best; the one being written): free some disk, lower "
             "keep_last, or choose another run_dir"
         )
 

@@ -382,11 +382,16 @@ def _ended() -> tuple[int, int] | None:
     return int(code), int(process)
 
 
+_leaving = threading.Lock()
+
+
 def _leave(code: int, speaker: int, message: str = "") -> None:
     """Ends this process at once: nothing of JAX may wait here for processes that have gone."""
+    _leaving.acquire()  # the thread that comes second waits for the end
     me, n = global_state.process_id, global_state.num_processes
+    others = [i for i in range(n) if i != me]
     if me == speaker:
-        if lost := _without_answer(ANSWER_SECONDS):
+        if lost := _without_answer(others, ANSWER_SECONDS):
             message = (
                 f"error: process {', '.join(map(str, lost))} of {n} is gone or hangs, so all end; "
                 f"the same command goes on from the last checkpoint ({message.splitlines()[-1]})"
@@ -399,17 +404,16 @@ def _leave(code: int, speaker: int, message: str = "") -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         global_state.client.key_value_set(f"{_END}/{me}", "")
     if me == 0:  # the store lives here: until the speaker has heard the others, and all have gone
-        _without_answer(2 * ANSWER_SECONDS)
+        if me != speaker:
+            _without_answer([speaker], 2 * ANSWER_SECONDS)
         time.sleep(1)
     os._exit(code)
 
 
-def _without_answer(seconds: float) -> list[int]:
-    """The processes that have not said within so many seconds that they leave, too."""
+def _without_answer(processes: list[int], seconds: float) -> list[int]:
+    """Those that have not said within so many seconds that they leave, too."""
     until, lost = time.monotonic() + seconds, []
-    for i in range(global_state.num_processes):
-        if i == global_state.process_id:
-            continue
+    for i in processes:
         left = max(1, int(1000 * (until - time.monotonic())))
         try:
             global_state.client.blocking_key_value_get(f"{_END}/{i}", left)

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import linen as nn
@@ -90,6 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
         check_sample(config, corpus.tokenizer)
         count_steps(config, corpus)
         check_run(config, corpus.tokenizer, report=processes.say)
+        stop.hold()
         with (
             locked(config.run_dir),
             jax.set_mesh(mesh),
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
         ):
             state, position = restore_or_init(config, abstract, checkpoints, corpus, log)
             record_run(config, corpus.tokenizer)
+            stop.release()
             step = int(state.step)
             num_steps = count_steps(config, corpus, step=step, position=position)
             announce(config, corpus, num_steps, mesh, log)
@@ -115,6 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
             else:
                 log.say(f"the run is complete at update {step}; raise num_steps to go on")
                 interrupted = False
+            stop.hold()
         processes.gather()  # the log is written
         step = int(state.step)
         history = metrics.read_metrics(config.run_dir, up_to=step)
@@ -189,13 +192,29 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Catches SIGTERM and Ctrl-C for as long as it is open.
 
-    In the loop they are noted, for the update to be finished and saved; a second Ctrl-C is not
-    caught. Before it they raise at once. Python drops what is raised in some callbacks, as XLA's
+    At first they raise at once. While held they are noted alone: Orbax would take what is raised
+    while it reads for a bad checkpoint. In the loop they are noted, for the update to be finished
+    and saved; only a second Ctrl-C raises. Python drops what is raised in some callbacks, as XLA's
     for the garbage collector; the loop finds it noted.
     """
 
     def __init__(self):
-        self.requested = self.in_loop = False
+        self.requested: int | None = None  # the signal
+        self._mode: Literal["raise", "held", "loop"] = "raise"
+
+    def hold(self) -> None:
+        """From here on nothing raises."""
+        self._mode = "held"
+
+    def release(self) -> None:
+        """Ends `hold`; raises what came meanwhile."""
+        self._mode = "raise"
+        if self.requested is not None:
+            self._raise()
+
+    def enter_loop(self) -> None:
+        """From here on updates are finished first."""
+        self._mode = "loop"
 
     def __enter__(self) -> "StopRequest":
         self._old = {}
@@ -205,11 +224,12 @@ class StopRequest:
         return self
 
     def _catch(self, number, frame):
-        again, self.requested = self.requested, True
-        if number == signal.SIGTERM and not self.in_loop:
-            raise Stopped
-        if number == signal.SIGINT and (again or not self.in_loop):
-            raise KeyboardInterrupt
+        again, self.requested = self.requested is not None, number
+        if self._mode == "raise" or (self._mode == "loop" and again and number == signal.SIGINT):
+            self._raise()
+
+    def _raise(self):
+        raise Stopped if self.requested == signal.SIGTERM else KeyboardInterrupt
 
     def __exit__(self, *exception):
         for number, handler in self._old.items():
@@ -242,13 +262,13 @@ class Run:
         )  # fmt: skip
         placed = (place(self.mesh, batch) for batch in batches)
         pending, any_stop = None, any_process(self.mesh)
-        stop.in_loop = True
+        stop.enter_loop()
         self.timer.start(self.start_step)
         for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
             state, results = step_fn(state, batch)
             if pending:  # fetched one update late, so that the device never waits for us
                 self.record(state, *pending)
-            pending, stopping = (step, results), any_stop(stop.requested)
+            pending, stopping = (step, results), any_stop(stop.requested is not None)
             save = step == last or stopping or _due(step, c.save_every)
             side = {
                 self.evaluate: step == last or _due(step, c.eval_every),

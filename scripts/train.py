@@ -15,6 +15,7 @@ from inl_jax.config import InputError, from_command_line
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run needs and stop, allocating nothing"
@@ -61,7 +62,7 @@ def main() -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
     from inl_jax import processes
-    from inl_jax.preflight import check_machine
+    from inl_jax.preflight import check_machine, check_same_config
     from inl_jax.sharding import make_mesh
     from inl_jax.step import abstract_state
     from inl_jax.train import EXIT_INTERRUPTED, train
@@ -74,6 +75,7 @@ def run(config, flags) -> int:
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
     apply_flags(config.xla_flags, report=processes.say)
     if flags.dry_run:
+        check_same_config(config)
         mesh = make_mesh(config.mesh)
         check_machine(config, mesh, abstract_state(config, mesh), report=processes.say)
         return 0

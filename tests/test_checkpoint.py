@@ -326,6 +326,10 @@ def test_a_run_does_not_go_on_with_another_model(config, change, named):
 
 def test_a_run_does_not_go_on_with_another_kind_of_optimizer_state(config):
     start_run(config, BYTES)
+    adafactor = dataclasses.replace(config.optim, optimizer="adafactor")
+    start_run(dataclasses.replace(config, optim=adafactor), BYTES)  # nothing was saved yet
+    start_run(config, BYTES)
+    (Path(config.run_dir) / "checkpoints" / "3").mkdir(parents=True)
     for change in ({"optimizer": "adafactor"}, {"moment_dtype": "bfloat16"}):
         (field, value), *_ = change.items()
         other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **change))

@@ -200,6 +200,19 @@ def test_the_smallest_change_fits_and_holds_nothing_that_is_not_needed(train_con
     assert memory.smallest_change(config, mesh, 0) is None
 
 
+def test_no_change_that_costs_memory_stands_in_the_way_of_others():
+    """On a tensor axis, where each device has all rows of a micro-batch."""
+    config = override(
+        load("4b"),
+        ["model.max_seq_len=16384", "data.seq_len=16384", "model.compute_dtype=bfloat16",
+         "mesh.data=1", "mesh.tensor=2"],
+    )  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    usable = memory.USABLE * memory.DEVICES["rtx4060ti-16gb"] * 2**20
+    changed = override(config, memory.smallest_change(config, mesh, usable))
+    assert memory.memory_needed(changed, mesh).device_bytes <= usable
+
+
 def test_a_platform_without_host_memory_is_an_error(train_config, monkeypatch):
     config = train_config(optim={"state_memory": "pinned_host"})
     mesh = make_mesh(config.mesh)

@@ -62,11 +62,14 @@ def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_confi
         preflight.check_machine(dataclasses.replace(config, **fields), mesh, abstract)
 
     check(5 * one)
-    with pytest.raises(InputError, match="5 exist at a time .keep_last=3, .*lower keep_last"):
+    with pytest.raises(InputError, match="5 exist at a time .keep_last=3; .*lower keep_last"):
         check(5 * one - 1)
     check(3 * one, keep_last=1)
     check(one, save_every=0)  # the last alone
     check(2 * one, save_every=60)
+    check(one, save_every=100)
+    check(2 * one, num_steps=0, num_epochs=1)  # how many updates that makes is not known yet
+    check(4 * one, eval_every=0)  # no best
     folder = Path(config.run_dir) / "checkpoints" / "2"
     folder.mkdir(parents=True)
     (folder / "file").write_bytes(bytes(one))

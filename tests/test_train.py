@@ -104,6 +104,46 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
     assert losses(expected) == losses(resumed)
 
 
+def test_a_signal_while_restoring_leaves_the_checkpoint_alone(train_config, monkeypatch):
+    config = train_config(num_steps=4)
+    train.train(config)
+    folder = Path(config.run_dir)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    read = checkpoint.ocp.checkpointables_metadata
+
+    def interrupted(*args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:  # as Orbax's event loop does
+            raise OSError("cannot be read") from error
+        return read(*args)
+
+    monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", interrupted)
+    with pytest.raises(train.Stopped):
+        train.train(dataclasses.replace(config, num_steps=8))
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json"}
+
+
+def test_a_stop_is_raised_noted_or_waits_for_the_update():
+    with train.StopRequest() as stop:
+        with pytest.raises(train.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.requested = None
+        stop.hold()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.release()
+        stop.requested = None
+        stop.release()
+        stop.enter_loop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
     config = train_config()
     first = train.train(config)
