@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,25 @@ class Checkpoints:
             preservation_policy=_KeepLastAndBest(keep_last, self._best),
             cleanup_tmp_directories=True,
         )
+        if jax.process_count() > 1:
+            self._end_all_where_a_save_fails()
+
+    def _end_all_where_a_save_fails(self) -> None:
+        """With several processes, one of which cannot write.
+
+        Orbax meets the other processes before it says what went wrong; as they wait for what this
+        one has not written, that is when its 20 minutes are up.
+        """
+        progress = self._orbax._manager._save_progress_tracker
+        meet = progress.set
+
+        def look_first(value):
+            error = sys.exc_info()[1]  # on its way out of the thread that finishes a save
+            if error is not None:
+                processes.end(1, f"error: {self._run_dir}: a save failed ({_reason(error)})")
+            meet(value)
+
+        progress.set = look_first
 
     def save(
         self, step: int, params: Any, optimizer: Any = None, *, position: dict[str, Any]
@@ -201,7 +221,7 @@ def _reading_alone() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def _kind(leaf: Any) -> str:

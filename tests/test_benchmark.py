@@ -129,6 +129,7 @@ def test_generate(measure):
     assert all(r[f"{w}_tokens_per_second"] > 0 for r in rows for w in ("prefill", "decode"))
 
 
+@pytest.mark.slow
 def test_memory(measure):
     found = measure("memory", *TINY, "--step")
     assert (found["segment"], found["chunk"]) == (7, 2048)
@@ -157,6 +158,7 @@ def test_the_gradient_of_a_3b_block_takes_a_fifth_of_autodiffs_memory(measure):
     assert 5 * found["temp_bytes"] <= found["temp_bytes_autodiff"]
 
 
+@pytest.mark.slow
 def test_remat(measure, benchmark, monkeypatch):
     assert len(benchmark.REMATS) == 7
     monkeypatch.setattr(benchmark, "REMATS", benchmark.REMATS[::6])

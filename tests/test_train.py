@@ -225,6 +225,7 @@ def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monk
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow  # its halves, resuming and splitting, are tested by default
 def test_accumulation_may_change_from_one_start_to_the_next(train_config):
     """Between updates the accumulator is empty, so any split of the batch goes on exactly."""
     ends = []
