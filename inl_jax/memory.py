@@ -86,8 +86,8 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
     config = spread_rows(config, mesh)
     c = config.model
     whole = abstract_params(c)
-    params = _num_bytes(whole, param_shardings(mesh, c, fsdp_shards=config.mesh.fsdp_shards))
-    gradients = _num_bytes(whole, param_shardings(mesh, c))
+    params = num_bytes(whole, param_shardings(mesh, c, fsdp_shards=config.mesh.fsdp_shards))
+    gradients = num_bytes(whole, param_shardings(mesh, c))
     rows = config.batch_size // config.accumulate_steps // row_shards(mesh)
     tokens = rows * config.data.seq_len
     state = _state_bytes(abstract_optimizer_state(config, mesh))
@@ -109,18 +109,16 @@ def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
 
 def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Estimated bytes of activations on each device of `mesh` under each `remat` mode."""
-    config = spread_rows(config, mesh)
-    rows = config.batch_size // config.accumulate_steps // row_shards(mesh)
 
     def activations(mode: str) -> int:
-        model = dataclasses.replace(config.model, remat=mode)
-        changed = dataclasses.replace(config, model=model)
-        return _working(changed, rows * config.data.seq_len, mesh)["activations"]
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=mode))
+        return memory_needed(changed, mesh).device["activations (estimate)"]
 
     return {mode: activations(mode) for mode in get_args(get_type_hints(ModelConfig)["remat"])}
 
 
-def _num_bytes(tree: Any, shardings: Any = None) -> int:
+def num_bytes(tree: Any, shardings: Any = None) -> int:
+    """Bytes of a tree on each device, by the shardings given or by its leaves' own."""
     if shardings is None:
         shardings = jax.tree.map(lambda a: a.sharding, tree)
     sizes = jax.tree.map(
@@ -142,7 +140,7 @@ def _state_bytes(state: Any) -> dict[tuple[str, str], int]:
         for name, tree in split:
             for leaf in jax.tree.leaves(tree):
                 host = leaf.sharding.memory_kind == "pinned_host"
-                sizes[name, "pinned_host" if host else "device"] += _num_bytes(leaf)
+                sizes[name, "pinned_host" if host else "device"] += num_bytes(leaf)
     return sizes
 
 

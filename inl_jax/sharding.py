@@ -46,6 +46,12 @@ RULES = (
     ("table", ("fsdp", "tensor")),
 )
 
+# The field of a model's config that is the size of an axis.
+_FIELDS = {
+    "embed": "d_model", "channels": "d_model", "state": "d_model", "table": "d_model",
+    "mlp": "d_ff", "heads": "num_heads", "kv_heads": "num_kv_heads",
+}  # fmt: skip
+
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh `data` x `fsdp` x `tensor`: over all devices, or over the first few of one process.
@@ -128,13 +134,6 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
 
     jax.tree_util.tree_map_with_path(check, unbox(boxed), specs, shardings)
     return shardings
-
-
-# The field of a model's config that is the size of an axis.
-_FIELDS = {
-    "embed": "d_model", "channels": "d_model", "state": "d_model", "table": "d_model",
-    "mlp": "d_ff", "heads": "num_heads", "kv_heads": "num_kv_heads",
-}  # fmt: skip
 
 
 def _without_fsdp(axes):

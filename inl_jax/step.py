@@ -1,7 +1,6 @@
 """The training step: the state that it changes, the pure `train_step`, and how it is compiled."""
 
 import functools
-import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from inl_jax import metrics
 from inl_jax.config import TrainConfig
 from inl_jax.losses import mean_loss
+from inl_jax.memory import num_bytes
 from inl_jax.model import abstract_params, attention_kernel, hidden_states, init_params
 from inl_jax.optim import (
     accumulator_dtype,
@@ -58,14 +58,6 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
         param_shardings(mesh, config.model, fsdp_shards=config.mesh.fsdp_shards),
     )
     return TrainState(scalar, scalar, params, abstract_optimizer_state(config, mesh))
-
-
-def state_bytes(abstract: TrainState) -> int:
-    """Bytes of the state on each device."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(abstract)
-    )
 
 
 def split_state(state: TrainState) -> dict[str, Any]:
@@ -193,13 +185,14 @@ def compile_step(config: TrainConfig, num_steps: int, mesh: Mesh, abstract: Trai
     """The training step compiled for this run, and what it was compiled to checked.
 
     Raises:
-      RuntimeError: cuDNN attention was asked for and is not in it.
+      RuntimeError: cuDNN attention, or optimizer state in host memory, was asked for and is not
+        in it.
     """
     start = time.perf_counter()
     log.say("compiling the training step ...")
     compiled = trace_step(config, num_steps, mesh, abstract).lower().compile()
     log.say(f"compiled in {time.perf_counter() - start:.1f} s")
-    memory, held = compiled.memory_analysis(), state_bytes(abstract)
+    memory, held = compiled.memory_analysis(), num_bytes(abstract)
     in_place = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
     if in_place < held:
         log.say(

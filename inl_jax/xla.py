@@ -115,6 +115,17 @@ class Program(NamedTuple):
     text: str  # the optimised HLO
 
 
+def use_no_device(compiler: str) -> None:
+    """Keeps JAX on the CPU, where of CUDA at most the compiler is wanted. Before JAX starts.
+
+    Args:
+      compiler: "cpu", or "cuda" for a process that will call `compile_for_cuda`.
+    """
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if compiler == "cpu":  # JAX has read JAX_PLATFORMS already
+        jax.config.update("jax_platforms", "cpu")
+
+
 def compile_for_cuda(traced, num_devices: int) -> Program:
     """Compiles for H100s on a machine without any, by XLA's own CUDA compiler; nothing runs.
 

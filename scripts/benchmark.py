@@ -345,6 +345,7 @@ def train(parser, argv) -> Report:
     number(parser, "--warmup", 2, "updates before them")
     parser.add_argument("--tax", action="store_true", help="measure num_iterations 0 as well")
     config, flags = config_and_flags(parser, argv)
+    config = spread_rows(config, make_mesh(config.mesh))
     record = training(config, flags)
     rows = [record]
     if flags.tax and config.model.num_iterations > 0:
@@ -368,7 +369,6 @@ def train(parser, argv) -> Report:
 def training(config: TrainConfig, flags) -> dict[str, Any]:
     """What training steps of one config take."""
     mesh = make_mesh(config.mesh)
-    config = spread_rows(config, mesh)
     shape = (config.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
@@ -558,7 +558,6 @@ def block_temp_bytes(model: ModelConfig, seq_len: int) -> int:
 def step_memory(config: TrainConfig) -> dict[str, Any]:
     """Memory and compile time of the whole training step."""
     mesh = make_mesh(config.mesh)
-    config = spread_rows(config, mesh)
     say("compiling the training step")
     start = time.perf_counter()
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):

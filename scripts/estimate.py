@@ -12,7 +12,6 @@ no GPU needed, for H100s; and what they send each other in one update is counted
 import argparse
 import dataclasses
 import json
-import os
 import sys
 
 from inl_jax.config import exit_on_input_error, from_command_line
@@ -26,12 +25,8 @@ def main() -> int:
                         help="ask this compiler, too (cpu where none is named)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     config, flags = from_command_line(parser)
-    # Of CUDA the compiler alone is wanted, without a device; all else runs on the CPU.
-    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     import jax
 
-    if flags.compile != "cuda":
-        jax.config.update("jax_platforms", "cpu")
     from inl_jax import memory
     from inl_jax.collectives import find_collectives, least_bytes, summed
     from inl_jax.config import InputError
@@ -39,6 +34,9 @@ def main() -> int:
     from inl_jax.preflight import describe_model
     from inl_jax.sharding import make_mesh, spread_rows
     from inl_jax.step import compile_abstractly
+    from inl_jax.xla import use_no_device
+
+    use_no_device(flags.compile or "cpu")
 
     with exit_on_input_error():
         flags.device = memory.find_device(flags.device)

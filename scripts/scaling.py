@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 
 from inl_jax.config import MeshConfig, exit_on_input_error, from_command_line
@@ -32,11 +31,11 @@ def main() -> int:
     parser.add_argument("--compile", choices=("cpu", "cuda"), default="cuda", help="by which XLA")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     config, flags = from_command_line(parser)
-    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if flags.compile == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    from inl_jax.xla import use_no_device
+
+    use_no_device(flags.compile)
     with exit_on_input_error():
         meshes = [sizes(text) for text in flags.meshes]
         jax.config.update("jax_num_cpu_devices", max(math.prod(mesh) for mesh in meshes))
@@ -44,7 +43,7 @@ def main() -> int:
     if flags.json:
         print(json.dumps({"config": config.name, "rows": rows}))
         return 0
-    names = [name for name in rows[0] if name != "sent"]
+    names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
         print("| " + " | ".join(shown(row[name]) for name in names) + " |")
@@ -115,13 +114,9 @@ def bandwidth(axes: tuple[str, ...], shape: dict[str, int]) -> float:
 def shown(value) -> str:
     if isinstance(value, list):
         return " to ".join(shown(v) for v in value)
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else value
-        if isinstance(value, str)
-        else f"{value:.3g}"
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from inl_jax.config import InputError, from_command_line
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run needs and stop, allocating nothing"
@@ -33,7 +32,8 @@ def main() -> int:
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax import processes
-    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged, Stopped
+    from inl_jax.stop import Stopped
+    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
 
     def stop(number, frame):
         raise Stopped

@@ -104,7 +104,10 @@ ESTIMATED = [
 
 
 def estimate(*args, unoptimized="0"):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": unoptimized}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": unoptimized,
+        "JAX_PLATFORMS": "cuda",  # as where there is a GPU, which an estimate leaves alone
+    }  # fmt: skip
     return subprocess.run(
         [sys.executable, ROOT / "scripts/estimate.py", *args], env=env, capture_output=True,
         text=True, timeout=300,

@@ -98,6 +98,7 @@ def test_records_are_on_disk_at_once_and_hold_what_is_not_finite(tmp_path, capsy
 def test_perplexity_does_not_overflow():
     assert metrics.perplexity(2.0) == pytest.approx(math.exp(2))
     assert metrics.perplexity(1e4) == math.inf
+    assert math.isnan(metrics.perplexity(math.nan))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from inl_jax import model, preflight, train
-from inl_jax.config import InputError, override
+from inl_jax.config import InputError, MeshConfig, override
 from inl_jax.corpus import prepare
 from inl_jax.sharding import make_mesh
 from inl_jax.step import abstract_state
@@ -29,6 +29,9 @@ def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatc
 
 def test_the_attention_kernel_is_checked_before_anything_is_allocated(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
+    cudnn = {"context": "attention", "attention_kernel": "cudnn"}
+    with pytest.raises(InputError, match="model.attention_kernel=cudnn: JAX runs on cpu"):
+        train(train_config(model=cudnn))
     monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
     with pytest.raises(InputError, match="model.compute_dtype=float32"):
         train(train_config(model={"context": "attention"}))
@@ -47,6 +50,14 @@ def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="run_dir"):
         train(train_config())
+
+
+def test_fewer_micro_batches_are_announced(train_config):
+    config = train_config(accumulate_steps=8, mesh=MeshConfig(data=4))
+    mesh = make_mesh(config.mesh)
+    lines = []
+    preflight.check_machine(config, mesh, abstract_state(config, mesh), report=lines.append)
+    assert "accumulate_steps 8 -> 2, so that each of 4 devices has rows of" in " ".join(lines)
 
 
 def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_config, monkeypatch):

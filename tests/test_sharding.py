@@ -25,7 +25,7 @@ from inl_jax.sharding import (
     rows,
     spread_rows,
 )
-from inl_jax.step import abstract_state, compile_step
+from inl_jax.step import abstract_state, compile_step, trace_step
 
 CONTEXTS = ["mean", "decay", "attention"]
 MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}
@@ -140,6 +140,21 @@ def test_eight_devices_compute_what_one_does(
     split = {"all": shape[1] * shape[2], "optimizer": shape[2]}[shards]
     assert state.params["embedding"].addressable_shards[0].data.nbytes * split == moment.nbytes
     assert moment.addressable_shards[0].data.nbytes * shape[1] * shape[2] == moment.nbytes
+
+
+def test_a_config_of_one_device_computes_the_same_on_many(train_config):
+    """Eight micro-batches of one row each, of which four devices make two."""
+    config = small_run(train_config, context="mean", accumulate_steps=8)
+    expected, expected_results = on_one_device(config)
+    mesh = mesh_of(2, 2, 1)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        program = trace_step(config, 8, mesh, abstract_state(config, mesh)).lower().as_text()
+    assert "tensor<2x4x9xi32>" in program and "tensor<8x1x9xi32>" not in program
+    state, results = one_update(config, mesh)
+    np.testing.assert_allclose(results["loss"], expected_results["loss"], rtol=1e-5)
+    found, expected = jax.device_get(state.params), expected.params
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(leaf - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_the_first_update_moves_every_parameter(train_config):

@@ -22,6 +22,7 @@ from inl_jax import checkpoint
 from inl_jax.config import InputError, MeshConfig, override, to_json
 from inl_jax.metrics import read_metrics
 from inl_jax.step import loss_fn
+from inl_jax.stop import Stopped
 
 train = importlib.import_module("inl_jax.train")  # the name in the package is the function
 ROOT = Path(__file__).parent.parent
@@ -119,29 +120,10 @@ def test_a_signal_while_restoring_leaves_the_checkpoint_alone(train_config, monk
         return read(*args)
 
     monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", interrupted)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
         train.train(dataclasses.replace(config, num_steps=8))
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json"}
-
-
-def test_a_stop_is_raised_noted_or_waits_for_the_update():
-    with train.StopRequest() as stop:
-        with pytest.raises(train.Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
-        stop.requested = None
-        stop.hold()
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            stop.release()
-        stop.requested = None
-        stop.release()
-        stop.enter_loop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
