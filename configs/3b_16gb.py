@@ -36,7 +36,7 @@ config = TrainConfig(
         warmup_steps=2000,
         state_memory="pinned_host",
         accumulator_dtype="bfloat16",
-    ),  # fmt: skip
+    ),
     run_dir="runs/3b_16gb",
     num_steps=130000,
     batch_size=64,

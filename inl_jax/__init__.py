@@ -1,11 +1,11 @@
 """INL-LLM in JAX: the names to use; `README.md` tells the rest."""
 
-from inl_jax import interop
 from inl_jax.config import InputError, ModelConfig, TrainConfig
-from inl_jax.config import load as load_config
-from inl_jax.generate import LanguageModel, generate
-from inl_jax.model import apply, init_params, param_count
-from inl_jax.train import TrainResult, train, train_inl_llm
+from inl_jax.config_file import load_config
+from inl_jax.interop import published as interop
+from inl_jax.model.language_model import apply, init_params, param_count
+from inl_jax.sampling import LanguageModel, generate
+from inl_jax.trainer import TrainResult, train, train_inl_llm
 
 __all__ = [
     "InputError",

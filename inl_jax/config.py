@@ -1,25 +1,14 @@
-"""What a run is: frozen dataclasses, their checks, and how a config file is loaded.
+"""What a run is: frozen dataclasses and their checks, and a config as JSON.
 
-A config file is a Python file that assigns one value, `config = TrainConfig(...)`. Single fields
-are overridden as `--section.field value`. Every mistake is an `InputError` of one line that names
-the field, the value found and what to do.
+Every mistake is an `InputError` of one line that names the field, the value found and what to do.
+`config_file.py` reads configs from files and command lines.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import io
-import itertools
 import json
-import re
-import runpy
-import sys
 import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
-
-import tyro
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -120,9 +109,19 @@ class ModelConfig:
         _require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
         _require_positive(
             self,
-            "model.", "vocab_size", "d_model", "num_layers", "d_ff", "max_seq_len",
-            "controller_width", "num_heads", "num_kv_heads", "dt", "kappa", "integrator_segment",
-        )  # fmt: skip
+            "model.",
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "d_ff",
+            "max_seq_len",
+            "controller_width",
+            "num_heads",
+            "num_kv_heads",
+            "dt",
+            "kappa",
+            "integrator_segment",
+        )
         _require_not_negative(
             self, "model.", "num_iterations", "excitation_amplitude", "integrator_chunk"
         )
@@ -332,13 +331,27 @@ class TrainConfig:
     def __post_init__(self):
         _check_types(self, "")
         _require_positive(
-            self, "", "batch_size", "accumulate_steps", "log_every", "keep_last",
-            "sample_tokens", "max_nonfinite_steps",
-        )  # fmt: skip
+            self,
+            "",
+            "batch_size",
+            "accumulate_steps",
+            "log_every",
+            "keep_last",
+            "sample_tokens",
+            "max_nonfinite_steps",
+        )
         _require_not_negative(
-            self, "", "loss_chunk", "num_steps", "num_epochs", "eval_every", "eval_sequences",
-            "save_every", "sample_every", "seed",
-        )  # fmt: skip
+            self,
+            "",
+            "loss_chunk",
+            "num_steps",
+            "num_epochs",
+            "eval_every",
+            "eval_sequences",
+            "save_every",
+            "sample_every",
+            "seed",
+        )
         _require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
         _require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")
         _require(
@@ -409,109 +422,17 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{field.name}", a, b
 
 
-def named_configs() -> dict[str, Path]:
-    """The configs that come with the project, by name ("tiny", "3b", ...)."""
-    here = Path(__file__).parent
-    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a config file and applies overrides.
-
-    Args:
-      path: a Python file that assigns `config = TrainConfig(...)`, or the name of one that comes
-        with the project ("3b").
-      overrides: `["--optim.learning_rate", "3e-5"]`, `["optim.learning_rate=3e-5"]`, or both mixed.
+def with_fields(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
+    """`config` with dotted fields replaced, all at once: `{"model.remat": "block", "seed": 1}`.
 
     Raises:
-      InputError: one line, for a file that cannot be read or a field that is unknown, of the wrong
-        type or impossible.
+      InputError: the new values are impossible, each alone or together.
     """
-    file = Path(path)
-    if not file.is_file():
-        known = named_configs()
-        _require(
-            str(path) in known, f"config {path}: no such file, and no config of that name "
-            f"(there are {', '.join(known)})",
-        )  # fmt: skip
-        file = known[str(path)]
-    try:
-        values = runpy.run_path(str(file))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"config {file}: {type(error).__name__}: {error}") from error
-    config = values.get("config")
-    _require(
-        isinstance(config, TrainConfig), f"config {file}: must assign `config = TrainConfig(...)`"
-    )
-    return override(config, overrides)
-
-
-def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """`config` with the fields named on a command line replaced. Raises as `load` does."""
-    args = [
-        f"--{arg}" if _assigns(arg, after) else arg
-        for after, arg in itertools.pairwise(["", *overrides])
-    ]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig, default=config, args=args, prog="", use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )  # fmt: skip
-    except SystemExit as stop:
-        if stop.code == 0:  # --help was printed
-            raise
-        raise InputError(_one_line(complaint.getvalue())) from None
-
-
-def _assigns(arg: str, after: str) -> bool:
-    """Whether `arg` is field=value, and not a value of the flag `after` that has a = in it."""
-    field, equals, _ = arg.partition("=")
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    known = re.fullmatch(r"\w+(\.\w+)?", field) and field.partition(".")[0] in names
-    return bool(equals and known and not (after.startswith("--") and "=" not in after))
-
-
-def _one_line(boxed: str) -> str:
-    """Tyro's framed complaint as one line, without its pointer to --help."""
-    text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", boxed).split())
-    text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
-    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
-    return re.sub(r"^Error parsing \w+: ", "", text)
-
-
-@contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """For scripts: an `InputError` becomes one line on stderr and exit code 2."""
-    try:
-        yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def from_command_line(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
-) -> tuple[TrainConfig, argparse.Namespace]:
-    """The config that `--config FILE --section.field value ...` names, and the script's own flags.
-
-    Args:
-      parser: made with `add_help=False`, holding the flags of the script itself.
-      argv: the command line; the process's own by default.
-    """
-    parser.add_argument("--config", required=True, help="config file, or a name such as tiny")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and every field")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    asked_for_help = "-h" in argv or "--help" in argv
-    if asked_for_help:
-        parser.print_help()
-        print("\nevery other flag overrides a field of the config:")
-        with_file = "--config" in argv or any(arg.startswith("--config=") for arg in argv)
-        argv = argv if with_file else ["--config", "tiny", *argv]
-    flags, overrides = parser.parse_known_args(argv)
-    with exit_on_input_error():
-        return load(flags.config, [*overrides, "--help"] if asked_for_help else overrides), flags
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    changes = sections.pop("", {})
+    for section, values in sections.items():
+        changes[section] = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **changes)

@@ -14,27 +14,32 @@ import dataclasses
 import json
 import sys
 
-from inl_jax.config import exit_on_input_error, from_command_line
+from inl_jax.cli.command_line import exit_on_input_error, from_command_line
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--device", default="h100-80gb", help="what has to hold it")
     parser.add_argument("--devices", type=int, default=1, help="how many, as a virtual mesh")
-    parser.add_argument("--compile", nargs="?", choices=("cpu", "cuda"), const="cpu",
-                        help="ask this compiler, too (cpu where none is named)")  # fmt: skip
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        choices=("cpu", "cuda"),
+        const="cpu",
+        help="ask this compiler, too (cpu where none is named)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     config, flags = from_command_line(parser)
     import jax
 
-    from inl_jax import memory
-    from inl_jax.collectives import find_collectives, least_bytes, summed
     from inl_jax.config import InputError
-    from inl_jax.metrics import gib
-    from inl_jax.preflight import describe_model
-    from inl_jax.sharding import make_mesh, spread_rows
-    from inl_jax.step import compile_abstractly
-    from inl_jax.xla import use_no_device
+    from inl_jax.parallel.sharding import make_mesh, spread_rows
+    from inl_jax.planning import memory
+    from inl_jax.planning.collectives import find_collectives, least_bytes, summed
+    from inl_jax.planning.preflight import describe_model
+    from inl_jax.planning.xla import use_no_device
+    from inl_jax.training.metrics import gib
+    from inl_jax.training.step import compile_abstractly
 
     use_no_device(flags.compile or "cpu")
 
@@ -77,11 +82,17 @@ def main() -> int:
         by_remat = memory.activations_by_remat(config, mesh)
     record |= {
         "activations_by_remat": by_remat,
-        "config": config.name, "device": flags.device, "devices": flags.devices,
-        "mesh": dict(mesh.shape), "compiler": flags.compile, "device_bytes": device_bytes,
-        "host_bytes": host_bytes, "usable_bytes": usable, "fits": fits,
+        "config": config.name,
+        "device": flags.device,
+        "devices": flags.devices,
+        "mesh": dict(mesh.shape),
+        "compiler": flags.compile,
+        "device_bytes": device_bytes,
+        "host_bytes": host_bytes,
+        "usable_bytes": usable,
+        "fits": fits,
         "change": None if change is None else " ".join(change),
-    }  # fmt: skip
+    }
     if flags.json:
         print(json.dumps(record))
         return 0 if fits else 2
@@ -99,8 +110,10 @@ def main() -> int:
         print(f"  {'as compiled ' + compiler:25} {gib(device_bytes):>12}")
     for part, size in needed.host.items():
         print(f"  {part + ' on the host':25} {gib(size):>12}")
-    print(f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, with "
-          "XLA_PYTHON_CLIENT_MEM_FRACTION=.95")  # fmt: skip
+    print(
+        f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, with "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    )
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")
         for row in record["sent"]:

@@ -8,13 +8,14 @@ import dataclasses
 import json
 import sys
 
-from inl_jax.checkpoint import read_config
-from inl_jax.config import InputError, exit_on_input_error
-from inl_jax.corpus import prepare
-from inl_jax.data import check, eval_batches
-from inl_jax.evaluate import evaluate
-from inl_jax.generate import LanguageModel
-from inl_jax.xla import use_compile_cache
+from inl_jax.cli.command_line import exit_on_input_error
+from inl_jax.config import InputError
+from inl_jax.data.batches import check, eval_batches
+from inl_jax.data.corpus import prepare
+from inl_jax.evaluation import evaluate
+from inl_jax.planning.xla import use_compile_cache
+from inl_jax.sampling import LanguageModel
+from inl_jax.training.checkpoint import read_config
 
 
 def main() -> None:

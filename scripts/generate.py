@@ -9,9 +9,9 @@ import argparse
 import sys
 import time
 
-from inl_jax.config import exit_on_input_error
-from inl_jax.generate import LanguageModel
-from inl_jax.xla import use_compile_cache
+from inl_jax.cli.command_line import exit_on_input_error
+from inl_jax.planning.xla import use_compile_cache
+from inl_jax.sampling import LanguageModel
 
 
 def main() -> None:
@@ -42,8 +42,10 @@ def main() -> None:
         )
     for prompt, text in zip(flags.prompt, texts, strict=True):
         print(f"{prompt}{text}\n{'-' * 40}")
-    print(f"{len(texts)} x {flags.max_new_tokens} tokens at most in "
-          f"{time.perf_counter() - start:.1f} s, compilation included")  # fmt: skip
+    print(
+        f"{len(texts)} x {flags.max_new_tokens} tokens at most in "
+        f"{time.perf_counter() - start:.1f} s, compilation included"
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import matplotlib
 
-from inl_jax.config import InputError, exit_on_input_error
-from inl_jax.metrics import read_metrics
+from inl_jax.cli.command_line import exit_on_input_error
+from inl_jax.config import InputError
+from inl_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -5,8 +5,8 @@ python scripts/prepare_data.py --config configs/tiny.py --data.paths a.txt b/ --
 
 import argparse
 
-from inl_jax.config import exit_on_input_error, from_command_line
-from inl_jax.corpus import prepare
+from inl_jax.cli.command_line import exit_on_input_error, from_command_line
+from inl_jax.data.corpus import prepare
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import signal
 import sys
 import traceback
 
-from inl_jax.config import InputError, from_command_line
+from inl_jax.cli.command_line import from_command_line
+from inl_jax.config import InputError
 
 
 def main() -> int:
@@ -26,14 +27,16 @@ def main() -> int:
         "--start_timeout", type=int, default=300, help="seconds for the processes to come together"
     )
     parser.add_argument(
-        "--peer_timeout", type=int, default=60,
+        "--peer_timeout",
+        type=int,
+        default=60,
         help="seconds without a sign of life after which a process counts as dead, and all end",
-    )  # fmt: skip
+    )
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
-    from inl_jax import processes
-    from inl_jax.stop import Stopped
-    from inl_jax.train import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
+    from inl_jax.parallel import processes
+    from inl_jax.trainer import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
+    from inl_jax.training.stop import Stopped
 
     def stop(number, frame):
         raise Stopped
@@ -47,9 +50,10 @@ def main() -> int:
         return processes.end(1, f"error: {error}")
     except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
         code, what = (
-            (EXIT_INTERRUPTED, "terminated") if isinstance(stopped, Stopped)
+            (EXIT_INTERRUPTED, "terminated")
+            if isinstance(stopped, Stopped)
             else (130, "interrupted")
-        )  # fmt: skip
+        )
         processes.end(code, f"{what}; nothing more was saved")
         sys.stdout.flush()
         os._exit(code)  # a compilation that still runs in XLA's threads would crash a slower exit
@@ -61,17 +65,19 @@ def main() -> int:
 
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
-    from inl_jax import processes
-    from inl_jax.preflight import check_machine, check_same_config
-    from inl_jax.sharding import make_mesh
-    from inl_jax.step import abstract_state
-    from inl_jax.train import EXIT_INTERRUPTED, train
-    from inl_jax.xla import apply_flags, use_compile_cache
+    from inl_jax.parallel import processes
+    from inl_jax.parallel.sharding import make_mesh
+    from inl_jax.planning.preflight import check_machine, check_same_config
+    from inl_jax.planning.xla import apply_flags, use_compile_cache
+    from inl_jax.trainer import EXIT_INTERRUPTED, train
+    from inl_jax.training.step import abstract_state
 
     launch = processes.find_launch(
-        os.environ, coordinator=flags.coordinator, num_processes=flags.num_processes,
+        os.environ,
+        coordinator=flags.coordinator,
+        num_processes=flags.num_processes,
         process_id=flags.process_id,
-    )  # fmt: skip
+    )
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
     apply_flags(config.xla_flags, report=processes.say)
     if flags.dry_run:

@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from inl_jax.config import (
-    InputError,
-    ModelConfig,
-    TrainConfig,
-    differences,
-    from_json,
-    load,
-    override,
-    to_json,
-)
-from inl_jax.model import param_count
-from inl_jax.preflight import check_machine
-from inl_jax.sharding import make_mesh
-from inl_jax.step import abstract_state
+from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, from_json, to_json
+from inl_jax.config_file import load_config, override
+from inl_jax.model.language_model import param_count
+from inl_jax.parallel.sharding import make_mesh
+from inl_jax.planning.preflight import check_machine
+from inl_jax.training.step import abstract_state
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -28,8 +20,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_loads_by_path_and_by_name(path):
-    assert load(path) == load(path.stem)
-    assert load(path).name == path.stem
+    assert load_config(path) == load_config(path.stem)
+    assert load_config(path).name == path.stem
 
 
 @pytest.mark.parametrize(
@@ -41,7 +33,7 @@ def test_every_config_file_loads_by_path_and_by_name(path):
     ],
 )
 def test_overrides_change_the_named_fields_and_nothing_else(overrides):
-    old, new = load("tiny"), load("tiny", overrides)
+    old, new = load_config("tiny"), load_config("tiny", overrides)
     assert list(differences(old, new)) == [
         ("model.context", "decay", "mean"),
         ("optim.learning_rate", old.optim.learning_rate, 3e-5),
@@ -51,9 +43,21 @@ def test_overrides_change_the_named_fields_and_nothing_else(overrides):
 def test_overrides_reach_every_type_of_field():
     config = override(
         TrainConfig(),
-        ["--data.paths", "a.txt", "b.txt", "--data.weights", "1", "2", "--mesh.data", "4",
-         "--model.kappa", "inf", "run_dir=a=b", "--xla_flags=--xla_a=1 --xla_b=2"],
-    )  # fmt: skip
+        [
+            "--data.paths",
+            "a.txt",
+            "b.txt",
+            "--data.weights",
+            "1",
+            "2",
+            "--mesh.data",
+            "4",
+            "--model.kappa",
+            "inf",
+            "run_dir=a=b",
+            "--xla_flags=--xla_a=1 --xla_b=2",
+        ],
+    )
     assert config.xla_flags == ("--xla_a=1 --xla_b=2",)
     assert config.data.paths == ("a.txt", "b.txt") and config.data.weights == (1.0, 2.0)
     assert (config.mesh.data, config.model.kappa, config.run_dir) == (4, math.inf, "a=b")
@@ -88,7 +92,7 @@ def test_overrides_reach_every_type_of_field():
 )
 def test_a_mistake_is_one_line_that_names_field_and_value(overrides, named):
     with pytest.raises(InputError) as caught:
-        load("tiny", overrides.split())
+        load_config("tiny", overrides.split())
     message = str(caught.value)
     assert "\n" not in message and len(message) < 300
     assert all(part in message for part in named), message
@@ -110,16 +114,26 @@ def test_a_config_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text,
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError) as caught:
-        load(path)
+        load_config(path)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_value_may_hold_an_equals_sign():
     config = override(
         TrainConfig(),
-        ["--run_dir", "runs/lr=1e-3", "--data.paths", "/d/lang=en/*.parquet", "lang=fr/x.txt",
-         "--sample_prompt", "seed = 1", "--name=seed=2", "batch_size=6", "optim.b1=.5"],
-    )  # fmt: skip
+        [
+            "--run_dir",
+            "runs/lr=1e-3",
+            "--data.paths",
+            "/d/lang=en/*.parquet",
+            "lang=fr/x.txt",
+            "--sample_prompt",
+            "seed = 1",
+            "--name=seed=2",
+            "batch_size=6",
+            "optim.b1=.5",
+        ],
+    )
     assert config.data.paths == ("/d/lang=en/*.parquet", "lang=fr/x.txt")
     assert (config.run_dir, config.sample_prompt) == ("runs/lr=1e-3", "seed = 1")
     assert (config.name, config.batch_size, config.optim.b1) == ("seed=2", 6, 0.5)
@@ -145,9 +159,12 @@ def test_differences_name_dotted_fields_and_both_values():
 def run_script(*args, cwd):
     return subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", *args],
-        cwd=cwd, capture_output=True, text=True, timeout=120,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,9 @@ def test_the_script_answers_a_mistake_with_one_line_and_exit_code_2(tmp_path, ov
 
 
 def test_memory_that_does_not_suffice_names_needed_and_found(tmp_path):
-    config = load("tiny", ["model.d_model=98304", "model.num_heads=768", f"run_dir={tmp_path}/r"])
+    config = load_config(
+        "tiny", ["model.d_model=98304", "model.num_heads=768", f"run_dir={tmp_path}/r"]
+    )
     with pytest.raises(InputError, match=r"tiny needs \d+\.\d\d GiB .* \d+\.\d\d GiB was found"):
         mesh = make_mesh(config.mesh)
         check_machine(config, mesh, abstract_state(config, mesh), report=lambda line: None)
@@ -202,6 +221,6 @@ def test_the_script_applies_the_compiler_flags_of_the_config_before_jax_starts(t
 def test_dry_run_says_size_and_memory_and_creates_nothing(tmp_path):
     done = run_script("--config", "tiny", "--dry_run", "--run_dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{param_count(load('tiny').model):,} parameters" in done.stdout
+    assert f"{param_count(load_config('tiny').model):,} parameters" in done.stdout
     assert "GiB" in done.stdout and "found" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from inl_jax import interop, train
-from inl_jax.checkpoint import read_params
-from inl_jax.corpus import prepare
-from inl_jax.model import init_params
+from inl_jax import train
+from inl_jax.data.corpus import prepare
+from inl_jax.interop import published as interop
+from inl_jax.model.language_model import init_params
+from inl_jax.training.checkpoint import read_params
 
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -107,8 +108,15 @@ def test_published_weights_become_a_run_that_goes_round(run_script, tmp_path, mo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, found)
     assert run_script("import_torch.py", *args)[0] == 2, "an existing run must not be overwritten"
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    code, _, err = run_script("import_torch.py", "--weights", tmp_path / "junk.pt",
-                              "--num_iterations", 3, "--out", tmp_path / "no")  # fmt: skip
+    code, _, err = run_script(
+        "import_torch.py",
+        "--weights",
+        tmp_path / "junk.pt",
+        "--num_iterations",
+        3,
+        "--out",
+        tmp_path / "no",
+    )
     assert code == 2 and err.startswith("error: ")
 
 
@@ -125,11 +133,23 @@ def test_an_update_is_predicted_from_what_devices_send():
 
     done = subprocess.run(
         [
-            sys.executable, SCRIPTS / "scaling.py", "--config", "tiny", "--meshes", "1x1x1",
-            "1x2x1", "--compile", "cpu", "--json", "--model.num_layers", "2",
+            sys.executable,
+            SCRIPTS / "scaling.py",
+            "--config",
+            "tiny",
+            "--meshes",
+            "1x1x1",
+            "1x2x1",
+            "--compile",
+            "cpu",
+            "--json",
+            "--model.num_layers",
+            "2",
         ],
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     alone, pair = json.loads(done.stdout)["rows"]
     assert alone["sent, GB"] == 0 and alone["of linear"] == [1, 1]

@@ -1,0 +1,1 @@
+"""The `inl` command: one file a verb."""

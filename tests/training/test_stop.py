@@ -1,0 +1,25 @@
+import os
+import signal
+
+import pytest
+
+from inl_jax.training.stop import Stopped, StopRequest
+
+
+def test_a_stop_is_raised_noted_or_waits_for_the_update():
+    with StopRequest() as stop:
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.requested = None
+        stop.hold()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.release()
+        stop.requested = None
+        stop.release()
+        stop.enter_loop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
