@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -311,3 +312,21 @@ def test_only_a_lower_validation_loss_becomes_the_best(tmp_path):
     checkpoints.note_validation(5, 9.0, basis="other validation text")
     checkpoints.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 5
+
+
+def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
+    """Orbax frees both only in the `result()` of a save's response (a run died at save 339)."""
+
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    counts = []
+    for step in range(1, 13):
+        checkpoints.save(step, {"w": jnp.ones(3)}, position={"samples_seen": step})
+        if step in (4, 12):
+            checkpoints.wait()
+            counts.append(held())
+    checkpoints.close()
+    early, late = counts
+    assert late[0] <= early[0] and late[1] <= early[1], (early, late)
