@@ -25,7 +25,7 @@ def corpora(tmp_path_factory):
     def make(config, tokenizer):
         fields = {"paths": (str(folder / "docs"),), "validation_fraction": 0.3}
         fields |= {"tokenizer": tokenizer, "cache_dir": str(folder / "cache"), "seq_len": 32}
-        return prepare(dataclasses.replace(config.data, **fields), report=lambda line: None)
+        return prepare(dataclasses.replace(config.data, **fields))
 
     return make
 
