@@ -10,7 +10,7 @@ import sys
 
 from inl_jax.cli.command_line import exit_on_input_error
 from inl_jax.config import InputError
-from inl_jax.console import speak_to
+from inl_jax.console import mute
 from inl_jax.data.batches import check, eval_batches
 from inl_jax.data.corpus import prepare
 from inl_jax.evaluation import evaluate
@@ -28,7 +28,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     flags = parser.parse_args()
-    speak_to(sys.stderr)  # stdout is for the result
     with exit_on_input_error():
         if flags.batch_size < 1 or (flags.seq_len is not None and flags.seq_len < 1):
             raise InputError(
@@ -49,6 +48,7 @@ def main() -> None:
             )
         data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
         dataclasses.replace(config, data=data)  # checks the length against the model
+        mute(True)  # only the result is printed
         corpus = prepare(data, tokenizer=model.tokenizer)
         check(corpus, model.config.vocab_size)
         batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)

@@ -23,18 +23,18 @@ def forbid_encoding(monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode_batch", refuse)
 
 
-def test_second_call_uses_the_cache(make, tmp_path, monkeypatch, said):
+def test_second_call_uses_the_cache(make_corpus, tmp_path, monkeypatch, said):
     folder = write_files(tmp_path / "d")
-    first = make(folder, tokenizer="bpe:270")
+    first = make_corpus(folder, tokenizer="bpe:270")
     forbid_encoding(monkeypatch)
     monkeypatch.setattr(corpus.tokenizers, "train_bpe", None)
     said.clear()
-    again = make(folder, tokenizer="bpe:270")
+    again = make_corpus(folder, tokenizer="bpe:270")
     assert again.sources == first.sources and again.fingerprint == first.fingerprint
     assert "from the cache" in said[0]
 
 
-def test_every_change_gives_another_directory(make, tmp_path):
+def test_every_change_gives_another_directory(make_corpus, tmp_path):
     folder = write_files(tmp_path / "d")
     changes = [
         {},
@@ -44,15 +44,15 @@ def test_every_change_gives_another_directory(make, tmp_path):
         {"bad_utf8": "error"},
         {"tokenizer": "bpe:258"},
     ]
-    directories = {make(folder, **change).sources[0].directory for change in changes}
+    directories = {make_corpus(folder, **change).sources[0].directory for change in changes}
     os.utime(folder / "003.txt", (1, 1))
-    directories.add(make(folder).sources[0].directory)
+    directories.add(make_corpus(folder).sources[0].directory)
     (folder / "new.txt").write_text("new")
-    directories.add(make(folder).sources[0].directory)
+    directories.add(make_corpus(folder).sources[0].directory)
     assert len(directories) == len(changes) + 2
 
 
-def test_interruption_leaves_nothing_that_looks_finished(make, tmp_path, monkeypatch):
+def test_interruption_leaves_nothing_that_looks_finished(make_corpus, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "d")
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1000)
     real, calls = Tokenizer.encode_batch, []
@@ -65,9 +65,9 @@ def test_interruption_leaves_nothing_that_looks_finished(make, tmp_path, monkeyp
 
     monkeypatch.setattr(Tokenizer, "encode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make(folder)
+        make_corpus(folder)
     assert leftovers(tmp_path) == []
-    (source,) = make(folder).sources
+    (source,) = make_corpus(folder).sources
     assert leftovers(tmp_path) == [source.directory.name]
     assert source.documents == len(DOCUMENTS)
 
@@ -94,18 +94,18 @@ def start_writer(folder, cache, delay):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_writer_leaves_nothing_that_looks_finished(make, tmp_path):
+def test_killed_writer_leaves_nothing_that_looks_finished(make_corpus, tmp_path):
     folder, cache = write_files(tmp_path / "d"), tmp_path / "cache"
     writer = start_writer(folder, cache, 5)
     deadline = time.monotonic() + 30
     while not list(cache.glob("tmp.*/train.bin")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (source,) = make(folder).sources  # beside a living writer, whose files stay
+    (source,) = make_corpus(folder).sources  # beside a living writer, whose files stay
     assert list(cache.glob("tmp.*"))
     writer.send_signal(signal.SIGKILL)
     writer.communicate()
-    (again,) = make(folder).sources
+    (again,) = make_corpus(folder).sources
     assert again == source
     assert leftovers(tmp_path) == [source.directory.name]
 
@@ -119,34 +119,34 @@ def test_two_processes_at_once_make_the_same(tmp_path):
     assert len(leftovers(tmp_path)) == 1
 
 
-def test_many_threads_at_once_make_the_same(make, tmp_path):
+def test_many_threads_at_once_make_the_same(make_corpus, tmp_path):
     folder = write_files(tmp_path / "d")
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: make(folder, tokenizer="bpe:270"), range(4)))
+        made = list(pool.map(lambda _: make_corpus(folder, tokenizer="bpe:270"), range(4)))
     assert len({c.fingerprint for c in made}) == 1
     assert len(leftovers(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
 @pytest.mark.parametrize("content", [None, b"", b"odd", b"[]", b"{}"])
-def test_damaged_directory_is_made_again(make, tmp_path, name, content):
+def test_damaged_directory_is_made_again(make_corpus, tmp_path, name, content):
     folder = write_files(tmp_path / "d")
-    (first,) = make(folder).sources
+    (first,) = make_corpus(folder).sources
     tokens = np.array(first.open("train"))
     if content is None:
         (first.directory / name).unlink()
     else:
         (first.directory / name).write_bytes(content)
-    (again,) = make(folder).sources
+    (again,) = make_corpus(folder).sources
     np.testing.assert_array_equal(again.open("train"), tokens)
     assert again == first
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "denied")])
-def test_directory_that_cannot_be_read_is_kept(make, tmp_path, monkeypatch, name, error):
+def test_directory_that_cannot_be_read_is_kept(make_corpus, tmp_path, monkeypatch, name, error):
     folder = write_files(tmp_path / "d")
-    (first,) = make(folder).sources
+    (first,) = make_corpus(folder).sources
     kept = {file.name: file.read_bytes() for file in first.directory.iterdir()}
     real = io.open
 
@@ -159,11 +159,11 @@ def test_directory_that_cannot_be_read_is_kept(make, tmp_path, monkeypatch, name
         patch.setattr("builtins.open", fail)  # of np.memmap
         patch.setattr("io.open", fail)  # of Path.read_text
         with pytest.raises(InputError, match=f"{first.directory}: .*{error.strerror}") as caught:
-            make(folder)
+            make_corpus(folder)
     assert "\n" not in str(caught.value)
     assert {file.name: file.read_bytes() for file in first.directory.iterdir()} == kept
     forbid_encoding(monkeypatch)
-    assert make(folder).sources == (first,)  # the error was transient
+    assert make_corpus(folder).sources == (first,)  # the error was transient
 
 
 def test_temporary_directories_of_dead_writers_are_removed(tmp_path):
@@ -177,7 +177,7 @@ def test_temporary_directories_of_dead_writers_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, "tmp.mine"]
 
 
-def test_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(make_corpus, tmp_path, monkeypatch):
     def full(self, directory):
         raise OSError(28, "No space left on device")
 
@@ -185,6 +185,6 @@ def test_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "save", full)
         with pytest.raises(OSError, match="No space left"):
-            make(folder)
+            make_corpus(folder)
     assert leftovers(tmp_path) == []
-    make(folder)
+    make_corpus(folder)

@@ -17,34 +17,34 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.0, "train"), (1.0, "validation")])
-def test_fraction_of_0_or_1_gives_everything_to_one_split(make, tmp_path, fraction, split):
+def test_fraction_of_0_or_1_gives_everything_to_one_split(make_corpus, tmp_path, fraction, split):
     file = write_files(tmp_path / "one", ["only this\nfile\n"]) / "000.txt"
     for path, texts in ((file, ["only this\nfile\n"]), (write_files(tmp_path / "d"), DOCUMENTS)):
-        (source,) = make(path, validation_fraction=fraction).sources
+        (source,) = make_corpus(path, validation_fraction=fraction).sources
         assert split_texts(source, split) == texts
         other = source.open("validation" if split == "train" else "train")
         assert other.shape == (0,) and other.dtype == np.uint16
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_neither_split_is_empty_if_documents_differ(make, tmp_path, fraction):
+def test_neither_split_is_empty_if_documents_differ(make_corpus, tmp_path, fraction):
     few = write_jsonl(tmp_path / "a.jsonl", ["a", "b", "c"])
-    (source,) = make(few, validation_fraction=fraction).sources
+    (source,) = make_corpus(few, validation_fraction=fraction).sources
     texts = split_texts(source, "train"), split_texts(source, "validation")
     assert sorted(map(len, texts)) == [1, 2]
     assert sorted(texts[0] + texts[1]) == ["a", "b", "c"]
     assert source.documents == 3
     same = write_jsonl(tmp_path / "b.jsonl", ["a", "a"])  # nothing to tell them apart
-    (source,) = make(same, validation_fraction=fraction).sources
+    (source,) = make_corpus(same, validation_fraction=fraction).sources
     assert split_texts(source, "train") == ["a", "a"]
 
 
-def test_weights_give_one_source_per_path_and_one_tokenizer(make, tmp_path):
+def test_weights_give_one_source_per_path_and_one_tokenizer(make_corpus, tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", ["aaaa bbbb " * 50, "aaaa"])
     b = write_jsonl(tmp_path / "b.jsonl", ["cccc dddd " * 50, "cccc"])
-    both = make(a, b, weights=(3.0, 1.0), tokenizer="bpe:280")
+    both = make_corpus(a, b, weights=(3.0, 1.0), tokenizer="bpe:280")
     assert both.weights == (3.0, 1.0) and len(both.sources) == 2
-    joined = make(a, b, tokenizer="bpe:280")
+    joined = make_corpus(a, b, tokenizer="bpe:280")
     assert joined.weights == (1.0,) and len(joined.sources) == 1
     assert joined.tokenizer.fingerprint == both.tokenizer.fingerprint
     for source, word in zip(both.sources, ("aaaa", "cccc"), strict=True):
@@ -55,7 +55,7 @@ def test_weights_give_one_source_per_path_and_one_tokenizer(make, tmp_path):
         assert len(texts) == 2 and all(text.startswith(word) for text in texts)
 
 
-def test_bpe_sample_spans_the_corpus_within_its_bound(make, tmp_path, monkeypatch):
+def test_bpe_sample_spans_the_corpus_within_its_bound(make_corpus, tmp_path, monkeypatch):
     seen = []
     real = corpus.tokenizers.train_bpe
     monkeypatch.setattr(
@@ -63,27 +63,27 @@ def test_bpe_sample_spans_the_corpus_within_its_bound(make, tmp_path, monkeypatc
     )
     monkeypatch.setattr(corpus, "BPE_SAMPLE_BYTES", 2000)
     documents = [f"{i:04} " + "x" * 95 for i in range(200)]
-    make(write_files(tmp_path / "d", documents), tokenizer="bpe:260")
+    make_corpus(write_files(tmp_path / "d", documents), tokenizer="bpe:260")
     assert 1500 <= sum(map(len, seen)) <= 2100
     assert seen[0] == documents[0] and seen[-1] in documents[-20:]
 
 
 @pytest.mark.parametrize("name", ["bpe:many", "bpe:", "bpe:256"])
-def test_bpe_with_a_bad_size_is_named(make, tmp_path, name):
+def test_bpe_with_a_bad_size_is_named(make_corpus, tmp_path, name):
     with pytest.raises(InputError, match=f"data.tokenizer={name}"):
-        make(write_jsonl(tmp_path / "a.jsonl"), tokenizer=name)
+        make_corpus(write_jsonl(tmp_path / "a.jsonl"), tokenizer=name)
 
 
-def test_fingerprint_depends_on_content_and_not_on_place_or_time(make, tmp_path):
+def test_fingerprint_depends_on_content_and_not_on_place_or_time(make_corpus, tmp_path):
     a, b = write_files(tmp_path / "a"), write_files(tmp_path / "b" / "c")
     os.utime(b / "001.txt", (1, 1))
-    one, two = make(a), make(b)
+    one, two = make_corpus(a), make_corpus(b)
     assert one.fingerprint == two.fingerprint
     assert one.sources[0].directory != two.sources[0].directory
     (b / "001.txt").write_text("else")
-    assert make(b).fingerprint != one.fingerprint
-    assert make(a, tokenizer="gpt2").fingerprint != one.fingerprint
-    assert make(a, validation_fraction=0.1).fingerprint != one.fingerprint
+    assert make_corpus(b).fingerprint != one.fingerprint
+    assert make_corpus(a, tokenizer="gpt2").fingerprint != one.fingerprint
+    assert make_corpus(a, validation_fraction=0.1).fingerprint != one.fingerprint
 
 
 # Written by the first release: a change of either makes every user tokenise again.
@@ -97,12 +97,14 @@ PINNED = {
 
 
 @pytest.mark.parametrize(("kind", "tokenizer"), PINNED)
-def test_fingerprints_and_cache_keys_never_change(make, tmp_path, monkeypatch, kind, tokenizer):
+def test_fingerprints_and_cache_keys_never_change(
+    make_corpus, tmp_path, monkeypatch, kind, tokenizer
+):
     monkeypatch.setattr(Entry, "identity", lambda self: ["", [["/a.txt", 12, 34]]])
     documents = TEXTS if kind == "files" else ["".join(TEXTS)]
     path = write_files(tmp_path / "d", documents)
     path = path / "000.txt" if kind == "file" else path
-    made = make(path, tokenizer=tokenizer, validation_fraction=0.25)
+    made = make_corpus(path, tokenizer=tokenizer, validation_fraction=0.25)
     (source,) = made.sources
     assert (made.fingerprint, source.directory.name) == PINNED[kind, tokenizer]
     if tokenizer.startswith("bpe:"):
@@ -110,22 +112,22 @@ def test_fingerprints_and_cache_keys_never_change(make, tmp_path, monkeypatch, k
 
 
 def test_progress_is_lines_elsewhere_and_a_bar_on_a_terminal(
-    make, tmp_path, monkeypatch, capsys, said
+    make_corpus, tmp_path, monkeypatch, capsys, said
 ):
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1000)
     folder = write_files(tmp_path / "d")
-    make(folder)  # far less than ten seconds
+    make_corpus(folder)  # far less than ten seconds
     assert len(said) == 1 and said[0].startswith("data: 40 documents, ")
     assert "bytes per token" in said[0]
     monkeypatch.setattr(corpus, "SECONDS_PER_LINE", 0)
     said.clear()
-    make(folder, validation_fraction=0.2)
+    make_corpus(folder, validation_fraction=0.2)
     assert len(said) > 2 and said[-1].startswith("data: 40 documents, ")
     assert re.fullmatch(r"data: 0 MB, [\d.]+ MB/s, \d+s left of 0 MB", said[0])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     said.clear()
-    make(folder, validation_fraction=0.1)
+    make_corpus(folder, validation_fraction=0.1)
     assert len(said) == 1 and "B/s" in capsys.readouterr().err
 
 

@@ -34,9 +34,9 @@ def write_every_kind(folder):
     ]
 
 
-def test_every_source_kind_gives_the_same_tokens(make, tmp_path):
+def test_every_source_kind_gives_the_same_tokens(make_corpus, tmp_path):
     kinds = write_every_kind(tmp_path)
-    made = [make(kind, using=GPT2) for kind in kinds]
+    made = [make_corpus(kind, using=GPT2) for kind in kinds]
     assert len({c.fingerprint for c in made}) == 1
     assert len({c.sources[0].directory for c in made}) == len(kinds) - 1  # the glob's files
     (source,) = made[0].sources
@@ -49,18 +49,18 @@ def test_every_source_kind_gives_the_same_tokens(make, tmp_path):
     assert min(map(len, texts)) > 5
 
 
-def test_directory_gives_files_of_text_in_order_and_names_the_skipped(make, tmp_path, said):
+def test_directory_gives_files_of_text_in_order_and_names_the_skipped(make_corpus, tmp_path, said):
     for name in ("b.txt", "a/z.md", "a/b/c.py", ".git/config.txt", "a/.hidden.txt", "a/x.png"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).write_text(name)
     write_jsonl(tmp_path / "d" / "a" / "r.jsonl", ["row"])
-    (source,) = make(tmp_path / "d", validation_fraction=0).sources
+    (source,) = make_corpus(tmp_path / "d", validation_fraction=0).sources
     assert split_texts(source, "train") == ["b.txt", "row", "a/z.md", "a/b/c.py"]
     assert "skipped 1 file of other kinds (1 .png)" in said[0]
 
 
-def test_stdlib_is_the_library_without_its_tests_and_other_packages(make):
-    (source,) = make("stdlib", max_documents=30).sources
+def test_stdlib_is_the_library_without_its_tests_and_other_packages(make_corpus):
+    (source,) = make_corpus("stdlib", max_documents=30).sources
     assert source.documents == 30
     (entry,) = find_entries(["stdlib"])
     names = {str(file) for file in entry.files}
@@ -81,29 +81,29 @@ def test_stdlib_is_the_library_without_its_tests_and_other_packages(make):
         ({"text": "no", "Body": "t"}, "body", "t"),
     ],
 )
-def test_text_columns_are_found_by_name(make, tmp_path, row, column, text):
+def test_text_columns_are_found_by_name(make_corpus, tmp_path, row, column, text):
     empty = [dict.fromkeys(row), dict.fromkeys(row, "")]
     lines = "\n\n".join(json.dumps(r) for r in [*empty, row])
     (tmp_path / "a.jsonl").write_text(lines)
     table = pa.Table.from_pylist([{k: v or "" for k, v in row.items()}])
     parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        (source,) = make(tmp_path / name, column=column, validation_fraction=0).sources
+        (source,) = make_corpus(tmp_path / name, column=column, validation_fraction=0).sources
         assert split_texts(source, "train") == [text]
         assert source.documents == 1
 
 
-def test_column_that_does_not_exist_is_named(make, tmp_path):
+def test_column_that_does_not_exist_is_named(make_corpus, tmp_path):
     with pytest.raises(InputError, match="no column body; set data.column to one of: id, text"):
-        make(write_jsonl(tmp_path / "a.jsonl"), column="body")
+        make_corpus(write_jsonl(tmp_path / "a.jsonl"), column="body")
 
 
-def test_order_of_files_is_fixed(make, tmp_path, monkeypatch):
+def test_order_of_files_is_fixed(make_corpus, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "d")
-    first = make(folder)
+    first = make_corpus(folder)
     real = os.walk
     monkeypatch.setattr(os, "walk", lambda root: ((a, b, c[::-1]) for a, b, c in real(root)))
-    assert make(folder).sources == first.sources
+    assert make_corpus(folder).sources == first.sources
 
 
 def test_broken_links_and_strange_names_do_no_harm(tmp_path):
@@ -138,14 +138,14 @@ def test_file_named_twice_is_refused(tmp_path):
         prepare(data)
 
 
-def test_missing_packages_are_named(make, tmp_path, monkeypatch):
+def test_missing_packages_are_named(make_corpus, tmp_path, monkeypatch):
     for package, path in (
         ("pyarrow", write_parquet(tmp_path / "a.parquet", text=["a"])),
         ("datasets", "hf:owner/name"),
     ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(InputError, match=rf"needs {package}; pip install 'inl_jax\[data\]'"):
-            make(path)
+            make_corpus(path)
 
 
 def damage(file, keep):
@@ -211,12 +211,12 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_mistakes_are_one_line_and_leave_nothing(make, tmp_path, kind):
+def test_mistakes_are_one_line_and_leave_nothing(make_corpus, tmp_path, kind):
     (tmp_path / "given").mkdir()
     build, complaint = ERRORS[kind]
     path = build(tmp_path / "given")
     with pytest.raises(InputError, match=complaint) as caught:
-        make(path)
+        make_corpus(path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists() or leftovers(tmp_path) == []
 
