@@ -32,14 +32,14 @@ def main() -> int:
     config, flags = from_command_line(parser)
     import jax
 
+    from inl_jax import console
     from inl_jax.config import InputError
-    from inl_jax.parallel.sharding import make_mesh, spread_rows
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
     from inl_jax.planning.preflight import describe_model
-    from inl_jax.planning.xla import use_no_device
-    from inl_jax.training.metrics import gib
-    from inl_jax.training.step import compile_abstractly
+    from inl_jax.planning.xla import compile_abstractly, use_no_device
+    from inl_jax.training.state import make_layout
 
     use_no_device(flags.compile or "cpu")
 
@@ -52,7 +52,8 @@ def main() -> int:
             model = dataclasses.replace(config.model, compute_dtype="bfloat16")
             config = dataclasses.replace(config, model=model)
         mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
-        needed = memory.memory_needed(config, mesh)
+        config = fit_to_mesh(config, mesh)
+        needed = memory.memory_needed(config, mesh, make_layout(config, mesh))
         device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
         record = {
             "parts": needed.device,
@@ -98,21 +99,24 @@ def main() -> int:
         return 0 if fits else 2
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    micro_batches = spread_rows(config, mesh).accumulate_steps
+    micro_batches = config.accumulate_steps
     print(f"on each of {mesh.size} x {flags.device} ({axes}), {micro_batches} micro-batches:")
     for part, size in needed.device.items():
         if size:
-            print(f"  {part:25} {gib(size):>12}")
-    print(f"  {'all':25} {gib(needed.device_bytes):>12}")
-    print("  activations by remat: " + ", ".join(f"{m} {gib(b)}" for m, b in by_remat.items()))
+            print(f"  {part:25} {console.size(size):>12}")
+    print(f"  {'all':25} {console.size(needed.device_bytes):>12}")
+    print(
+        "  activations by remat: "
+        + ", ".join(f"{m} {console.size(b)}" for m, b in by_remat.items())
+    )
     if flags.compile:
         compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
-        print(f"  {'as compiled ' + compiler:25} {gib(device_bytes):>12}")
+        print(f"  {'as compiled ' + compiler:25} {console.size(device_bytes):>12}")
     for part, size in needed.host.items():
-        print(f"  {part + ' on the host':25} {gib(size):>12}")
+        print(f"  {part + ' on the host':25} {console.size(size):>12}")
     print(
-        f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, with "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+        f"  {'usable':25} {console.size(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, "
+        "with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     )
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")

@@ -16,7 +16,7 @@ from inl_jax.data.corpus import prepare
 from inl_jax.evaluation import evaluate
 from inl_jax.planning.xla import use_compile_cache
 from inl_jax.sampling import LanguageModel
-from inl_jax.training.checkpoint import read_config
+from inl_jax.training.run_dir import read_config
 
 
 def main() -> None:
