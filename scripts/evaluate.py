@@ -10,6 +10,7 @@ import sys
 
 from inl_jax.cli.command_line import exit_on_input_error
 from inl_jax.config import InputError
+from inl_jax.console import mute
 from inl_jax.data.batches import check, eval_batches
 from inl_jax.data.corpus import prepare
 from inl_jax.evaluation import evaluate
@@ -47,7 +48,8 @@ def main() -> None:
             )
         data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
         dataclasses.replace(config, data=data)  # checks the length against the model
-        corpus = prepare(data, tokenizer=model.tokenizer, report=lambda _: None)
+        mute(True)  # only the result is printed
+        corpus = prepare(data, tokenizer=model.tokenizer)
         check(corpus, model.config.vocab_size)
         batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
         result = evaluate(model.config, model.params, batches)

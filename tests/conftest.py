@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from inl_jax.data.corpus import prepare  # noqa: E402
 from inl_jax.parallel.sharding import make_mesh  # noqa: E402
 
 MODEL = {
@@ -104,5 +105,19 @@ def train_config(tmp_path, text_file):
             }
             | fields,
         )
+
+    return make
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """Prepares `paths`, by default as bytes, half held out, with a cache in `tmp_path`."""
+
+    def make(*paths, using=None, **fields):
+        defaults = {"tokenizer": "bytes", "validation_fraction": 0.5}
+        data = DataConfig(
+            paths=tuple(map(str, paths)), cache_dir=str(tmp_path / "cache"), **defaults | fields
+        )
+        return prepare(data, tokenizer=using)
 
     return make

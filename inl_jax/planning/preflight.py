@@ -137,7 +137,7 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
       InputError: as `prepare` does, and where the processes found different data.
     """
     corpus = processes.once_for_each_copy(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=say)
+        make_cache(config.data.cache_dir), lambda: prepare(config.data)
     )
     processes.check_same(
         "the fingerprint of the data",
