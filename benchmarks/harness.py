@@ -49,9 +49,9 @@ from inl_jax.model.language_model import (
 )
 from inl_jax.model.losses import CHUNK, mean_loss
 from inl_jax.parallel.sharding import RULES, make_mesh, place, spread_rows
+from inl_jax.planning.cost import flops_per_token, model_flops_utilization
 from inl_jax.planning.xla import apply_flags
 from inl_jax.sampling import decode_loop, prefill
-from inl_jax.training import metrics
 from inl_jax.training.checkpoint import read_params
 from inl_jax.training.optim import any_length_optimizer
 from inl_jax.training.step import abstract_state, compile_step, init_state, trace_step
@@ -314,7 +314,7 @@ def integrator(parser, argv) -> Report:
         rows += [row | {"contender": name, "note": why} for name, why in failed.items()]
     # `seconds` are now those of the block, forward and backward.
     vocabulary = 2 * config.d_model * config.vocab_size
-    flops = 3 * flags.tokens * (metrics.flops_per_token(config, flags.tokens) - vocabulary)
+    flops = 3 * flags.tokens * (flops_per_token(config, flags.tokens) - vocabulary)
     bound = flops / (1e9 * record["matmul_gflops"])
     times = statistics.median(seconds["ours"]) / bound
     record |= {"block_arithmetic_seconds": bound, "block_times_arithmetic_bound": times}
@@ -403,10 +403,10 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
         jax.block_until_ready(state)
         seconds = (time.perf_counter() - start) / flags.updates
     rate = config.batch_size * config.data.seq_len / seconds
-    flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
-    peak = metrics.peak_flops(jax.devices()[0])
-    if peak:
-        share = {"mfu": rate * flops / (peak * mesh.size)}
+    flops = 3 * flops_per_token(config.model, config.data.seq_len)
+    mfu = model_flops_utilization(config, mesh, rate)
+    if mfu is not None:
+        share = {"mfu": mfu}
     else:
         product = jax_contender(jax.jit(jnp.matmul), *matmul_operands(jnp.float32))
         gflops = matmul_gflops(interleaved({"matmul": product}, 5)["matmul"])

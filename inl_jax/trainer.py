@@ -19,6 +19,7 @@ from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.evaluation import Evaluation, evaluate
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import RULES, any_process, local_rows, make_mesh, place, spread_rows
+from inl_jax.planning.cost import model_flops_utilization
 from inl_jax.planning.preflight import (
     check_machine,
     check_same_config,
@@ -207,10 +208,6 @@ class Run:
         self.checkpoints, self.log = checkpoints, log
         self.timer = metrics.StepTimer()
         self.nonfinite_in_a_row = 0
-        device = jax.devices()[0]
-        flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
-        peak = metrics.peak_flops(device)
-        self.mfu_per_token_rate = flops / (peak * mesh.size) if peak else None
 
     def loop(self, step_fn, state: TrainState, stop: StopRequest) -> tuple[TrainState, bool]:
         """Updates until the end, or until asked to stop; returns the state and whether asked."""
@@ -297,9 +294,10 @@ class Run:
             f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
             f"{1000 * seconds:.0f} ms  {metrics.count(rate)} tok/s"
         )
-        if self.mfu_per_token_rate:
-            record["mfu"] = rate * self.mfu_per_token_rate
-            line += f"  MFU {100 * record['mfu']:.1f}%"
+        mfu = model_flops_utilization(c, self.mesh, rate)
+        if mfu is not None:
+            record["mfu"] = mfu
+            line += f"  MFU {100 * mfu:.1f}%"
         if input_wait > 0.01:
             line += f"  {100 * input_wait:.0f}% waiting for data"
         if values["skipped"]:

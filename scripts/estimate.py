@@ -36,6 +36,7 @@ def main() -> int:
     from inl_jax.parallel.sharding import make_mesh, spread_rows
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
+    from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.preflight import describe_model
     from inl_jax.planning.xla import use_no_device
     from inl_jax.training.metrics import gib
@@ -44,7 +45,7 @@ def main() -> int:
     use_no_device(flags.compile or "cpu")
 
     with exit_on_input_error():
-        flags.device = memory.find_device(flags.device)
+        gpu = find_gpu(flags.device)
         if flags.devices < 1:
             raise InputError(f"--devices {flags.devices}: must be positive")
         jax.config.update("jax_num_cpu_devices", flags.devices)
@@ -74,7 +75,7 @@ def main() -> int:
                     for (kind, axes), (times, size) in sent.items()
                 ],
             }
-        usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
+        usable = gpu.usable_memory
         fits = device_bytes <= usable
         # Where the compiler asks for more than was estimated, so it will after a change.
         allowed = usable * needed.device_bytes / device_bytes
@@ -83,7 +84,7 @@ def main() -> int:
     record |= {
         "activations_by_remat": by_remat,
         "config": config.name,
-        "device": flags.device,
+        "device": gpu.name,
         "devices": flags.devices,
         "mesh": dict(mesh.shape),
         "compiler": flags.compile,
@@ -99,7 +100,7 @@ def main() -> int:
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     micro_batches = spread_rows(config, mesh).accumulate_steps
-    print(f"on each of {mesh.size} x {flags.device} ({axes}), {micro_batches} micro-batches:")
+    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches} micro-batches:")
     for part, size in needed.device.items():
         if size:
             print(f"  {part:25} {gib(size):>12}")
@@ -111,7 +112,7 @@ def main() -> int:
     for part, size in needed.host.items():
         print(f"  {part + ' on the host':25} {gib(size):>12}")
     print(
-        f"  {'usable':25} {gib(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, with "
+        f"  {'usable':25} {gib(usable):>12}  of {gpu.memory:,} MiB, with "
         "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     )
     if flags.compile and mesh.size > 1:

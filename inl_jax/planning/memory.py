@@ -28,38 +28,6 @@ from inl_jax.parallel.sharding import (
 )
 from inl_jax.training.optim import MasterState, accumulator_dtype
 
-# Memory in MiB as nvidia-smi shows it.
-DEVICES = {
-    "b200-180gb": 183359,
-    "h200-141gb": 143771,
-    "h100-80gb": 81559,
-    "a100-80gb": 81920,
-    "a100-40gb": 40960,
-    "l40s": 46068,
-    "rtx6000-ada": 49140,
-    "rtx5090": 32607,
-    "rtx4090": 24564,
-    "rtx3090": 24576,
-    "a10g": 23028,
-    "rtx4080": 16376,
-    "rtx4060ti-16gb": 16380,
-}
-USABLE = 0.92  # of it, by JAX at XLA_PYTHON_CLIENT_MEM_FRACTION=.95; the CUDA context has the rest
-
-
-def find_device(name: str) -> str:
-    """The entry of `DEVICES` that `name` is, or is the only one to begin with.
-
-    Raises:
-      InputError: there is none, or there are several.
-    """
-    found = [known for known in DEVICES if known.startswith(name.lower())]
-    if name.lower() in DEVICES:
-        found = [name.lower()]
-    if len(found) != 1:
-        raise InputError(f"--device {name}: choose one of {', '.join(found or DEVICES)}")
-    return found[0]
-
 
 class MemoryNeeded(NamedTuple):
     """Bytes by part, for each device and, where there is any, for its share of the host."""

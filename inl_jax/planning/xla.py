@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jaxlib import xla_client
 
 from inl_jax.config import InputError
+from inl_jax.planning.hardware import XLA_H100
 
 CACHE_DIR = "~/.cache/inl_jax/xla"
 
@@ -92,22 +93,6 @@ def _starts_with(flags: list[str]) -> bool:
     return subprocess.run(trial, env=env, capture_output=True).returncode == 0
 
 
-# An H100 as XLA describes it: what its CUDA compiler must know where it cannot ask the device.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 12 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
 class Program(NamedTuple):
     """What XLA made of a step."""
 
@@ -142,7 +127,7 @@ def compile_for_cuda(traced, num_devices: int) -> Program:
     """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=_H100, topology=f"1x1x{num_devices}"
+            platform="cuda", topology_name="", target_config=XLA_H100, topology=f"1x1x{num_devices}"
         )
         devices = topology.devices
         options = xla_client.CompileOptions()

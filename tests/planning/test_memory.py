@@ -13,6 +13,7 @@ from inl_jax.config_file import load_config, override
 from inl_jax.parallel import sharding
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning import memory
+from inl_jax.planning.hardware import find_gpu
 from inl_jax.training.step import abstract_state, check_offload
 
 ROOT = Path(__file__).parents[2]
@@ -250,7 +251,7 @@ def test_no_change_that_costs_memory_stands_in_the_way_of_others():
         ],
     )
     mesh = make_mesh(config.mesh)
-    usable = memory.USABLE * memory.DEVICES["rtx4060ti-16gb"] * 2**20
+    usable = find_gpu("rtx4060ti-16gb").usable_memory
     changed = override(config, memory.smallest_change(config, mesh, usable))
     assert memory.memory_needed(changed, mesh).device_bytes <= usable
 
