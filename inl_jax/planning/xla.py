@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax._src.xla_bridge import backends_are_initialized  # has no public name
-from jax.experimental import topologies
-from jaxlib import xla_client
 
 from inl_jax.config import InputError
+from inl_jax.internals import backends_are_initialized, compile_for_topology
 
 CACHE_DIR = "~/.cache/inl_jax/xla"
 
@@ -141,21 +138,13 @@ def compile_for_cuda(traced, num_devices: int) -> Program:
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, which keeps it from giving up where it finds no device.
     """
     try:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=_H100, topology=f"1x1x{num_devices}"
-        )
-        devices = topology.devices
-        options = xla_client.CompileOptions()
-        options.num_replicas, options.num_partitions = 1, num_devices
-        assignment = np.arange(num_devices).reshape(1, -1)
-        options.device_assignment = xla_client.DeviceAssignment.create(assignment)
-        build = options.executable_build_options
-        build.num_replicas, build.num_partitions = 1, num_devices
-        build.use_spmd_partitioning, build.use_shardy_partitioner = num_devices > 1, True
-        options.env_option_overrides = [("xla_gpu_autotune_level", 0)]
-        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-        executable = devices[0].client.compile(
-            module, xla_client.DeviceList(tuple(devices)), options
+        executable = compile_for_topology(
+            traced,
+            platform="cuda",
+            topology=f"1x1x{num_devices}",
+            target_config=_H100,
+            num_devices=num_devices,
+            options={"xla_gpu_autotune_level": 0},
         )
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         raise InputError(
