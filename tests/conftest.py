@@ -45,6 +45,14 @@ def assert_same(a, b):
 
 
 @pytest.fixture
+def said(monkeypatch):
+    """The lines said so far, in order."""
+    lines = []
+    monkeypatch.setattr("inl_jax.console.tqdm.write", lambda line, **_: lines.append(line))
+    return lines
+
+
+@pytest.fixture
 def model_config():
     """Makes a narrow model: `model_config(context="mean", num_layers=4)`."""
     return lambda **fields: ModelConfig(**(MODEL | fields))

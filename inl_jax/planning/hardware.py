@@ -26,8 +26,7 @@ class Gpu:
     link: float
     """Bytes/s each way to the other GPUs of its node: NVLink if it has a switch, else PCIe."""
     network: float | None = None
-    """Bytes/s each way between nodes, per GPU, in NVIDIA's DGX system of it; None if there is none.
-    """
+    """Bytes/s each way to other nodes, per GPU of NVIDIA's DGX system; None without such a system."""
     power: float
     """Watts that the board may draw."""
     price: float | None = None
