@@ -26,7 +26,7 @@ class Gpu:
     link: float
     """Bytes/s each way to the other GPUs of its node: NVLink if it has a switch, else PCIe."""
     network: float | None = None
-    """Bytes/s each way to other nodes, per GPU of NVIDIA's DGX system; None without such a system."""
+    """Bytes/s each way to other nodes, per GPU of a DGX system; None if there is no such system."""
     power: float
     """Watts that the board may draw."""
     price: float | None = None
@@ -36,7 +36,7 @@ class Gpu:
 
     @property
     def usable_memory(self) -> int:
-        """Bytes that JAX may use at XLA_PYTHON_CLIENT_MEM_FRACTION=.95; CUDA's context has the rest."""
+        """Bytes that JAX may use at XLA_PYTHON_CLIENT_MEM_FRACTION=.95, less CUDA's context."""
         return int(0.92 * self.memory * 2**20)
 
 
