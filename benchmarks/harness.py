@@ -37,6 +37,7 @@ from flax import linen as nn
 
 from inl_jax.cli.command_line import exit_on_input_error, from_command_line
 from inl_jax.config import InputError, ModelConfig, TrainConfig
+from inl_jax.console import speak_to
 from inl_jax.model.integrator import Dynamics, Integrator, integrate
 from inl_jax.model.language_model import (
     Block,
@@ -48,13 +49,14 @@ from inl_jax.model.language_model import (
     logits,
 )
 from inl_jax.model.losses import CHUNK, mean_loss
-from inl_jax.parallel.sharding import RULES, make_mesh, place, spread_rows
-from inl_jax.planning.cost import flops_per_token, model_flops_utilization
+from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
+from inl_jax.planning.cost import flops_per_token, utilization
 from inl_jax.planning.xla import apply_flags
 from inl_jax.sampling import decode_loop, prefill
 from inl_jax.training.checkpoint import read_params
 from inl_jax.training.optim import any_length_optimizer
-from inl_jax.training.step import abstract_state, compile_step, init_state, trace_step
+from inl_jax.training.state import init_state, make_layout
+from inl_jax.training.step import compile_step, trace_step
 
 PAUSE = 0.3  # seconds between measurements, in which idle threads stop spinning
 MATMUL = (512, 2048, 8192)  # the product by which the machine's rate is measured
@@ -129,7 +131,8 @@ def check_positive(flags: argparse.Namespace) -> argparse.Namespace:
 def config_and_flags(parser, argv) -> tuple[TrainConfig, argparse.Namespace]:
     """The config with its overrides and XLA flags applied, and the verb's own flags."""
     config, flags = from_command_line(parser, argv)
-    apply_flags(config.xla_flags, report=say)
+    speak_to(sys.stderr)  # stdout is for the record
+    apply_flags(config.xla_flags)
     return config, check_positive(flags)
 
 
@@ -356,7 +359,7 @@ def train(parser, argv) -> Report:
     number(parser, "--warmup", 2, "updates before them")
     parser.add_argument("--tax", action="store_true", help="measure num_iterations 0 as well")
     config, flags = config_and_flags(parser, argv)
-    config = spread_rows(config, make_mesh(config.mesh))
+    config = fit_to_mesh(config, make_mesh(config.mesh))
     record = training(config, flags)
     rows = [record]
     if flags.tax and config.model.num_iterations > 0:
@@ -385,7 +388,7 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
     shape = (config.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        abstract = abstract_state(config, mesh)
+        abstract = make_layout(config, mesh)
         start = time.perf_counter()
         log = types.SimpleNamespace(say=say)
         step = compile_step(config, run_length(config), mesh, abstract, log)
@@ -404,10 +407,8 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
         seconds = (time.perf_counter() - start) / flags.updates
     rate = config.batch_size * config.data.seq_len / seconds
     flops = 3 * flops_per_token(config.model, config.data.seq_len)
-    mfu = model_flops_utilization(config, mesh, rate)
-    if mfu is not None:
-        share = {"mfu": mfu}
-    else:
+    share = utilization(config, mesh, rate)
+    if not share:
         product = jax_contender(jax.jit(jnp.matmul), *matmul_operands(jnp.float32))
         gflops = matmul_gflops(interleaved({"matmul": product}, 5)["matmul"])
         share = {"share_of_matmul": 1e-9 * rate * flops / gflops, "matmul_gflops": gflops}
@@ -590,7 +591,7 @@ def step_memory(config: TrainConfig) -> dict[str, Any]:
     say("compiling the training step")
     start = time.perf_counter()
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        traced = trace_step(config, run_length(config), mesh, abstract_state(config, mesh))
+        traced = trace_step(config, run_length(config), mesh, make_layout(config, mesh))
         analysis = traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
     parts = ("argument", "temp", "alias", "output")

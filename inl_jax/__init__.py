@@ -2,10 +2,11 @@
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import load_config
+from inl_jax.guide import train_inl_llm
 from inl_jax.interop import published as interop
 from inl_jax.model.language_model import apply, init_params, param_count
 from inl_jax.sampling import LanguageModel, generate
-from inl_jax.trainer import TrainResult, train, train_inl_llm
+from inl_jax.trainer import TrainResult, train
 
 __all__ = [
     "InputError",

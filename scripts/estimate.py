@@ -32,15 +32,15 @@ def main() -> int:
     config, flags = from_command_line(parser)
     import jax
 
+    from inl_jax import console
     from inl_jax.config import InputError
-    from inl_jax.parallel.sharding import make_mesh, spread_rows
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
     from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.preflight import describe_model
-    from inl_jax.planning.xla import use_no_device
-    from inl_jax.training.metrics import gib
-    from inl_jax.training.step import compile_abstractly
+    from inl_jax.planning.xla import compile_abstractly, use_no_device
+    from inl_jax.training.state import make_layout
 
     use_no_device(flags.compile or "cpu")
 
@@ -53,7 +53,9 @@ def main() -> int:
             model = dataclasses.replace(config.model, compute_dtype="bfloat16")
             config = dataclasses.replace(config, model=model)
         mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
-        needed = memory.memory_needed(config, mesh)
+        config = fit_to_mesh(config, mesh)
+        layout = make_layout(config, mesh)
+        needed = memory.memory_needed(config, mesh, layout)
         device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
         record = {
             "parts": needed.device,
@@ -61,7 +63,7 @@ def main() -> int:
             "estimated_bytes": device_bytes,
         }
         if flags.compile:
-            program = compile_abstractly(config, mesh, flags.compile)
+            program = compile_abstractly(config, mesh, layout, flags.compile)
             device_bytes, host = memory.compiled_bytes(program.memory)
             host_bytes = host or host_bytes  # the CPU's compiler counts it with the rest
             if not host:
@@ -92,27 +94,30 @@ def main() -> int:
         "host_bytes": host_bytes,
         "usable_bytes": usable,
         "fits": fits,
-        "change": None if change is None else " ".join(change),
+        "change": None if change is None else memory.as_flags(change),
     }
     if flags.json:
         print(json.dumps(record))
         return 0 if fits else 2
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    micro_batches = spread_rows(config, mesh).accumulate_steps
-    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches} micro-batches:")
+    micro_batches = console.plural(config.accumulate_steps, "micro-batch")
+    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
     for part, size in needed.device.items():
         if size:
-            print(f"  {part:25} {gib(size):>12}")
-    print(f"  {'all':25} {gib(needed.device_bytes):>12}")
-    print("  activations by remat: " + ", ".join(f"{m} {gib(b)}" for m, b in by_remat.items()))
+            print(f"  {part:25} {console.size(size):>12}")
+    print(f"  {'all':25} {console.size(needed.device_bytes):>12}")
+    print(
+        "  activations by remat: "
+        + ", ".join(f"{m} {console.size(b)}" for m, b in by_remat.items())
+    )
     if flags.compile:
         compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
-        print(f"  {'as compiled ' + compiler:25} {gib(device_bytes):>12}")
+        print(f"  {'as compiled ' + compiler:25} {console.size(device_bytes):>12}")
     for part, size in needed.host.items():
-        print(f"  {part + ' on the host':25} {gib(size):>12}")
+        print(f"  {part + ' on the host':25} {console.size(size):>12}")
     print(
-        f"  {'usable':25} {gib(usable):>12}  of {gpu.memory:,} MiB, with "
+        f"  {'usable':25} {console.size(usable):>12}  of {gpu.memory:,} MiB, with "
         "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     )
     if flags.compile and mesh.size > 1:
@@ -127,7 +132,7 @@ def main() -> int:
     elif change is None:
         print("it does not fit, whatever is changed: more devices or a smaller config are needed")
     else:
-        print(f"it does not fit; the smallest change that makes it fit: {' '.join(change)}")
+        print(f"it does not fit; the smallest change that makes it fit: {memory.as_flags(change)}")
     return 0 if fits else 2
 
 

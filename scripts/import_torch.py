@@ -13,7 +13,8 @@ from inl_jax.cli.command_line import exit_on_input_error
 from inl_jax.config import DataConfig, InputError, TrainConfig
 from inl_jax.data.tokenizer import load_tokenizer
 from inl_jax.interop.published import config_from_torch, params_from_torch
-from inl_jax.training.checkpoint import Checkpoints, record_run
+from inl_jax.training.checkpoint import Checkpoints
+from inl_jax.training.run_dir import record_run
 
 
 def main() -> None:

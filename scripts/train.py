@@ -35,8 +35,8 @@ def main() -> int:
     config, flags = from_command_line(parser)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.parallel import processes
-    from inl_jax.trainer import EXIT_DIVERGED, EXIT_INTERRUPTED, Diverged
-    from inl_jax.training.stop import Stopped
+    from inl_jax.trainer import Diverged
+    from inl_jax.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Stopped
 
     def stop(number, frame):
         raise Stopped
@@ -66,11 +66,12 @@ def main() -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
     from inl_jax.parallel import processes
-    from inl_jax.parallel.sharding import make_mesh
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning.preflight import check_machine, check_same_config
     from inl_jax.planning.xla import apply_flags, use_compile_cache
-    from inl_jax.trainer import EXIT_INTERRUPTED, train
-    from inl_jax.training.step import abstract_state
+    from inl_jax.trainer import train
+    from inl_jax.training.state import make_layout
+    from inl_jax.training.stop import EXIT_INTERRUPTED
 
     launch = processes.find_launch(
         os.environ,
@@ -79,13 +80,14 @@ def run(config, flags) -> int:
         process_id=flags.process_id,
     )
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
-    apply_flags(config.xla_flags, report=processes.say)
+    apply_flags(config.xla_flags)
     if flags.dry_run:
         check_same_config(config)
         mesh = make_mesh(config.mesh)
-        check_machine(config, mesh, abstract_state(config, mesh), report=processes.say)
+        fitted = fit_to_mesh(config, mesh)
+        check_machine(config, fitted, mesh, make_layout(fitted, mesh))
         return 0
-    use_compile_cache(report=processes.say)
+    use_compile_cache()
     return EXIT_INTERRUPTED if train(config).interrupted else 0
 
 

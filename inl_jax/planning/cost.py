@@ -26,15 +26,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return c.num_layers * (context + integrator + feed_forward) + 2 * D * c.vocab_size
 
 
-def model_flops_utilization(
-    config: TrainConfig, mesh: Mesh, tokens_per_second: float
-) -> float | None:
-    """The share of the mesh's bfloat16 peak that training at this rate uses (MFU, 0 to 1).
+def utilization(config: TrainConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """`{"mfu": share}` of the devices' bfloat16 peak that training uses; {} if no peak is known.
 
-    Recomputation does not count as use (Chowdhery et al., 2022). None if the peak is unknown.
+    Model FLOP utilisation as Chowdhery et al. (PaLM, 2022) define it, 0 to 1: recomputation does
+    not count as use.
     """
     gpu = gpu_of(mesh.devices.flat[0].device_kind)
     if gpu is None or gpu.peak_flops is None:
-        return None
+        return {}
     flops = 3 * flops_per_token(config.model, config.data.seq_len)
-    return tokens_per_second * flops / (gpu.peak_flops * mesh.size)
+    return {"mfu": tokens_per_second * flops / (gpu.peak_flops * mesh.size)}

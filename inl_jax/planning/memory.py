@@ -151,9 +151,7 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     if width < 4:  # the embedding's gradient is accumulated in float32, apart from the others
         logits += table * D
     gathered = 0
-    if (
-        fsdp > 1 and config.mesh.fsdp_shards == "all"
-    ):  # 2 layers at a time, or the embedding
+    if fsdp > 1 and config.mesh.fsdp_shards == "all":  # 2 layers at a time, or the embedding
         blocks = abstract_params(c)["blocks"]
         sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks)]
         gathered = width * max(2 * sum(sizes) // c.num_layers, c.vocab_size * D)

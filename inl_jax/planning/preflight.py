@@ -41,14 +41,14 @@ def check_same_config(config: TrainConfig) -> None:
     )
 
 
-def check_machine(config: TrainConfig, mesh: Mesh, layout: Layout, *, asked: TrainConfig) -> None:
+def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
     """Says what the run needs and what this machine has, before anything is allocated.
 
     Args:
+      asked: the run as its config file and command line say.
       config: the run, fitted to `mesh`.
       mesh: from `make_mesh`.
       layout: from `make_layout`.
-      asked: the run before it was fitted.
 
     Raises:
       InputError: the attention kernel, the memory or the disk that the run needs is not here.
@@ -61,11 +61,11 @@ def check_machine(config: TrainConfig, mesh: Mesh, layout: Layout, *, asked: Tra
             f"accumulate_steps {asked.accumulate_steps} -> {config.accumulate_steps}, so that each "
             f"of {batch_shards(mesh)} devices has rows of every micro-batch"
         )
-    _check_memory(config, mesh, layout, asked)
+    _check_memory(asked, config, mesh, layout)
     _check_disk(config, layout)
 
 
-def _check_memory(config: TrainConfig, mesh: Mesh, layout: Layout, asked: TrainConfig) -> None:
+def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
     needed, (found, what) = memory_needed(config, mesh, layout), memory_found(mesh)
     parts = ", ".join(f"{part} {size(n)}" for part, n in needed.device.items() if n)
     where = "the device" if mesh.size == 1 else f"each of {mesh.size} devices"

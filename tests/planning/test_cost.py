@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from inl_jax.config import ModelConfig
 from inl_jax.model import language_model as model
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.planning.cost import flops_per_token, model_flops_utilization
+from inl_jax.planning.cost import flops_per_token, utilization
 
 
 def dot_flops(jaxpr) -> int:
@@ -56,17 +56,17 @@ def test_flops_per_token_of_the_3b():
     assert 3 * flops_per_token(config, 4096) == pytest.approx(15.3e9, rel=0.01)
 
 
-def test_model_flops_utilization_is_the_share_of_the_peak_of_all_devices(train_config):
+def test_utilization_is_the_share_of_the_peak_of_all_devices(train_config):
     config = train_config()
     kind = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
     mesh = SimpleNamespace(devices=np.array([[kind], [kind]]), size=2)
     most = 2 * 989e12 / (3 * flops_per_token(config.model, config.data.seq_len))  # tokens/s
-    assert model_flops_utilization(config, mesh, 0.4 * most) == pytest.approx(0.4)
+    assert utilization(config, mesh, 0.4 * most) == {"mfu": pytest.approx(0.4)}
 
 
-def test_model_flops_utilization_is_none_if_the_peak_is_unknown(train_config):
+def test_utilization_is_left_out_if_the_peak_is_unknown(train_config):
     config = train_config()
-    assert model_flops_utilization(config, make_mesh(config.mesh), 1e6) is None
+    assert utilization(config, make_mesh(config.mesh), 1e6) == {}
     kind = SimpleNamespace(device_kind="NVIDIA GeForce RTX 4060 Ti")
     mesh = SimpleNamespace(devices=np.array([kind]), size=1)
-    assert model_flops_utilization(config, mesh, 1e6) is None
+    assert utilization(config, mesh, 1e6) == {}
