@@ -18,7 +18,7 @@ from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
 from inl_jax.model.language_model import abstract_params, compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh, num_bytes
-from inl_jax.training.optim import MasterState
+from inl_jax.training.optim import MasterState, accumulator_dtype
 from inl_jax.training.state import Layout, make_layout
 
 
@@ -49,15 +49,14 @@ def memory_needed(config: TrainConfig, mesh: Mesh, layout: Layout) -> MemoryNeed
       mesh: from `make_mesh`.
       layout: from `make_layout`.
     """
-    state, accumulated = _optimizer_bytes(layout.state.opt_state), layout.gradients
-    one_micro_batch = jax.tree.map(
-        lambda g, p: g.update(dtype=p.dtype), accumulated, layout.state.params
-    )
+    state = _optimizer_bytes(layout.state.opt_state)
+    dtype = accumulator_dtype(config)
+    accumulated = jax.tree.map(lambda g: g.update(dtype=dtype), layout.gradients)
     device = {
         "parameters": num_bytes(layout.state.params),
         "masters": state["masters", "device"],
         "moments": state["moments", "device"],
-        "gradients": num_bytes(one_micro_batch),
+        "gradients": num_bytes(layout.gradients),
         "accumulator": num_bytes(accumulated) if config.accumulate_steps > 1 else 0,
     }
     working = _working_memory(config, mesh)

@@ -207,15 +207,14 @@ def test_the_estimate_names_a_change_that_makes_the_3b_fit_a_card():
     assert done.returncode == 0 and record["fits"] and record["host_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_the_estimate_asks_the_compiler_that_is_always_there():
-    """Also the one run of the whole command by default: what it prints is for people."""
-    args = ("--config", "tiny", "--devices", "2", "--compile")
-    record = json.loads(estimate(*args, "--json", unoptimized="1").stdout)
+    done = estimate("--config", "tiny", "--devices", "2", "--compile", "--json", unoptimized="1")
+    record = json.loads(done.stdout)
     assert record["compiler"] == "cpu" and record["sent_bytes"] >= record["least_bytes"] > 0
     assert record["device_bytes"] != record["estimated_bytes"]
 
 
-@pytest.mark.slow
 def test_the_estimate_prints_no_number_that_says_nothing():
     done = estimate("--config", "tiny", "--device", "h100")
     assert done.returncode == 0 and "it fits by the estimate" in done.stdout
@@ -260,22 +259,23 @@ def test_smallest_change_fits_and_holds_nothing_that_is_not_needed(train_config)
     assert memory.smallest_change(config, mesh, 0) is None
 
 
-def test_smallest_change_leaves_out_changes_that_cost_memory():
-    """On a tensor axis, where each device has all rows of a micro-batch."""
-    config = with_fields(
-        load_config("4b"),
-        {
-            "model.max_seq_len": 16384,
-            "data.seq_len": 16384,
-            "model.compute_dtype": "bfloat16",
-            "mesh.data": 1,
-            "mesh.tensor": 2,
-        },
-    )
+@pytest.mark.parametrize(
+    ("name", "gpu", "tensor", "seq_len"),
+    # On a tensor axis each device has all rows of a micro-batch, and some changes cost memory.
+    [("3b", "rtx4090", 1, 4096), ("4b", "rtx4060ti-16gb", 2, 16384)],
+)
+def test_smallest_change_makes_a_large_model_fit_a_small_card(name, gpu, tensor, seq_len):
+    fields = {
+        "model.max_seq_len": seq_len,
+        "data.seq_len": seq_len,
+        "model.compute_dtype": "bfloat16",
+        "mesh.data": 1,
+        "mesh.tensor": tensor,
+    }
+    config, usable = with_fields(load_config(name), fields), find_gpu(gpu).usable_memory
     mesh = make_mesh(config.mesh)
-    usable = find_gpu("rtx4060ti-16gb").usable_memory
-    change = memory.smallest_change(config, mesh, usable)
-    changed = with_fields(config, change)
+    assert needed_by(config).device_bytes > usable
+    changed = with_fields(config, memory.smallest_change(config, mesh, usable))
     assert needed_by(changed, mesh.devices.ravel().tolist()).device_bytes <= usable
 
 
@@ -288,6 +288,6 @@ def test_state_in_host_memory_is_an_error_on_a_platform_without_it(train_config,
     device = SimpleNamespace(
         device_kind="TPU v1", addressable_memories=lambda: [SimpleNamespace(kind="device")]
     )
-    monkeypatch.setattr(jax.sharding.Mesh, "local_devices", [device])
+    monkeypatch.setitem(vars(mesh), "local_devices", [device])
     with pytest.raises(InputError, match="optim.state_memory=pinned_host: .* has only device mem"):
         make_layout(config, mesh)
