@@ -133,6 +133,7 @@ def config_and_flags(parser, argv) -> tuple[TrainConfig, argparse.Namespace]:
     config, flags = from_command_line(parser, argv)
     speak_to(sys.stderr)  # stdout is for the record
     apply_flags(config.xla_flags)
+    speak_to(None)
     return config, check_positive(flags)
 
 

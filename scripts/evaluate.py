@@ -36,6 +36,7 @@ def main() -> None:
         config = read_config(flags.checkpoint)
         speak_to(sys.stderr)  # stdout is for the result
         use_compile_cache()
+        speak_to(None)
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
         data = config.data
         if flags.data:

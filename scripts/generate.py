@@ -31,6 +31,7 @@ def main() -> None:
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
         speak_to(sys.stderr)  # stdout is for the result
         use_compile_cache()
+        speak_to(None)
         settings = {"end_id": None} if flags.ignore_end else {}
         start = time.perf_counter()
         texts = model.generate(
