@@ -37,6 +37,7 @@ from flax import linen as nn
 
 from inl_jax.cli.command_line import exit_on_input_error, from_command_line
 from inl_jax.config import InputError, ModelConfig, TrainConfig
+from inl_jax.console import speak_to
 from inl_jax.model.integrator import Dynamics, Integrator, integrate
 from inl_jax.model.language_model import (
     Block,
@@ -49,9 +50,9 @@ from inl_jax.model.language_model import (
 )
 from inl_jax.model.losses import CHUNK, mean_loss
 from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
+from inl_jax.planning.cost import flops_per_token, utilization
 from inl_jax.planning.xla import apply_flags
 from inl_jax.sampling import decode_loop, prefill
-from inl_jax.training import metrics
 from inl_jax.training.checkpoint import read_params
 from inl_jax.training.optim import any_length_optimizer
 from inl_jax.training.state import init_state, make_layout
@@ -130,7 +131,9 @@ def check_positive(flags: argparse.Namespace) -> argparse.Namespace:
 def config_and_flags(parser, argv) -> tuple[TrainConfig, argparse.Namespace]:
     """The config with its overrides and XLA flags applied, and the verb's own flags."""
     config, flags = from_command_line(parser, argv)
-    apply_flags(config.xla_flags, report=say)
+    speak_to(sys.stderr)  # stdout is for the record
+    apply_flags(config.xla_flags)
+    speak_to(None)
     return config, check_positive(flags)
 
 
@@ -315,7 +318,7 @@ def integrator(parser, argv) -> Report:
         rows += [row | {"contender": name, "note": why} for name, why in failed.items()]
     # `seconds` are now those of the block, forward and backward.
     vocabulary = 2 * config.d_model * config.vocab_size
-    flops = 3 * flags.tokens * (metrics.flops_per_token(config, flags.tokens) - vocabulary)
+    flops = 3 * flags.tokens * (flops_per_token(config, flags.tokens) - vocabulary)
     bound = flops / (1e9 * record["matmul_gflops"])
     times = statistics.median(seconds["ours"]) / bound
     record |= {"block_arithmetic_seconds": bound, "block_times_arithmetic_bound": times}
@@ -404,11 +407,9 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
         jax.block_until_ready(state)
         seconds = (time.perf_counter() - start) / flags.updates
     rate = config.batch_size * config.data.seq_len / seconds
-    flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
-    peak = metrics.peak_flops(jax.devices()[0])
-    if peak:
-        share = {"mfu": rate * flops / (peak * mesh.size)}
-    else:
+    flops = 3 * flops_per_token(config.model, config.data.seq_len)
+    share = utilization(config, mesh, rate)
+    if not share:
         product = jax_contender(jax.jit(jnp.matmul), *matmul_operands(jnp.float32))
         gflops = matmul_gflops(interleaved({"matmul": product}, 5)["matmul"])
         share = {"share_of_matmul": 1e-9 * rate * flops / gflops, "matmul_gflops": gflops}

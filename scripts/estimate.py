@@ -37,6 +37,7 @@ def main() -> int:
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
+    from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.preflight import describe_model
     from inl_jax.planning.xla import compile_abstractly, use_no_device
     from inl_jax.training.state import make_layout
@@ -44,7 +45,7 @@ def main() -> int:
     use_no_device(flags.compile or "cpu")
 
     with exit_on_input_error():
-        flags.device = memory.find_device(flags.device)
+        gpu = find_gpu(flags.device)
         if flags.devices < 1:
             raise InputError(f"--devices {flags.devices}: must be positive")
         jax.config.update("jax_num_cpu_devices", flags.devices)
@@ -53,7 +54,8 @@ def main() -> int:
             config = dataclasses.replace(config, model=model)
         mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
         config = fit_to_mesh(config, mesh)
-        needed = memory.memory_needed(config, mesh, make_layout(config, mesh))
+        layout = make_layout(config, mesh)
+        needed = memory.memory_needed(config, mesh, layout)
         device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
         record = {
             "parts": needed.device,
@@ -61,7 +63,7 @@ def main() -> int:
             "estimated_bytes": device_bytes,
         }
         if flags.compile:
-            program = compile_abstractly(config, mesh, flags.compile)
+            program = compile_abstractly(config, mesh, layout, flags.compile)
             device_bytes, host = memory.compiled_bytes(program.memory)
             host_bytes = host or host_bytes  # the CPU's compiler counts it with the rest
             if not host:
@@ -75,7 +77,7 @@ def main() -> int:
                     for (kind, axes), (times, size) in sent.items()
                 ],
             }
-        usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
+        usable = gpu.usable_memory
         fits = device_bytes <= usable
         # Where the compiler asks for more than was estimated, so it will after a change.
         allowed = usable * needed.device_bytes / device_bytes
@@ -84,7 +86,7 @@ def main() -> int:
     record |= {
         "activations_by_remat": by_remat,
         "config": config.name,
-        "device": flags.device,
+        "device": gpu.name,
         "devices": flags.devices,
         "mesh": dict(mesh.shape),
         "compiler": flags.compile,
@@ -92,15 +94,15 @@ def main() -> int:
         "host_bytes": host_bytes,
         "usable_bytes": usable,
         "fits": fits,
-        "change": None if change is None else " ".join(change),
+        "change": None if change is None else memory.as_flags(change),
     }
     if flags.json:
         print(json.dumps(record))
         return 0 if fits else 2
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    micro_batches = config.accumulate_steps
-    print(f"on each of {mesh.size} x {flags.device} ({axes}), {micro_batches} micro-batches:")
+    micro_batches = console.plural(config.accumulate_steps, "micro-batch")
+    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
     for part, size in needed.device.items():
         if size:
             print(f"  {part:25} {console.size(size):>12}")
@@ -115,8 +117,8 @@ def main() -> int:
     for part, size in needed.host.items():
         print(f"  {part + ' on the host':25} {console.size(size):>12}")
     print(
-        f"  {'usable':25} {console.size(usable):>12}  of {memory.DEVICES[flags.device]:,} MiB, "
-        "with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+        f"  {'usable':25} {console.size(usable):>12}  of {gpu.memory:,} MiB, with "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     )
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")
@@ -130,7 +132,7 @@ def main() -> int:
     elif change is None:
         print("it does not fit, whatever is changed: more devices or a smaller config are needed")
     else:
-        print(f"it does not fit; the smallest change that makes it fit: {' '.join(change)}")
+        print(f"it does not fit; the smallest change that makes it fit: {memory.as_flags(change)}")
     return 0 if fits else 2
 
 

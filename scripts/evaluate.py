@@ -10,7 +10,7 @@ import sys
 
 from inl_jax.cli.command_line import exit_on_input_error
 from inl_jax.config import InputError
-from inl_jax.console import mute
+from inl_jax.console import mute, speak_to
 from inl_jax.data.batches import check, eval_batches
 from inl_jax.data.corpus import prepare
 from inl_jax.evaluation import evaluate
@@ -34,7 +34,9 @@ def main() -> None:
                 f"--batch_size {flags.batch_size} --seq_len {flags.seq_len}: must be positive"
             )
         config = read_config(flags.checkpoint)
-        use_compile_cache(report=lambda line: print(line, file=sys.stderr))
+        speak_to(sys.stderr)  # stdout is for the result
+        use_compile_cache()
+        speak_to(None)
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
         data = config.data
         if flags.data:

@@ -10,6 +10,7 @@ import sys
 import time
 
 from inl_jax.cli.command_line import exit_on_input_error
+from inl_jax.console import speak_to
 from inl_jax.planning.xla import use_compile_cache
 from inl_jax.sampling import LanguageModel
 
@@ -28,7 +29,9 @@ def main() -> None:
     flags = parser.parse_args()
     with exit_on_input_error():
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
-        use_compile_cache(report=lambda line: print(line, file=sys.stderr))
+        speak_to(sys.stderr)  # stdout is for the result
+        use_compile_cache()
+        speak_to(None)
         settings = {"end_id": None} if flags.ignore_end else {}
         start = time.perf_counter()
         texts = model.generate(

@@ -80,14 +80,14 @@ def run(config, flags) -> int:
         process_id=flags.process_id,
     )
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
-    apply_flags(config.xla_flags, report=processes.say)
+    apply_flags(config.xla_flags)
     if flags.dry_run:
         check_same_config(config)
         mesh = make_mesh(config.mesh)
         fitted = fit_to_mesh(config, mesh)
         check_machine(config, fitted, mesh, make_layout(fitted, mesh))
         return 0
-    use_compile_cache(report=processes.say)
+    use_compile_cache()
     return EXIT_INTERRUPTED if train(config).interrupted else 0
 
 

@@ -190,7 +190,7 @@ def test_memory_that_does_not_suffice_names_needed_and_found(tmp_path):
     )
     with pytest.raises(InputError, match=r"tiny needs \d+\.\d\d GiB .* \d+\.\d\d GiB was found"):
         mesh = make_mesh(config.mesh)
-        check_machine(config, mesh, make_layout(config, mesh), report=lambda line: None)
+        check_machine(config, config, mesh, make_layout(config, mesh))
     assert not (tmp_path / "r").exists()
 
 
