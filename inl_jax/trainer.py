@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import load_config
+from inl_jax.console import say
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, prepare
 from inl_jax.data.tokenizer import Tokenizer
@@ -85,13 +86,13 @@ def train(config: TrainConfig) -> TrainResult:
         mesh = make_mesh(config.mesh)
         check_same_config(config)
         abstract = abstract_state(config, mesh)
-        check_machine(config, mesh, abstract, report=processes.say)
+        check_machine(config, mesh, abstract, report=say)
         corpus = prepare_everywhere(config)
         data.check(corpus, config.model.vocab_size)
         samples = data.training_samples(corpus, config.data, config.seed)
         check_sample(config, corpus.tokenizer)
         count_steps(config, corpus)
-        check_run(config, corpus.tokenizer, report=processes.say)
+        check_run(config, corpus.tokenizer, report=say)
         stop.hold()
         with (
             locked(config.run_dir),

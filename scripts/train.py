@@ -46,7 +46,7 @@ def main() -> int:
         return processes.end(run(config, flags))
     except InputError as error:
         return processes.end(2, f"error: {error}")
-    except processes.Absent as error:
+    except processes.PeersMissing as error:
         return processes.end(1, f"error: {error}")
     except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
         code, what = (
@@ -65,27 +65,29 @@ def main() -> int:
 
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
+    from inl_jax.console import say
     from inl_jax.parallel import processes
+    from inl_jax.parallel.launch import find_launch
     from inl_jax.parallel.sharding import make_mesh
     from inl_jax.planning.preflight import check_machine, check_same_config
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import EXIT_INTERRUPTED, train
     from inl_jax.training.step import abstract_state
 
-    launch = processes.find_launch(
+    launch = find_launch(
         os.environ,
         coordinator=flags.coordinator,
         num_processes=flags.num_processes,
         process_id=flags.process_id,
     )
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
-    apply_flags(config.xla_flags, report=processes.say)
+    apply_flags(config.xla_flags, report=say)
     if flags.dry_run:
         check_same_config(config)
         mesh = make_mesh(config.mesh)
-        check_machine(config, mesh, abstract_state(config, mesh), report=processes.say)
+        check_machine(config, mesh, abstract_state(config, mesh), report=say)
         return 0
-    use_compile_cache(report=processes.say)
+    use_compile_cache(report=say)
     return EXIT_INTERRUPTED if train(config).interrupted else 0
 
 

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
+from inl_jax.console import say
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
@@ -137,8 +138,8 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
     Raises:
       InputError: as `prepare` does, and where the processes found different data.
     """
-    corpus = processes.once_for_each_copy(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=processes.say)
+    corpus = processes.one_process_first(
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=say)
     )
     processes.check_same(
         "the fingerprint of the data",
