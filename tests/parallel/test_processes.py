@@ -44,7 +44,15 @@ def test_start_names_a_port_in_use_and_a_timeout_of_zero():
         processes.start(None, peer_timeout=0)
 
 
-def test_a_single_process_neither_waits_nor_asks_jax(tmp_path, capsys):
+def test_start_refuses_a_jax_without_a_store_before_it_joins(monkeypatch):
+    monkeypatch.setattr("inl_jax.internals._find", lambda path: None)
+    monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
+    with pytest.raises(InputError, match="has no jax._src.distributed.global_state: install "):
+        processes.start(Launch("127.0.0.1:1", 2, 1))
+
+
+def test_a_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "distributed_state", pytest.fail)
     assert processes.first() and processes.gather("a") == ["a"]
     assert processes.one_process_first(tmp_path, lambda: 7) == 7 and not list(tmp_path.iterdir())
     assert processes.end(75) == 75 and processes.end(2, "error: no") == 2
