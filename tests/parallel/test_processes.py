@@ -127,17 +127,11 @@ class Processes:
             path.write_text(
                 f"from inl_jax.config import from_json\nconfig = from_json({to_json(config)!r})"
             )
-            place = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", n, "--process_id", i]
-            command = [
-                sys.executable,
-                "-c",
-                before + WORKER,
-                own,
-                "--config",
-                path,
-                *args,
-                *each(i),
-            ]
+            flags = ["--config", path, *args, *each(i)]
+            if n > 1:  # last, so that code in `before` finds its process id in sys.argv[-1]
+                flags += ["--coordinator", f"127.0.0.1:{port}"]
+                flags += ["--num_processes", n, "--process_id", i]
+            command = [sys.executable, "-c", before + WORKER, own, *flags]
             env = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
@@ -146,7 +140,7 @@ class Processes:
             with open(own / "log", "wb") as log:
                 self.all.append(
                     subprocess.Popen(
-                        [*map(str, command), *map(str, place if n > 1 else ())],
+                        [*map(str, command)],
                         env=env,
                         cwd=own,
                         stdout=log,
@@ -192,6 +186,7 @@ class Processes:
                 array[index], filled[index] = value, True
             assert filled.all()
             whole.append(array)
+        assert len(whole) > 20
         return whole
 
 
