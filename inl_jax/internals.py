@@ -1,7 +1,7 @@
-"""The private parts of JAX and Orbax that the library needs, in this one file.
+"""All uses of private or experimental names of JAX and Orbax: none has a public equivalent.
 
-None of them has a public name that does the same. Each function says what is lost without its
-private name, and tests/test_internals.py takes each name away.
+Each function says what is lost if its name disappears from a later version, and then degrades or
+raises one clear line.
 """
 
 import importlib
@@ -51,8 +51,8 @@ def compile_for_topology(
 
     Args:
       traced: from `jax.jit(...).trace` over a mesh of `num_devices` devices of any kind.
-      platform: XLA's name of the devices, as "cuda".
-      topology: hosts x slices x devices, as XLA writes it: "1x1x8".
+      platform: XLA's name for the devices, for example "cuda".
+      topology: slices x hosts of a slice x devices of a host, for example "1x1x8".
       target_config: one device in XLA's text format.
       num_devices: size of the mesh.
       options: XLA's own compiler options.
@@ -63,7 +63,7 @@ def compile_for_topology(
 
     Raises:
       InputError: this JAX lacks one of the names used here.
-      RuntimeError, NotImplementedError: the platform's plugin is missing or cannot do it.
+      RuntimeError, NotImplementedError: the platform's plugin is missing or found no compiler.
     """
     import numpy as np
 
@@ -89,13 +89,13 @@ def compile_for_topology(
 def on_save_failure(checkpointer: Any, callback: Callable[[BaseException], None]) -> None:
     """Has `callback(error)` called when this process cannot write its part of a checkpoint.
 
-    It is called in Orbax's thread, before Orbax waits for the other processes there.
-    Without it the others wait 20 minutes for the missing part before Orbax raises; the user is
-    warned of that once.
+    Orbax's own thread calls it, before that thread waits for the other processes.
+    Without it all processes wait 20 minutes for the missing part until Orbax raises; a warning
+    says so.
 
     Args:
       checkpointer: an `orbax.checkpoint.v1.training.Checkpointer`.
-      callback: told of the exception.
+      callback: gets the exception, in that thread.
     """
     manager = getattr(checkpointer, "_manager", None)
     tracker = getattr(manager, "_save_progress_tracker", None)
@@ -105,8 +105,8 @@ def on_save_failure(checkpointer: Any, callback: Callable[[BaseException], None]
         from inl_jax.console import say
 
         say(
-            f"WARNING: orbax-checkpoint {orbax.checkpoint.__version__} does not tell of a failed "
-            "save at once: the other processes will notice after 20 minutes"
+            f"WARNING: orbax-checkpoint {orbax.checkpoint.__version__} cannot report a failed save "
+            "at once: if one process cannot write, all end after 20 minutes"
         )
         return
     meet = tracker.set  # Orbax's barrier at both ends of a save

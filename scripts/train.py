@@ -46,7 +46,7 @@ def main() -> int:
         return processes.end(run(config, flags))
     except InputError as error:
         return processes.end(2, f"error: {error}")
-    except processes.Absent as error:
+    except processes.PeersMissing as error:
         return processes.end(1, f"error: {error}")
     except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
         code, what = (
@@ -66,6 +66,7 @@ def main() -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code."""
     from inl_jax.parallel import processes
+    from inl_jax.parallel.launch import find_launch
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning.preflight import check_machine, check_same_config
     from inl_jax.planning.xla import apply_flags, use_compile_cache
@@ -73,7 +74,7 @@ def run(config, flags) -> int:
     from inl_jax.training.state import make_layout
     from inl_jax.training.stop import EXIT_INTERRUPTED
 
-    launch = processes.find_launch(
+    launch = find_launch(
         os.environ,
         coordinator=flags.coordinator,
         num_processes=flags.num_processes,

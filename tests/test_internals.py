@@ -63,12 +63,7 @@ def test_backends_are_initialized_is_false_without_its_private_name(monkeypatch)
     assert not internals.backends_are_initialized()
 
 
-def compile_sum(num_devices):
-    mesh = jax.sharding.Mesh(jax.devices()[:num_devices], "x")
-    sharded = jax.sharding.NamedSharding(mesh, jax.P("x"))
-    traced = jax.jit(lambda x: x.sum()).trace(
-        jax.ShapeDtypeStruct((8,), "float32", sharding=sharded)
-    )
+def compile_for_cpus(traced, num_devices):
     return internals.compile_for_topology(
         traced,
         platform="cpu",
@@ -101,7 +96,10 @@ def test_compile_for_topology_partitions_over_the_described_devices(monkeypatch,
     given = []
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
     monkeypatch.setattr(type(devices[0].client), "compile", compile_and_note)
-    (module,) = compile_sum(num_devices).hlo_modules()
+    sharded = jax.NamedSharding(jax.sharding.Mesh(devices, "x"), jax.P("x"))
+    x = jax.ShapeDtypeStruct((8,), "float32", sharding=sharded)
+    traced = jax.jit(lambda x: x.sum()).trace(x)
+    (module,) = compile_for_cpus(traced, num_devices).hlo_modules()
     (options,) = given
     assert options.env_option_overrides == [("xla_embed_ir_in_executable", True)]
     assert options.executable_build_options.use_spmd_partitioning == (num_devices > 1)
@@ -121,7 +119,7 @@ def test_compile_for_topology_partitions_over_the_described_devices(monkeypatch,
 def test_compile_for_topology_names_what_this_jax_lacks(monkeypatch, name):
     monkeypatch.delattr(name)
     with pytest.raises(InputError, match=f"has no {name}: install .* or compile for the CPU"):
-        compile_sum(1)
+        compile_for_cpus(None, 1)
 
 
 @pytest.fixture

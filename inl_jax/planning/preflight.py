@@ -143,7 +143,7 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
     Raises:
       InputError: as `prepare`, or the processes found different data.
     """
-    corpus = processes.once_for_each_copy(
+    corpus = processes.one_process_first(
         make_cache(config.data.cache_dir), lambda: prepare(config.data)
     )
     processes.check_same(

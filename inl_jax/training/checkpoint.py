@@ -48,14 +48,10 @@ class Checkpoints:
         )
         self._saving = None  # Orbax's response to the save that is under way
         if jax.process_count() > 1:
-            self._end_all_where_a_save_fails()
+            self._end_all_if_a_save_fails()
 
-    def _end_all_where_a_save_fails(self) -> None:
-        """With several processes, one of which cannot write.
-
-        Orbax meets the other processes before it says what went wrong; as they wait for what this
-        one has not written, that is when its 20 minutes are up.
-        """
+    def _end_all_if_a_save_fails(self) -> None:
+        """Ends all processes as soon as one of them cannot write its part of a checkpoint."""
 
         def end_all(error: BaseException) -> None:
             processes.end(1, f"error: {self._run_dir}: a save failed ({_reason(error)})")
