@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import override
-from inl_jax.model.language_model import abstract_params, compute_dtype
+from inl_jax.model.language_model import abstract_params
+from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.parallel.sharding import (
     abstract_optimizer_state,

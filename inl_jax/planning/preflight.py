@@ -13,7 +13,8 @@ from inl_jax.config import InputError, TrainConfig, differences, from_json, to_j
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.model.language_model import attention_kernel, compute_dtype, param_count
+from inl_jax.model.language_model import param_count
+from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import row_shards, spread_rows
 from inl_jax.planning.memory import host_memory, memory_found, memory_needed, smallest_change

@@ -13,12 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import TrainConfig
-from inl_jax.model.language_model import (
-    abstract_params,
-    attention_kernel,
-    hidden_states,
-    init_params,
-)
+from inl_jax.model.language_model import abstract_params, hidden_states, init_params
+from inl_jax.model.layers import attention_kernel
 from inl_jax.model.losses import mean_loss
 from inl_jax.parallel.sharding import (
     RULES,

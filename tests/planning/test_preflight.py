@@ -8,7 +8,7 @@ from inl_jax import train
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.config_file import override
 from inl_jax.data.corpus import prepare
-from inl_jax.model import language_model as model
+from inl_jax.model import layers
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning import preflight
 from inl_jax.training.step import abstract_state
@@ -35,7 +35,7 @@ def test_the_attention_kernel_is_checked_before_anything_is_allocated(train_conf
     cudnn = {"context": "attention", "attention_kernel": "cudnn"}
     with pytest.raises(InputError, match="model.attention_kernel=cudnn: JAX runs on cpu"):
         train(train_config(model=cudnn))
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
     with pytest.raises(InputError, match="model.compute_dtype=float32"):
         train(train_config(model={"context": "attention"}))
     config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})

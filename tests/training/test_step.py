@@ -8,7 +8,7 @@ from conftest import assert_same
 from flax import linen as nn
 
 from inl_jax.config import MeshConfig
-from inl_jax.model import language_model as model
+from inl_jax.model import layers
 from inl_jax.parallel.sharding import RULES, make_mesh
 from inl_jax.training.metrics import MetricsLog
 from inl_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -149,7 +149,7 @@ def test_the_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
 
     def program(**fields):
         fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
