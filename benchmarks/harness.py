@@ -38,16 +38,16 @@ from flax import linen as nn
 from inl_jax.cli.command_line import exit_on_input_error, from_command_line
 from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.console import speak_to
-from inl_jax.model.integrator import Dynamics, Integrator, integrate
+from inl_jax.model.dynamics import Dynamics
+from inl_jax.model.integrator import Integrator, integrate
 from inl_jax.model.language_model import (
     Block,
-    Chunk,
     abstract_params,
-    compute_dtype,
     hidden_states,
     init_params,
     logits,
 )
+from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import CHUNK, mean_loss
 from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
 from inl_jax.planning.cost import flops_per_token, utilization
@@ -217,9 +217,9 @@ def block_fn(config: ModelConfig) -> Callable:
     """The block as a function of (its parameters, the stream)."""
 
     def block(params, x_BSD):
-        chunk = Chunk(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), None)
+        tokens = TokenSpan(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), None)
         amplitude = config.excitation_amplitude
-        return Block(config).apply({"params": params}, x_BSD, None, chunk, amplitude)[0]
+        return Block(config).apply({"params": params}, x_BSD, None, tokens, amplitude)[0]
 
     return block
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
-from inl_jax.model.language_model import abstract_params, compute_dtype
+from inl_jax.model.language_model import abstract_params
+from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype

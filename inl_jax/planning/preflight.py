@@ -14,7 +14,8 @@ from inl_jax.console import count, plural, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.model.language_model import attention_kernel, compute_dtype, param_count
+from inl_jax.model.language_model import param_count
+from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards
 from inl_jax.planning.memory import (

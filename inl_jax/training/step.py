@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
-from inl_jax.model.language_model import attention_kernel, hidden_states
+from inl_jax.model.language_model import hidden_states
+from inl_jax.model.layers import attention_kernel
 from inl_jax.model.losses import mean_loss
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
 from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_optimizer, round_tree

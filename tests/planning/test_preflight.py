@@ -8,7 +8,7 @@ from conftest import mesh_of
 from inl_jax import train
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.data.corpus import prepare
-from inl_jax.model import language_model as model
+from inl_jax.model import layers
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
 from inl_jax.training.state import make_layout
@@ -42,7 +42,7 @@ def test_train_checks_the_attention_kernel_before_it_allocates(train_config, mon
     cudnn = {"context": "attention", "attention_kernel": "cudnn"}
     with pytest.raises(InputError, match="model.attention_kernel=cudnn: JAX runs on cpu"):
         train(train_config(model=cudnn))
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
     with pytest.raises(InputError, match="model.compute_dtype=float32"):
         train(train_config(model={"context": "attention"}))
     config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})

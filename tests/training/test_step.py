@@ -5,7 +5,7 @@ import pytest
 from conftest import assert_same
 
 from inl_jax.config import MeshConfig
-from inl_jax.model import language_model as model
+from inl_jax.model import layers
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.training.optim import make_optimizer
 from inl_jax.training.state import init_state, make_layout
@@ -142,7 +142,7 @@ def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
 
     def program(**fields):
         fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
