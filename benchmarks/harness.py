@@ -49,6 +49,7 @@ from inl_jax.model.language_model import (
 )
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import CHUNK, mean_loss
+from inl_jax.model.mixers import TokenSpan
 from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
 from inl_jax.planning.cost import flops_per_token, utilization
 from inl_jax.planning.xla import apply_flags
