@@ -203,7 +203,7 @@ class OptimConfig:
     """AdamW under a warmup-cosine schedule, counted in optimizer updates."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps no first moments, and second moments for rows and columns of a matrix only."""
+    """adafactor keeps no first moments, and second moments only of rows and columns."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of the moments. bfloat16 is rounded stochastically."""
     rounding: Literal["masters", "stochastic"] = "masters"

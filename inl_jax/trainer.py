@@ -68,8 +68,9 @@ class TrainResult:
 
     @property
     def model(self) -> LanguageModel:
-        """The trained model, ready to generate."""
-        return LanguageModel(self.config.model, self.params, self.tokenizer)
+        """The trained model, ready to generate, on the mesh of the run."""
+        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
+        return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
 def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = None) -> TrainResult:
