@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import inl_jax
+from inl_jax.model.language_model import abstract_params, unbox
 from inl_jax.model.layers import layer_norm
 from inl_jax.model.mixers import MIXERS, TokenSpan, decay_scan, last_real
 
@@ -17,7 +17,7 @@ def test_last_real_skips_the_padding():
 
 def reference_context(config, params, x):
     """The mixers by their definitions, position by position, in numpy."""
-    p = {k: np.asarray(v[0], np.float64) for k, v in params["blocks"]["context"].items()}
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
     u = x @ p["kernel"] + p["bias"]
     if config.context == "mean":
         return np.stack([u[: i + 1].mean(axis=0) for i in range(len(u))])
@@ -31,13 +31,18 @@ def reference_context(config, params, x):
 @pytest.mark.parametrize("context", ["mean", "decay"])
 def test_mixers_follow_their_definitions(model_config, context):
     with jax.enable_x64(True):
-        config = model_config(context=context, param_dtype="float64", num_layers=1)
-        params = inl_jax.init_params(config, jax.random.key(0))
+        config = model_config(context=context, param_dtype="float64")
+        mixer, tokens = MIXERS[context](config), TokenSpan(jnp.arange(20)[None], None)
         x = jax.random.normal(jax.random.key(1), (1, 20, config.d_model), jnp.float64)
-        n = layer_norm(x, 1.0, 0.0) if context == "decay" else x
-        layer = jax.tree.map(lambda p: p[0], params["blocks"]["context"])
-        tokens = TokenSpan(jnp.arange(20)[None], None)
-        found, _ = MIXERS[context](config).apply({"params": layer}, x, None, tokens)
+
+        @jax.jit
+        def both(x):
+            boxed = mixer.init(jax.random.key(0), x, None, tokens)["params"]
+            params = unbox(boxed)
+            n = layer_norm(x, 1.0, 0.0) if context == "decay" else x
+            return mixer.apply({"params": params}, x, None, tokens)[0], params, n
+
+        found, params, n = both(x)
         np.testing.assert_allclose(found[0], reference_context(config, params, n[0]), rtol=1e-10)
 
 
@@ -56,8 +61,8 @@ def test_decay_scan_gradient_equals_autodiff_of_the_loop():
         h0 = jax.random.normal(keys[2], (2, 5), jnp.float64)
         g = jax.random.normal(keys[3], (2, 13, 5), jnp.float64)
         for ours, theirs in zip(
-            jax.vjp(decay_scan, u, decay, h0)[1](g),
-            jax.vjp(loop, u, decay, h0)[1](g),
+            jax.jit(lambda *a: jax.vjp(decay_scan, *a)[1](g))(u, decay, h0),
+            jax.jit(lambda *a: jax.vjp(loop, *a)[1](g))(u, decay, h0),
             strict=True,
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-11)
@@ -69,12 +74,11 @@ def test_mixers_return_a_state_of_the_shapes_they_announce(model_config, context
     mixer = MIXERS[context](config)
     x, tokens = jnp.ones((2, 3, config.d_model)), TokenSpan(jnp.arange(6).reshape(2, 3), None)
     announced = MIXERS[context].state_shapes(config, 2, 9)
-    state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), announced)
-    params = inl_jax.init_params(config, jax.random.key(0))["blocks"]["context"]
-    layer = {"params": jax.tree.map(lambda p: p[0], params)}
-    context, found = jax.eval_shape(mixer.apply, layer, x, state, tokens)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), announced
+    layer = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype),
+        {"params": abstract_params(config)["blocks"]["context"]},
     )
-    assert context.shape == x.shape
-    assert mixer.apply(layer, x, None, tokens)[1] is None
+    h, found = jax.eval_shape(mixer.apply, layer, x, announced, tokens)
+    assert h.shape == x.shape
+    assert found == announced
+    assert jax.eval_shape(mixer.apply, layer, x, None, tokens)[1] is None
