@@ -56,53 +56,58 @@ def _require_not_negative(section: Any, prefix: str, names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture: everything that decides the parameters and the function they compute."""
+    """The architecture: every field that changes the parameters, or how the model is computed."""
 
     vocab_size: int = 50257
-    """Rows of the embedding, V. At least the tokenizer's size."""
+    """Number of tokens in the vocabulary, V; at least the tokenizer's."""
     d_model: int = 128
-    """Width of the residual stream, D."""
+    """Width of the residual stream, D, in channels."""
     num_layers: int = 4
-    """Blocks, L."""
+    """Number of blocks, L."""
     num_iterations: int = 3
-    """Integrator iterations per block, T. 0 drops the integrator."""
+    """Integrator steps per block, T. With 0 the model is built without the integrator."""
     d_ff: int = 512
-    """Feed-forward width, F."""
+    """Width of the feed-forward layer, F, in hidden units."""
     max_seq_len: int = 256
-    """Longest sequence the model is built for."""
+    """Length of the longest sequence, in tokens."""
     controller_width: int = 64
-    """Hidden units of each of the four controllers, C."""
+    """Width of each of the integrator's four controllers, C, in hidden units."""
     context: Literal["mean", "decay", "attention"] = "decay"
-    """How a block brings in the earlier positions."""
+    """How a block reads the earlier positions. mean: running mean, the published model. decay:
+    exponential decay with a learned rate per channel. attention: causal softmax attention."""
     num_heads: int = 1
-    """Query heads (attention context only). The head width is d_model / num_heads."""
+    """Number of query heads, each of width d_model / num_heads. For attention only."""
     num_kv_heads: int = 1
-    """Key and value heads (attention context only), shared by groups of query heads."""
+    """Number of key and value heads, each shared by num_heads / num_kv_heads query heads. For
+    attention only."""
     dt: float = 0.1
-    """Integrator time step."""
+    """Time step of the integrator, in the units of its own time."""
     excitation_amplitude: float = 0.03
-    """Amplitude A of the harmonic excitation."""
+    """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0
-    """How sharply alpha falls to 0 near equilibrium; inf keeps alpha = alpha0."""
+    """How sharply alpha falls to 0 near the equilibrium, per unit of distance. With inf it does not
+    fall: alpha = alpha0."""
     dropout: float = 0.0
-    """Dropout rate on the embedding, the integrator's output and the feed-forward's output."""
+    """Probability of dropping a value of the embedding, of the integrator's output or of the
+    feed-forward layer's output."""
     param_dtype: DType = "float32"
-    """Storage type of the parameters. bfloat16 adds float32 master weights to the optimizer."""
+    """Type in which parameters are stored. With bfloat16 the optimizer keeps float32 masters."""
     compute_dtype: DType = "auto"
     """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
     attention_kernel: Literal["auto", "cudnn", "xla"] = "auto"
-    """What computes attention over whole sequences (attention context only). cudnn: flash
-    attention of 16-bit types on CUDA. auto: cudnn on CUDA, xla elsewhere."""
+    """Kernel for attention over whole sequences. cudnn: flash attention, bfloat16 on CUDA only.
+    auto: cudnn on CUDA, xla elsewhere. For attention only."""
     remat: Literal["none", "integrator", "all_but_integrator", "block"] = "block"
-    """What the backward pass computes again instead of keeping it: nothing; the integrator's
-    iterations; all of a block but those; or the whole block, of which only the input is kept."""
+    """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
+    iterations. all_but_integrator: the rest of a block. block: all of a block; only its input is
+    kept."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
-    """lean: written out, keeps 2 vectors per token and iteration. autodiff: of the plain loop,
-    about 15 vectors, to compare with."""
+    """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
+    iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
     integrator_segment: int = 1
-    """Iterations between the integrator states that are kept; those between are computed again."""
+    """Iterations per segment. lean keeps the state before each segment, and recomputes the rest."""
     integrator_chunk: int = 0
-    """Positions that go through all iterations together; 0 takes the whole sequence."""
+    """Positions that go through all iterations together. With 0: the whole sequence."""
 
     def __post_init__(self):
         _check_types(self, "model.")
