@@ -1,11 +1,20 @@
-"""INL-LLM in JAX: the names to use; `README.md` tells the rest."""
+"""INL-LLM in JAX: the public names.
 
-from inl_jax.config import InputError, ModelConfig, TrainConfig
-from inl_jax.config_file import load_config
-from inl_jax.interop import published as interop
-from inl_jax.model.language_model import apply, init_params, param_count
-from inl_jax.sampling import LanguageModel, generate
-from inl_jax.trainer import TrainResult, train, train_inl_llm
+`import inl_jax` alone loads no JAX; a name loads its module on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inl_jax import interop
+    from inl_jax.config import InputError, ModelConfig, TrainConfig
+    from inl_jax.config_file import load_config
+    from inl_jax.model.language_model import apply, init_params, param_count
+    from inl_jax.sampling import LanguageModel, generate
+    from inl_jax.trainer import TrainResult, train, train_inl_llm
+
+__version__ = "0.1.0"
 
 __all__ = [
     "InputError",
@@ -22,3 +31,32 @@ __all__ = [
     "train",
     "train_inl_llm",
 ]
+
+_MODULES = {
+    "InputError": "config",
+    "LanguageModel": "sampling",
+    "ModelConfig": "config",
+    "TrainConfig": "config",
+    "TrainResult": "trainer",
+    "apply": "model.language_model",
+    "generate": "sampling",
+    "init_params": "model.language_model",
+    "load_config": "config_file",
+    "param_count": "model.language_model",
+    "train": "trainer",
+    "train_inl_llm": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "interop":
+        return importlib.import_module("inl_jax.interop")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'inl_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"inl_jax.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

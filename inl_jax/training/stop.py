@@ -4,6 +4,12 @@ import signal
 import threading
 from typing import Literal
 
+EXIT_FAILED = 1
+EXIT_MISTAKE = 2
+EXIT_DIVERGED = 3
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command may be run again, and resumes what was saved
+EXIT_CTRL_C = 130
+
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM came outside the loop: there was no update to finish and save."""
