@@ -11,7 +11,7 @@ from pathlib import Path
 
 from inl_jax import load_config, param_count, train
 from inl_jax.cli.command_line import exit_on_input_error
-from inl_jax.training.metrics import flops_per_token
+from inl_jax.planning.cost import flops_per_token
 
 CONTEXTS = ("mean", "decay", "attention")
 ITERATIONS = (0, 2, 5)

@@ -48,13 +48,14 @@ from inl_jax.model.language_model import (
     logits,
 )
 from inl_jax.model.losses import CHUNK, mean_loss
-from inl_jax.parallel.sharding import RULES, make_mesh, place, spread_rows
+from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
 from inl_jax.planning.xla import apply_flags
 from inl_jax.sampling import decode_loop, prefill
 from inl_jax.training import metrics
 from inl_jax.training.checkpoint import read_params
 from inl_jax.training.optim import any_length_optimizer
-from inl_jax.training.step import abstract_state, compile_step, init_state, trace_step
+from inl_jax.training.state import init_state, make_layout
+from inl_jax.training.step import compile_step, trace_step
 
 PAUSE = 0.3  # seconds between measurements, in which idle threads stop spinning
 MATMUL = (512, 2048, 8192)  # the product by which the machine's rate is measured
@@ -357,7 +358,7 @@ def train(parser, argv) -> Report:
     number(parser, "--warmup", 2, "updates before them")
     parser.add_argument("--tax", action="store_true", help="measure num_iterations 0 as well")
     config, flags = config_and_flags(parser, argv)
-    config = spread_rows(config, make_mesh(config.mesh))
+    config = fit_to_mesh(config, make_mesh(config.mesh))
     record = training(config, flags)
     rows = [record]
     if flags.tax and config.model.num_iterations > 0:
@@ -386,7 +387,7 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
     shape = (config.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        abstract = abstract_state(config, mesh)
+        abstract = make_layout(config, mesh)
         start = time.perf_counter()
         log = types.SimpleNamespace(say=say)
         step = compile_step(config, run_length(config), mesh, abstract, log)
@@ -591,7 +592,7 @@ def step_memory(config: TrainConfig) -> dict[str, Any]:
     say("compiling the training step")
     start = time.perf_counter()
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        traced = trace_step(config, run_length(config), mesh, abstract_state(config, mesh))
+        traced = trace_step(config, run_length(config), mesh, make_layout(config, mesh))
         analysis = traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
     parts = ("argument", "temp", "alias", "output")

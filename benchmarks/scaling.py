@@ -67,7 +67,7 @@ def predict(config, mesh: tuple[int, ...], flags) -> dict:
 
     from inl_jax.parallel.sharding import make_mesh
     from inl_jax.planning.collectives import find_collectives, least_bytes
-    from inl_jax.training.step import compile_abstractly
+    from inl_jax.planning.xla import compile_abstractly
 
     data, fsdp, tensor = mesh
     micro = data * fsdp * flags.sequences_per_device

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from inl_jax import interop
     from inl_jax.config import InputError, ModelConfig, TrainConfig
     from inl_jax.config_file import load_config
+    from inl_jax.guide import train_inl_llm
     from inl_jax.model.language_model import apply, init_params, param_count
     from inl_jax.sampling import LanguageModel, generate
-    from inl_jax.trainer import TrainResult, train, train_inl_llm
+    from inl_jax.trainer import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,7 @@ _MODULES = {
     "load_config": "config_file",
     "param_count": "model.language_model",
     "train": "trainer",
-    "train_inl_llm": "trainer",
+    "train_inl_llm": "guide",
 }
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
-from inl_jax.training.checkpoint import read_config, read_params
+from inl_jax.parallel.sharding import fetch, on, param_shardings
+from inl_jax.training.checkpoint import read_params
+from inl_jax.training.run_dir import read_config
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
@@ -123,6 +126,7 @@ def generate(
     seed: int = 0,
     end_id: int | None = None,
     num_ids: int | None = None,
+    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """Continues prompts of any lengths together; returns the new tokens of each, int32.
 
@@ -139,7 +143,9 @@ def generate(
       top_p: draw from the fewest tokens whose probabilities reach p; 1 from all.
       seed: decides the draw.
       end_id: a row stops before this token; None never stops.
-      num_ids: draw only ids below this, where the tokenizer has fewer than the model; None: all.
+      num_ids: draw only ids below this, if the tokenizer has fewer than the model; None: all.
+      mesh: over which the parameters are sharded; None for a single device. Every device computes
+        all rows.
 
     Raises:
       InputError: an empty prompt, an id outside the vocabulary, a length beyond
@@ -155,23 +161,25 @@ def generate(
     for row, prompt in zip(ids_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
     max_len = min(padded + max_new_tokens, config.max_seq_len)
-    logits_BV, state = prefill(config, params, ids_BP, np.array(lengths), max_len=max_len)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-    tokens, length_B, _ = decode_loop(
-        config,
-        params,
-        logits_BV,
-        state,
-        keys_B,
-        np.int32(-1 if end_id is None else end_id),
-        np.float32(temperature),
-        None if top_p == 1 else np.float32(top_p),
-        max_new_tokens=max_new_tokens,
-        greedy=temperature == 0,
-        top_k=top_k,
-        num_ids=config.vocab_size if num_ids is None else num_ids,
-    )
-    return [row[:n] for row, n in zip(np.asarray(tokens), np.asarray(length_B), strict=True)]
+    with on(mesh, split_rows=False):
+        logits_BV, state = prefill(config, params, ids_BP, np.array(lengths), max_len=max_len)
+        rows_B = jnp.arange(len(prompts))
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
+        tokens, length_B, _ = decode_loop(
+            config,
+            params,
+            logits_BV,
+            state,
+            keys_B,
+            np.int32(-1 if end_id is None else end_id),
+            np.float32(temperature),
+            None if top_p == 1 else np.float32(top_p),
+            max_new_tokens=max_new_tokens,
+            greedy=temperature == 0,
+            top_k=top_k,
+            num_ids=config.vocab_size if num_ids is None else num_ids,
+        )
+        return [row[:n] for row, n in zip(fetch(tokens), fetch(length_B), strict=True)]
 
 
 def _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p) -> None:
@@ -206,12 +214,27 @@ class LanguageModel:
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer
+    mesh: Mesh | None = None
+    """Over which the parameters are sharded; None for a single device."""
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, *, step: int | str = "latest") -> "LanguageModel":
-        """The model of a run directory at a saved step, "latest" or "best"."""
+    def from_run(
+        cls, run_dir: str | Path, *, step: int | str = "latest", mesh: Mesh | None = None
+    ) -> "LanguageModel":
+        """The model of a run directory.
+
+        Args:
+          run_dir: the run.
+          step: a saved update, "latest", or "best" (by validation loss).
+          mesh: to shard the parameters over; None for a single device.
+
+        Raises:
+          InputError: there is no such run or checkpoint, or the model does not fit the mesh.
+        """
         config = read_config(run_dir).model
-        return cls(config, read_params(run_dir, config, step=step)[1], read_tokenizer(run_dir))
+        shardings = None if mesh is None else param_shardings(mesh, config)
+        _, params = read_params(run_dir, config, step=step, shardings=shardings)
+        return cls(config, params, read_tokenizer(run_dir), mesh)
 
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
         """The continuation of each prompt, without the prompt; one string for one string.
@@ -224,7 +247,7 @@ class LanguageModel:
             for prompt in (prompts if several else [prompts])
         ]
         known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
-        settings = known | settings
+        settings = known | {"mesh": self.mesh} | settings
         texts = [
             self.tokenizer.decode(row)
             for row in generate(self.config, self.params, ids, **settings)

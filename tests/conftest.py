@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from inl_jax.parallel.sharding import make_mesh  # noqa: E402
 
 MODEL = {
     "vocab_size": 300,
@@ -42,6 +43,19 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
     jax.tree.map(check, a, b)
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    """A mesh of virtual CPU devices."""
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines said so far, in order."""
+    lines = []
+    monkeypatch.setattr("inl_jax.console.tqdm.write", lambda line, **_: lines.append(line))
+    return lines
 
 
 @pytest.fixture

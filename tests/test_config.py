@@ -12,7 +12,7 @@ from inl_jax.config_file import load_config, override
 from inl_jax.model.language_model import param_count
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning.preflight import check_machine
-from inl_jax.training.step import abstract_state
+from inl_jax.training.state import make_layout
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -190,7 +190,7 @@ def test_memory_that_does_not_suffice_names_needed_and_found(tmp_path):
     )
     with pytest.raises(InputError, match=r"tiny needs \d+\.\d\d GiB .* \d+\.\d\d GiB was found"):
         mesh = make_mesh(config.mesh)
-        check_machine(config, mesh, abstract_state(config, mesh), report=lambda line: None)
+        check_machine(config, mesh, make_layout(config, mesh), report=lambda line: None)
     assert not (tmp_path / "r").exists()
 
 

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from inl_jax import console
 from inl_jax.cli.other_names import check_names
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
 
 
@@ -78,6 +79,45 @@ def from_command_line(
     if flags.config is None:
         raise InputError(f"--config is missing: name a file, or one of {', '.join(presets())}")
     return load_config(flags.config, overrides), flags
+
+
+def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, for `mesh_from`."""
+    for axis, what in (
+        ("data", "devices that each take other rows"),
+        ("fsdp", "devices that share the parameters and also split the rows"),
+        ("tensor", "devices that split each layer"),
+    ):
+        parser.add_argument(f"--mesh.{axis}", type=_axis, metavar="N", help=f"{what}, or rest")
+
+
+def mesh_from(flags: argparse.Namespace):
+    """The mesh that the flags name; None, which is a single device, if they name none.
+
+    Raises:
+      InputError: the devices are not as many.
+    """
+    given = {key.removeprefix("mesh."): n for key, n in vars(flags).items() if key[:5] == "mesh."}
+    given = {axis: n for axis, n in given.items() if n is not None}
+    if not given:
+        return None
+    from inl_jax.parallel.sharding import make_mesh
+
+    return make_mesh(MeshConfig(**given))
+
+
+def _axis(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+@contextlib.contextmanager
+def lines_on_stderr() -> Iterator[None]:
+    """Keeps the lines of `say` apart from the result on stdout."""
+    console.speak_to(sys.stderr)
+    try:
+        yield
+    finally:
+        console.speak_to(None)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
+from inl_jax.console import size
 from inl_jax.training.stop import EXIT_MISTAKE
 
 
@@ -38,9 +39,10 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--devices {flags.devices}: must be positive")
     import jax
 
-    from inl_jax.parallel.sharding import make_mesh
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
     from inl_jax.planning.xla import use_no_device
+    from inl_jax.training.state import make_layout
 
     signals.unwind()
     use_no_device(flags.compile or "cpu")
@@ -50,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         model = dataclasses.replace(config.model, compute_dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
-    needed = memory.memory_needed(config, mesh)
+    config = fit_to_mesh(config, mesh)
+    needed = memory.memory_needed(config, mesh, make_layout(config, mesh))
     record = make_record(config, flags, mesh, needed)
     if flags.json:
         print(json.dumps(record))
@@ -63,7 +66,7 @@ def make_record(config, flags, mesh, needed) -> dict:
     """All that was found, in bytes, as `--json` prints it."""
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
-    from inl_jax.training.step import compile_abstractly
+    from inl_jax.planning.xla import compile_abstractly
 
     device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
     record = {"parts": needed.device, "host_parts": needed.host, "estimated_bytes": device_bytes}
@@ -75,11 +78,11 @@ def make_record(config, flags, mesh, needed) -> dict:
             device_bytes -= host_bytes
         sent = summed(find_collectives(program.text, mesh))
         record |= {
-            "sent_bytes": sum(size for _, size in sent.values()),
+            "sent_bytes": sum(num_bytes for _, num_bytes in sent.values()),
             "least_bytes": least_bytes(config, mesh),
             "sent": [
-                {"kind": kind, "axes": axes, "times": times, "bytes": size}
-                for (kind, axes), (times, size) in sent.items()
+                {"kind": kind, "axes": axes, "times": times, "bytes": num_bytes}
+                for (kind, axes), (times, num_bytes) in sent.items()
             ],
         }
     usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
@@ -104,27 +107,26 @@ def make_record(config, flags, mesh, needed) -> dict:
 
 def show(config, flags, mesh, needed, record) -> None:
     """Prints the record for people."""
-    from inl_jax.parallel.sharding import spread_rows
     from inl_jax.planning.memory import DEVICES
     from inl_jax.planning.preflight import describe_model
-    from inl_jax.training.metrics import gib
 
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    micro_batches = spread_rows(config, mesh).accumulate_steps
-    print(f"on each of {mesh.size} x {flags.device} ({axes}), {micro_batches} micro-batches:")
-    for part, size in needed.device.items():
-        if size:
-            print(f"  {part:25} {gib(size):>12}")
-    print(f"  {'all':25} {gib(needed.device_bytes):>12}")
+    print(
+        f"on each of {mesh.size} x {flags.device} ({axes}), {config.accumulate_steps} micro-batches:"
+    )
+    for part, num_bytes in needed.device.items():
+        if num_bytes:
+            print(f"  {part:25} {size(num_bytes):>12}")
+    print(f"  {'all':25} {size(needed.device_bytes):>12}")
     by_remat = record["activations_by_remat"]
-    print("  activations by remat: " + ", ".join(f"{m} {gib(b)}" for m, b in by_remat.items()))
+    print("  activations by remat: " + ", ".join(f"{m} {size(b)}" for m, b in by_remat.items()))
     if flags.compile:
         compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
-        print(f"  {'as compiled ' + compiler:25} {gib(record['device_bytes']):>12}")
-    for part, size in needed.host.items():
-        print(f"  {part + ' on the host':25} {gib(size):>12}")
-    usable, card = gib(record["usable_bytes"]), f"{DEVICES[flags.device]:,} MiB"
+        print(f"  {'as compiled ' + compiler:25} {size(record['device_bytes']):>12}")
+    for part, num_bytes in needed.host.items():
+        print(f"  {part + ' on the host':25} {size(num_bytes):>12}")
+    usable, card = size(record["usable_bytes"]), f"{DEVICES[flags.device]:,} MiB"
     print(f"  {'usable':25} {usable:>12}  of {card}, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95")
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")

@@ -5,12 +5,12 @@ inl generate --checkpoint runs/tiny --prompt "def fibonacci(n):" "import os"
 Prompts of any lengths are continued in one batch.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser
+from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,13 +27,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="decides the draw")
     parser.add_argument("--ignore_end", action="store_true", help="generate past the end token")
+    add_mesh_flags(parser)
     flags = parser.parse_flags(argv)
     from inl_jax.planning.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel
 
     signals.unwind()
-    model = LanguageModel.from_run(flags.checkpoint, step=flags.step)
-    use_compile_cache(report=lambda line: print(line, file=sys.stderr))
+    with lines_on_stderr():
+        use_compile_cache(report=say)
+    model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
     settings = {"end_id": None} if flags.ignore_end else {}
     start = time.perf_counter()
     texts = model.generate(

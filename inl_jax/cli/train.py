@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
     from inl_jax.parallel import processes
-    from inl_jax.parallel.sharding import make_mesh
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning.preflight import check_machine, check_same_config
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
-    from inl_jax.training.step import abstract_state
+    from inl_jax.training.state import make_layout
 
     launch = processes.find_launch(
         os.environ,
@@ -86,7 +86,8 @@ def run(config, flags) -> int:
     if flags.dry_run:
         check_same_config(config)
         mesh = make_mesh(config.mesh)
-        check_machine(config, mesh, abstract_state(config, mesh), report=processes.say)
+        fitted = fit_to_mesh(config, mesh)
+        check_machine(config, fitted, mesh, make_layout(fitted, mesh))
         return 0
     use_compile_cache(report=processes.say)
     return EXIT_INTERRUPTED if train(config).interrupted else 0

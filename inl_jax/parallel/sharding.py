@@ -1,52 +1,50 @@
-"""Where arrays live: the mesh, one table from logical axes to mesh axes, and host placement.
+"""Where arrays live: the mesh, the one table from logical to mesh axes, and placement from hosts.
 
-The model names its axes; nothing but `RULES` says what they mean on a mesh.
+The model names its axes. `RULES` alone says what a name means on a mesh.
 """
 
 import collections
+import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
-from inl_jax.model.language_model import abstract_params, boxed_shapes, unbox
-from inl_jax.training.optim import any_length_optimizer, init_optimizer, on_host, split_blocks
+from inl_jax.model.language_model import boxed_shapes, unbox
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the mesh axes that split the rows of a batch
+ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are sharded over
 
 RULES = (
     ("batch", ROWS),
-    ("replicas", "data"),  # rows, on devices that look each other's up
+    ("replicas", "data"),  # rows, where the devices of fsdp look tokens up for each other
     ("sequence", None),
     ("layers", None),
-    # Widths D, where nothing splits them but fsdp: of activations, norms, and kept parameters.
+    # Width D of activations, of norms, and of kernels where they are stored.
     ("activation", None),
     ("norm", None),
     ("embed", "fsdp"),
-    # Widths D of which every device of the tensor axis computes its own channels: of contexts and
-    # integrator states; and of the integrator's parameters as they are kept.
+    # Width D of contexts and integrator states: each device of the tensor axis computes its own
+    # channels. "state" is the same axis of the integrator's kernels where they are stored.
     ("channels", "tensor"),
     ("state", ("tensor", "fsdp")),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
-    # The embedding, as it is used and as it is kept.
+    # The embedding where it is used, and where it is stored.
     ("vocab", "tensor"),
     ("table", ("fsdp", "tensor")),
 )
 
-# The field of a model's config that is the size of an axis.
+# The model config's field that sets the size of an axis, for error messages.
 _FIELDS = {
     "embed": "d_model",
     "channels": "d_model",
@@ -59,14 +57,17 @@ _FIELDS = {
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh `data` x `fsdp` x `tensor`: over all devices, or over the first few of one process.
+    """The mesh `data` x `fsdp` x `tensor`.
+
+    A single process may use only the first of its devices; several processes use all.
 
     Args:
-      config: its sizes.
-      devices: what to lay it over; JAX's own devices by default.
+      config: devices along each axis.
+      devices: to build the mesh from; `jax.devices()` by default.
 
     Raises:
-      InputError: there are too few devices, or the rest cannot be shared out evenly.
+      InputError: the product of the axes does not match the number of devices, or the processes
+        have unequal numbers of devices.
     """
     hint = ""
     if devices is None:
@@ -94,8 +95,36 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+@contextlib.contextmanager
+def on(mesh: Mesh | None, *, split_rows: bool = True) -> Iterator[None]:
+    """Sets the mesh and the meaning of logical axes on it. None leaves everything on one device.
+
+    Args:
+      mesh: from `make_mesh`.
+      split_rows: False keeps the rows of a batch whole on every device, for batches whose number
+        of rows is not a multiple of `batch_shards(mesh)`, as prompts are.
+    """
+    if mesh is None:
+        yield
+        return
+    rules = RULES if split_rows else _without(ROWS, only=("batch", "replicas"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def _without(dropped: Sequence[str], *, only: Sequence[str] = ()) -> tuple:
+    """`RULES` without some mesh axes, in the rules named by `only` or in all."""
+
+    def kept(name, axes):
+        if only and name not in only:
+            return axes
+        return tuple(axis for axis in jax.tree.leaves(axes) if axis not in dropped) or None
+
+    return tuple((name, kept(name, axes)) for name, axes in RULES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of shards of the batch axis."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -104,25 +133,43 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes and types of `tree`, with shardings, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of a tree on each device, by the shardings of its leaves."""
+    sizes = jax.tree.map(
+        lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize, tree
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
 def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all") -> Any:
     """A sharding for every parameter, by `RULES`.
 
     Args:
-      mesh: the mesh.
+      mesh: from `make_mesh`.
       config: the architecture.
       fsdp_shards: as `MeshConfig.fsdp_shards`; "optimizer" keeps parameters whole over `fsdp`.
 
     Raises:
-      InputError: an axis has no rule, or does not divide over the mesh.
+      InputError: an axis has no rule, or its size is not a multiple of its number of shards.
     """
     boxed = boxed_shapes(config)
     specs = nn.get_partition_spec(boxed)
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
         for axis in set(spec) - {None} - dict(RULES).keys():
             raise InputError(f"{_name(path)} has the axis {axis!r}, which RULES lacks: add a rule")
-    rules = RULES
-    if fsdp_shards == "optimizer":
-        rules = tuple((name, _without_fsdp(axes)) for name, axes in RULES)
+    rules = _without(("fsdp",)) if fsdp_shards == "optimizer" else RULES
     shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
 
     def check(path, leaf, spec, sharding):
@@ -141,11 +188,6 @@ def param_shardings(mesh: Mesh, config: ModelConfig, *, fsdp_shards: str = "all"
     return shardings
 
 
-def _without_fsdp(axes):
-    kept = tuple(axis for axis in jax.tree.leaves(axes) if axis != "fsdp")
-    return kept or None
-
-
 def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
 
@@ -154,70 +196,30 @@ def _name(path) -> str:
     return "/".join(str(k.key) for k in path)
 
 
-def abstract_optimizer_state(config: TrainConfig, mesh: Mesh) -> Any:
-    """Shapes, types and shardings of the optimizer's state, without allocating.
+def fit_to_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The config as it runs on `mesh`: `accumulate_steps` lowered until each device has rows.
 
-    Masters and moments lie as their parameters do (with `fsdp_shards="optimizer"`, as these would
-    with "all"), in host memory where the config says so. What is smaller than its parameter
-    (factored moments, counters) is on every device.
-
-    Raises:
-      InputError: the state is to be in host memory, which this platform does not have.
-    """
-    offload = config.optim.state_memory == "pinned_host"
-    if offload and "pinned_host" not in _memory_kinds(mesh):
-        raise InputError(
-            f"optim.state_memory=pinned_host: {mesh.local_devices[0].device_kind} has only "
-            f"{', '.join(sorted(_memory_kinds(mesh)))} memory; set optim.state_memory=device"
-        )
-    optimizer = any_length_optimizer(config)
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract_params(config.model),
-        param_shardings(mesh, config.model),
-    )
-    state = jax.eval_shape(functools.partial(init_optimizer, optimizer), params)
-
-    def place(leaf, param=None):
-        same = param is not None and leaf.shape == param.shape
-        sharding = param.sharding if same else NamedSharding(mesh, P())
-        if offload and on_host(leaf):
-            sharding = sharding.with_memory_kind("pinned_host")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return {
-        part: optax.tree.map_params(optimizer, place, state[part], tree, transform_non_params=place)
-        for part, tree in zip(("blocks", "rest"), split_blocks(params), strict=True)
-    }
-
-
-def _memory_kinds(mesh: Mesh) -> set[str]:
-    return {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
-
-
-def spread_rows(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The config with its `accumulate_steps` lowered to what every device has rows for.
-
-    A micro-batch needs a row for each device. In how many of them an update comes does not change
-    it, so a config for one device holds for many; none of them then has more rows at a time.
+    A micro-batch needs at least one row per device. The number of micro-batches does not change an
+    update, so a config written for one device runs on many. Call it once, right after the mesh is
+    made: the step, the memory estimate and the checks below take the fitted config.
 
     Raises:
-      InputError: the batch does not divide over the devices.
+      InputError: `batch_size` is not a multiple of the number of batch shards.
     """
-    each, left = divmod(config.batch_size, row_shards(mesh))
-    if left:
+    rows_per_shard, left_over = divmod(config.batch_size, batch_shards(mesh))
+    if left_over:
         raise InputError(
-            f"batch_size={config.batch_size}: does not divide over {row_shards(mesh)} devices "
-            "(mesh.data x mesh.fsdp); change one of them"
+            f"batch_size={config.batch_size}: must be a multiple of the {batch_shards(mesh)} "
+            "devices that share the batch (mesh.data x mesh.fsdp); change one of them"
         )
-    steps = max(k for k in range(1, config.accumulate_steps + 1) if each % k == 0)
+    steps = max(k for k in range(1, config.accumulate_steps + 1) if rows_per_shard % k == 0)
     return dataclasses.replace(config, accumulate_steps=steps)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process reads: those its devices hold.
+    """The rows of a global batch that this process reads: those that its devices hold.
 
-    Where the tensor axis goes across processes, several of them hold and read the same rows.
+    If the tensor axis spans processes, several of them hold and read the same rows.
     """
     held = rows(mesh).addressable_devices_indices_map((batch_size,)).values()
     ends = [index.indices(batch_size) for (index,) in held]
@@ -225,10 +227,10 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def place(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """A global array from each process's `local_rows`."""
-    held = local_rows(mesh, row_shards(mesh))  # of one row for each shard
+    """A global array, sharded by rows, from the `local_rows` of each process."""
+    held = local_rows(mesh, batch_shards(mesh))  # as if each shard had one row
     each = len(local) // (held.stop - held.start)
-    first, shape = held.start * each, (row_shards(mesh) * each, *local.shape[1:])
+    first, shape = held.start * each, (batch_shards(mesh) * each, *local.shape[1:])
 
     def part(index):
         start, stop, _ = index[0].indices(shape[0])
@@ -238,7 +240,7 @@ def place(mesh: Mesh, local: np.ndarray) -> jax.Array:
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array on the host of every process, which all ask for it together."""
+    """The whole array on the host of every process. All processes call it together."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         mesh = array.sharding.mesh
         array = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, P()))(array)
@@ -246,20 +248,20 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:
-    """A function that says whether any process has called it with True, with one answer on all.
+    """A function `vote(flag)` that tells whether any process passed True, the same on all.
 
-    Every process calls it once for each update. The answer is that of the call before, which the
-    devices have by then, so that nobody waits for it. One process alone has it at once.
+    Every process calls it once per update. It returns the vote of the *previous* call, which the
+    devices have counted by then, so no process waits. A single process has the answer at once.
     """
     if jax.process_count() == 1:
         return bool
-    one_each, vote = NamedSharding(mesh, P(AXES)), None
+    one_each, counted = NamedSharding(mesh, P(AXES)), None
     collect = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
 
-    def ask(flag: bool) -> bool:
-        nonlocal vote
-        before, mine = vote, np.array([flag])
-        vote = collect(jax.make_array_from_callback((mesh.size,), one_each, lambda _: mine))
+    def vote(flag: bool) -> bool:
+        nonlocal counted
+        before, mine = counted, np.array([flag])
+        counted = collect(jax.make_array_from_callback((mesh.size,), one_each, lambda _: mine))
         return before is not None and bool(before)
 
-    return ask
+    return vote

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig
 from inl_jax.model.language_model import abstract_params
-from inl_jax.parallel.sharding import param_shardings, spread_rows
+from inl_jax.parallel.sharding import param_shardings
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {
@@ -99,7 +99,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> int:
         sent += part * (2 * (fsdp - 1) if split else 0)
         over = data if split else data * fsdp
         sent += 2 * part * (over - 1) / over
-    return int(sent * spread_rows(config, mesh).accumulate_steps)
+    return int(sent * config.accumulate_steps)
 
 
 # --- the text

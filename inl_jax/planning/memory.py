@@ -19,14 +19,9 @@ from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import override
 from inl_jax.model.language_model import abstract_params, compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
-from inl_jax.parallel.sharding import (
-    abstract_optimizer_state,
-    make_mesh,
-    param_shardings,
-    row_shards,
-    spread_rows,
-)
+from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
+from inl_jax.training.state import Layout, make_layout
 
 # Memory in MiB as nvidia-smi shows it.
 DEVICES = {
@@ -78,20 +73,17 @@ class MemoryNeeded(NamedTuple):
         return sum(self.host.values())
 
 
-def memory_needed(config: TrainConfig, mesh: Mesh) -> MemoryNeeded:
+def memory_needed(config: TrainConfig, mesh: Mesh, layout: Layout) -> MemoryNeeded:
     """Bytes a training step needs for each device of `mesh`, by part; those of the state are exact.
 
     Raises:
       InputError: the model or a micro-batch does not divide over the mesh.
     """
-    config = spread_rows(config, mesh)
     c = config.model
-    whole = abstract_params(c)
-    params = num_bytes(whole, param_shardings(mesh, c, fsdp_shards=config.mesh.fsdp_shards))
-    gradients = num_bytes(whole, param_shardings(mesh, c))
-    rows = config.batch_size // config.accumulate_steps // row_shards(mesh)
+    params, gradients = num_bytes(layout.state.params), num_bytes(layout.gradients)
+    rows = config.batch_size // config.accumulate_steps // batch_shards(mesh)
     tokens = rows * config.data.seq_len
-    state = _state_bytes(abstract_optimizer_state(config, mesh))
+    state = _state_bytes(layout.state.opt_state)
     device = {
         "parameters": params,
         "masters": state["masters", "device"],
@@ -113,19 +105,11 @@ def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
 
     def activations(mode: str) -> int:
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=mode))
-        return memory_needed(changed, mesh).device["activations (estimate)"]
+        return memory_needed(changed, mesh, make_layout(changed, mesh)).device[
+            "activations (estimate)"
+        ]
 
     return {mode: activations(mode) for mode in get_args(get_type_hints(ModelConfig)["remat"])}
-
-
-def num_bytes(tree: Any, shardings: Any = None) -> int:
-    """Bytes of a tree on each device, by the shardings given or by its leaves' own."""
-    if shardings is None:
-        shardings = jax.tree.map(lambda a: a.sharding, tree)
-    sizes = jax.tree.map(
-        lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
 
 
 def _state_bytes(state: Any) -> dict[tuple[str, str], int]:
@@ -274,7 +258,9 @@ def smallest_change(
     def needs(changes: list[list[str]]) -> float:
         try:
             changed = override(config, sum(changes, []))
-            needed = memory_needed(changed, make_mesh(changed.mesh, devices=devices))
+            mesh = make_mesh(changed.mesh, devices=devices)
+            changed = fit_to_mesh(changed, mesh)
+            needed = memory_needed(changed, mesh, make_layout(changed, mesh))
         except InputError:  # does not divide, or does not go together
             return math.inf
         return needed.device_bytes + shared * needed.host_bytes
@@ -295,7 +281,7 @@ def smallest_change(
 
 def _changes(config: TrainConfig, mesh: Mesh) -> Iterator[list[str]]:
     # One sequence of each device at a time.
-    yield ["--accumulate_steps", str(config.batch_size // row_shards(mesh))]
+    yield ["--accumulate_steps", str(config.batch_size // batch_shards(mesh))]
     yield ["--model.remat", "block"]
     if config.model.num_iterations > 1:
         yield ["--model.integrator_segment", str(-(-config.model.num_iterations // 2))]

@@ -10,15 +10,15 @@ import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
+from inl_jax.console import count, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.model.language_model import attention_kernel, compute_dtype, param_count
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import row_shards, spread_rows
+from inl_jax.parallel.sharding import batch_shards
 from inl_jax.planning.memory import host_memory, memory_found, memory_needed, smallest_change
-from inl_jax.training import metrics
-from inl_jax.training.step import TrainState
+from inl_jax.training.state import Layout, TrainState
 
 
 def check_same_config(config: TrainConfig) -> None:
@@ -35,43 +35,42 @@ def check_same_config(config: TrainConfig) -> None:
     )
 
 
-def check_machine(config: TrainConfig, mesh: Mesh, abstract: TrainState, *, report=print) -> None:
+def check_machine(config: TrainConfig, fitted: TrainConfig, mesh: Mesh, layout: Layout) -> None:
     """Says what the run needs and what is here, before anything is allocated.
 
     Args:
-      config: the run.
+      config: the run, as asked for.
+      fitted: the run, fitted to `mesh`.
       mesh: its devices.
-      abstract: its state, from `abstract_state`.
-      report: where the lines go.
+      layout: from `make_layout`.
 
     Raises:
       InputError: the devices, the memory or the disk do not suffice.
     """
     if config.model.context == "attention":
         attention_kernel(config.model)  # raises where it cannot be had
-    report(describe_model(config))
-    spread = spread_rows(config, mesh)
-    if spread != config:
-        report(
-            f"accumulate_steps {config.accumulate_steps} -> {spread.accumulate_steps}, so that "
-            f"each of {row_shards(mesh)} devices has rows of every micro-batch"
+    say(describe_model(config))
+    if fitted != config:
+        say(
+            f"accumulate_steps {config.accumulate_steps} -> {fitted.accumulate_steps}, so that "
+            f"each of {batch_shards(mesh)} devices has rows of every micro-batch"
         )
-    _check_memory(config, mesh, report)
-    _check_disk(config, abstract)
+    _check_memory(fitted, mesh, layout)
+    _check_disk(config, layout.state)
 
 
-def _check_memory(config: TrainConfig, mesh: Mesh, report) -> None:
-    needed, (found, what) = memory_needed(config, mesh), memory_found(mesh)
-    parts = ", ".join(f"{part} {metrics.gib(size)}" for part, size in needed.device.items() if size)
-    report(
-        f"memory on each of {mesh.size} devices: needs {metrics.gib(needed.device_bytes)} "
-        f"({parts}); found {metrics.gib(found)} ({what})"
+def _check_memory(config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+    needed, (found, what) = memory_needed(config, mesh, layout), memory_found(mesh)
+    parts = ", ".join(f"{part} {size(held)}" for part, held in needed.device.items() if held)
+    say(
+        f"memory on each of {mesh.size} devices: needs {size(needed.device_bytes)} "
+        f"({parts}); found {size(found)} ({what})"
     )
     host, host_found = needed.host_bytes * len(mesh.local_devices), host_memory()
     if host:
-        report(
-            f"memory of this host: needs {metrics.gib(host)} (optimizer state of its devices); "
-            f"found {metrics.gib(host_found)}"
+        say(
+            f"memory of this host: needs {size(host)} (optimizer state of its devices); "
+            f"found {size(host_found)}"
         )
     shared = mesh.local_devices[0].platform == "cpu"  # one memory for both
     total = needed.device_bytes + shared * needed.host_bytes
@@ -83,16 +82,16 @@ def _check_memory(config: TrainConfig, mesh: Mesh, report) -> None:
             else "more devices (mesh.fsdp), a shorter data.seq_len or a smaller model are needed"
         )
         raise InputError(
-            f"{config.name} needs {metrics.gib(total)} of memory on each device and "
-            f"{metrics.gib(found)} was found: {advice}"
+            f"{config.name} needs {size(total)} of memory on each device and "
+            f"{size(found)} was found: {advice}"
         )
     if host > host_found:
         o, narrow = config.optim, "optim.moment_dtype=bfloat16 and optim.rounding=stochastic, or "
         if config.model.param_dtype != "bfloat16" or o.rounding == "stochastic":
             narrow = ""
         raise InputError(
-            f"optim.state_memory=pinned_host: takes {metrics.gib(host)} of this host's memory and "
-            f"{metrics.gib(host_found)} is free: set {narrow}optim.state_memory=device"
+            f"optim.state_memory=pinned_host: takes {size(host)} of this host's memory and "
+            f"{size(host_found)} is free: set {narrow}optim.state_memory=device"
         )
 
 
@@ -110,8 +109,8 @@ def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
             there += path.stat().st_size if path.is_file() else 0
     if min(count, saves) * one - there > free:
         raise InputError(
-            f"run_dir={config.run_dir} has {metrics.gib(free)} free; a checkpoint takes "
-            f"{metrics.gib(one)}, and {min(count, saves)} exist at a time (keep_last="
+            f"run_dir={config.run_dir} has {size(free)} free; a checkpoint takes "
+            f"{size(one)}, and {min(count, saves)} exist at a time (keep_last="
             f"{config.keep_last}; the best; the one being written): free some disk, lower "
             "keep_last, or choose another run_dir"
         )
@@ -125,7 +124,7 @@ def describe_model(config: TrainConfig) -> str:
         chosen = m.attention_kernel if m.attention_kernel != "auto" else attention_kernel(m)
         kernel = f" ({chosen} kernel)"
     return (
-        f"{config.name}: {n:,} parameters ({metrics.count(n)}), {m.context} context{kernel}, "
+        f"{config.name}: {n:,} parameters ({count(n)}), {m.context} context{kernel}, "
         f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
         f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
     )
@@ -138,7 +137,7 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
       InputError: as `prepare` does, and where the processes found different data.
     """
     corpus = processes.once_for_each_copy(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=processes.say)
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=say)
     )
     processes.check_same(
         "the fingerprint of the data",

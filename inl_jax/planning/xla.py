@@ -11,9 +11,13 @@ import jax
 import numpy as np
 from jax._src.xla_bridge import backends_are_initialized  # has no public name
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from jaxlib import xla_client
 
-from inl_jax.config import InputError
+from inl_jax.config import InputError, TrainConfig
+from inl_jax.parallel.sharding import on
+from inl_jax.training.state import make_layout
+from inl_jax.training.step import trace_step
 
 CACHE_DIR = "~/.cache/inl_jax/xla"
 
@@ -124,6 +128,22 @@ def use_no_device(compiler: str) -> None:
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if compiler == "cpu":  # JAX has read JAX_PLATFORMS already
         jax.config.update("jax_platforms", "cpu")
+
+
+def compile_abstractly(config: TrainConfig, mesh: Mesh, compiler: str) -> Program:
+    """A training step compiled for the devices of `mesh`; nothing is allocated and nothing runs.
+
+    Args:
+      config: the run, fitted to `mesh`.
+      mesh: of CPU devices.
+      compiler: "cpu", or "cuda" for as many H100s.
+    """
+    with on(mesh):
+        traced = trace_step(config, mesh, make_layout(config, mesh))
+        if compiler == "cuda":
+            return compile_for_cuda(traced, mesh.size)
+        compiled = traced.lower().compile()
+    return Program(compiled.memory_analysis(), compiled.as_text())
 
 
 def compile_for_cuda(traced, num_devices: int) -> Program:

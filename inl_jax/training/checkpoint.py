@@ -1,13 +1,6 @@
-"""What a run leaves behind, and how it is read again: Orbax behind one small class.
-
-RUN/config.json  tokenizer.json  metrics.jsonl  best.json
-RUN/checkpoints/<step>/params       the parameters, readable alone
-RUN/checkpoints/<step>/optimizer    optimizer state and counters
-RUN/damaged/                        checkpoints that could not be read, moved aside
-"""
+"""Checkpoints: Orbax behind one small class. `run_dir.py` says what else is in a run directory."""
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -20,26 +13,16 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from inl_jax.config import InputError, ModelConfig, TrainConfig, differences, from_json, to_json
-from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.data.tokenizer import load as read_tokenizer
+from inl_jax.config import InputError, ModelConfig
+from inl_jax.console import say
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel import processes
-
-# Fields of the model that change neither the parameters nor the function they compute.
-_FREE_FIELDS = (
-    "model.remat",
-    "model.attention_kernel",
-    "model.integrator_gradient",
-    "model.integrator_segment",
-    "model.integrator_chunk",
-)
-# Fields of the optimizer that decide what its state is made of.
-_STATE_FIELDS = ("optim.optimizer", "optim.moment_dtype", "optim.rounding")
+from inl_jax.parallel.sharding import with_shardings
+from inl_jax.training.run_dir import read_json, write_text
 
 
 class _KeepLastAndBest:
-    """Orbax's preservation policy: the newest `keep_last`, and the best by validation loss."""
+    """Orbax's preservation policy: the newest `keep_last` and the best by validation loss."""
 
     def __init__(self, keep_last: int, best: Path):
         self._keep_last, self._best = keep_last, best
@@ -47,12 +30,12 @@ class _KeepLastAndBest:
     def should_preserve(self, checkpoints, *, context):
         del context
         newest = {c.step for c in checkpoints[-self._keep_last :]}
-        best = _read_json(self._best).get("step")
+        best = read_json(self._best).get("step")
         return [c.step in newest or c.step == best for c in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, for the process that trains it."""
+    """The checkpoints of one run directory, for the processes that train it."""
 
     def __init__(self, run_dir: str | Path, *, keep_last: int):
         self._run_dir = Path(run_dir).absolute()
@@ -63,6 +46,7 @@ class Checkpoints:
             preservation_policy=_KeepLastAndBest(keep_last, self._best),
             cleanup_tmp_directories=True,
         )
+        self._saving = None  # Orbax's response to the save that is under way
         if jax.process_count() > 1:
             self._end_all_where_a_save_fails()
 
@@ -86,27 +70,37 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, optimizer: Any = None, *, position: dict[str, Any]
     ) -> None:
-        """Starts writing a checkpoint; returns once the arrays are safe from donation.
+        """Starts writing a checkpoint; returns once the arrays may be donated.
 
         Args:
           step: the update just finished.
-          params: parameters.
-          optimizer: any tree of arrays beside them; None for weights alone.
-          position: plain values, given back by `restore`.
+          params: the parameters.
+          optimizer: any tree of arrays; None to save weights alone.
+          position: plain values, which `restore` returns.
         """
         items = (
             {"params": params} if optimizer is None else dict(params=params, optimizer=optimizer)
         )
-        self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
+        self._finish_save()
+        self._saving = self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
 
-    def restore(self, abstract: dict[str, Any], *, report=print) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or None where there is none.
+    def _finish_save(self) -> None:
+        """Waits for the save under way.
 
-        A checkpoint whose bytes are bad is moved to RUN/damaged and the next older one is tried.
+        Orbax ends the event loop and the threads of a save only in its response's `result()`: a
+        response that is dropped leaks one thread and three file descriptors.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def restore(self, abstract: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, or None if there is none.
+
+        A checkpoint whose bytes are bad is moved to RUN/damaged, and the next older one is tried.
 
         Args:
           abstract: `{"params": ..., "optimizer": ...}` of `jax.ShapeDtypeStruct` with shardings.
-          report: told of checkpoints that could not be read.
 
         Returns:
           `{"params", "optimizer", "step", "position"}`.
@@ -133,7 +127,7 @@ class Checkpoints:
             if troubles := list(filter(None, processes.gather(trouble))):
                 damaged[step] = troubles[0]
                 continue
-            self._set_aside(damaged, report)
+            self._set_aside(damaged)
             return {**loaded, "step": step, "position": metadata.custom_metadata}
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
@@ -143,29 +137,29 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, damaged: dict[int, str], report) -> None:
+    def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, reason in damaged.items() if processes.first() else ():
             aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self._run_dir / "checkpoints" / str(step), aside)
-            if _read_json(self._best).get("step") == step:
+            if read_json(self._best).get("step") == step:
                 self._best.unlink()
-            report(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
+            say(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         processes.gather()  # moved, before anyone looks again
         if damaged:
             self._orbax.reload()
 
     def note_validation(self, step: int, loss: float, *, basis: str = "") -> None:
-        """Records a validation loss of a saved step; the lowest one's checkpoint is kept.
+        """Records the validation loss of a saved step; the checkpoint of the lowest is kept.
 
         Args:
-          step: a step that was saved.
+          step: a saved step.
           loss: its validation loss.
-          basis: what it was measured on; only losses on the same basis are compared.
+          basis: what it was measured on; losses on another basis are not compared.
         """
-        best = _read_json(self._best)
+        best = read_json(self._best)
         lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
-        lower = loss < lowest  # false where it is NaN
+        lower = loss < lowest  # False for NaN
         if processes.gather(str(lower))[0] == "False":  # as process 0 read it, before it writes
             return
         self.wait()  # best.json never names a checkpoint that is not on disk
@@ -179,18 +173,22 @@ class Checkpoints:
         return self._orbax.latest.step if self._orbax.latest else None
 
     def wait(self) -> None:
-        """Returns when everything asked for is on disk; raises what went wrong."""
+        """Returns when every save is on disk; raises what went wrong."""
+        self._finish_save()
         self._orbax.wait()
 
     def close(self) -> None:
-        """Waits, and releases Orbax's threads."""
-        self._orbax.close()
+        """Waits for the save under way and ends Orbax's threads."""
+        try:
+            self._finish_save()
+        finally:
+            self._orbax.close()
 
 
 def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
-    """Raises `InputError` naming the first leaf whose shape or type differs, or that is missing.
+    """Raises `InputError` naming the first leaf that is missing or has another shape or type.
 
-    Raises `OSError` where the bytes of the metadata are bad: Orbax then gives None, not an error.
+    Raises `OSError` if the bytes of the metadata are bad: Orbax then gives None, not an error.
     """
 
     def leaves(tree):
@@ -215,7 +213,7 @@ def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
 
 @contextlib.contextmanager
 def _reading_alone() -> Iterator[None]:
-    """Orbax reads without waiting for other processes, which bad bytes may keep from coming."""
+    """Makes Orbax read without waiting for other processes: bad bytes may stop one of them."""
     me = jax.process_index()
     context = ocp.Context()
     context.multiprocessing.primary_host = me
@@ -233,69 +231,6 @@ def _kind(leaf: Any) -> str:
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def check_run(config: TrainConfig, tokenizer: Tokenizer, *, report=print) -> None:
-    """Checks that this config may start in its run directory, or go on with the run there.
-
-    Raises:
-      InputError: the run there has another model or tokenizer; the field and both values are named.
-    """
-    run_dir = Path(config.run_dir)
-    if not (run_dir / "config.json").exists():
-        if config.init_from:
-            _check_tokenizer(config.init_from, tokenizer)
-        return
-    saved = any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
-    for field, before, now in differences(read_config(run_dir), config):
-        of_state = saved and field in _STATE_FIELDS
-        if of_state or (field.startswith("model.") and field not in _FREE_FIELDS):
-            afresh = " with init_from, for the weights alone" if of_state else ""
-            raise InputError(
-                f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
-                f"or another run_dir{afresh}"
-            )
-        if field not in ("run_dir", "name"):
-            report(f"changed since this run was started: {field} {before} -> {now}")
-    _check_tokenizer(run_dir, tokenizer)
-
-
-def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer) -> None:
-    read_config(run_dir)  # says where there is no run
-    saved = read_tokenizer(run_dir)
-    if saved.fingerprint != tokenizer.fingerprint:
-        raise InputError(
-            f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
-            f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
-            f"({saved.vocab_size} ids, {saved.fingerprint[:8]}): its weights mean those ids; use "
-            f"that tokenizer ({run_dir}/tokenizer.json), or another run"
-        )
-
-
-def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the config and the tokenizer into the run directory."""
-    if not processes.first():
-        return
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "config.json").exists():
-        tokenizer.save(run_dir)
-    write_text(run_dir / "config.json", to_json(config))
-
-
-def read_config(run_dir: str | Path) -> TrainConfig:
-    """The config a run was last started with.
-
-    Raises:
-      InputError: there is no run.
-    """
-    path = Path(run_dir) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run_dir}: not a run directory (no config.json in it)")
-    try:
-        return from_json(path.read_text())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error}); restore it from a copy") from None
-
-
 def read_params(
     run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
 ) -> tuple[int, Any]:
@@ -305,7 +240,7 @@ def read_params(
       run_dir: the run.
       config: its model.
       step: a saved step, "latest", or "best" (by validation loss).
-      shardings: where to put them; one for each leaf. The default device by default.
+      shardings: one for each parameter; all on the default device if None.
 
     Raises:
       InputError: no such checkpoint, or it is damaged or does not fit the config.
@@ -315,7 +250,7 @@ def read_params(
     if step == "latest":
         chosen = steps[-1] if steps else None
     elif step == "best":
-        chosen = _read_json(Path(run_dir) / "best.json").get("step")
+        chosen = read_json(Path(run_dir) / "best.json").get("step")
     else:
         chosen = int(step) if str(step).isdecimal() else None
     if chosen not in steps:
@@ -324,9 +259,7 @@ def read_params(
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, abstract)
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-    )
+    abstract = with_shardings(abstract, shardings)
     where = folder / str(chosen)
     try:
         saved = ocp.checkpointables_metadata(where).metadata
@@ -336,46 +269,3 @@ def read_params(
         raise
     except Exception as error:
         raise InputError(f"{where} is damaged ({_reason(error)}); there are {steps}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object, empty where the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def locked(run_dir: str | Path) -> Iterator[None]:
-    """Keeps a run directory to one trainer at a time. Makes the directory.
-
-    The processes of one trainer share it: process 0 locks for all.
-
-    Raises:
-      InputError: another process trains there, it cannot be made, or not all processes see it.
-    """
-    if not processes.first():
-        processes.check_shared(Path(run_dir), "run_dir")
-        yield
-        return
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        handle = open(Path(run_dir) / "lock", "a")
-    except OSError as error:
-        raise InputError(f"run_dir={run_dir}: {error.strerror}; name a directory") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"run_dir={run_dir}: another process trains there") from None
-        processes.check_shared(Path(run_dir), "run_dir")
-        yield  # the lock goes with the file, also when the process is killed

@@ -1,166 +1,166 @@
-"""Numbers about a run: arithmetic, throughput, and where they are written."""
+"""Records of a run: one JSON object a line in RUN/metrics.jsonl, and one console line each.
+
+The console line is made *from* the record. Records count in optimizer updates.
+"""
 
 import json
 import math
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from inl_jax.config import ModelConfig
+from inl_jax.console import count, duration, progress_bar, say
 from inl_jax.parallel import processes
 
-# Dense bfloat16 peak in FLOP/s by device kind, from the makers' data sheets (without sparsity).
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-}
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Matrix-product FLOPs of a forward pass, per token of a sequence of `seq_len`.
-
-    A training step is three times this (backward is two products for each one), whatever is
-    recomputed. Counted: 2 per multiply-add; the context term of the controllers once; no product
-    with the zero velocity at t = 0; attention over the (S + 1) / 2 positions seen on average.
-    """
-    c = config
-    D, T, Q4C = c.d_model, c.num_iterations, 4 * c.controller_width
-    if c.context == "attention":
-        projections = 2 * D * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        context = projections + 2 * 2 * c.num_heads * c.head_dim * (seq_len + 1) // 2
-    else:
-        context = 2 * D * D
-    integrator = 2 * D * Q4C * (3 * T) if T > 0 else 0  # T outputs, T states, T-1 velocities, 1 h
-    feed_forward = 2 * 2 * D * c.d_ff
-    return c.num_layers * (context + integrator + feed_forward) + 2 * D * c.vocab_size
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
-    return PEAK_FLOPS.get(device.device_kind)
-
-
-def gib(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def count(number: float) -> str:
-    """A parameter or token count for people: 1.70B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 1d 02h, 3h 04m, 5m 06s."""
-    seconds = int(seconds)
-    for large, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
-        if seconds >= size:
-            return f"{seconds // size}{large} {seconds % size // part:02d}{small}"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+Record = dict[str, Any]
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)`, infinite where that overflows."""
+    """`exp(loss)`, infinite if that overflows."""
     return math.inf if loss >= 700 else math.exp(loss)
 
 
+def update_record(
+    values: dict[str, Any],
+    step: int,
+    num_steps: int,
+    seconds_per_step: float,
+    tokens_per_second: float,
+    input_wait: float,
+) -> Record:
+    """The record of an update, from the metrics of `train_step` as numbers."""
+    return {
+        "step": step,
+        "num_steps": num_steps,
+        "loss": values["loss"],
+        "perplexity": perplexity(values["loss"]),
+        "learning_rate": values["learning_rate"],
+        "grad_norm": values["grad_norm"],
+        "seconds_per_step": seconds_per_step,
+        "tokens_per_second": tokens_per_second,
+        "input_wait": input_wait,
+        "seconds_left": seconds_per_step * (num_steps - step),
+        "skipped": values["skipped"],
+    }
+
+
+def console_line(record: Record) -> str:
+    """A record for people: of an update, or of an evaluation."""
+    line = f"update {record['step']}/{record['num_steps']}  "
+    if "validation_loss" in record:
+        return line + (
+            f"validation loss {record['validation_loss']:.4f}  "
+            f"ppl {record['validation_perplexity']:.2f}  "
+            f"{record['validation_bits_per_byte']:.4f} bits/byte  "
+            f"({record['validation_tokens']:,} tokens)"
+        )
+    line += (
+        f"loss {record['loss']:.4f}  ppl {record['perplexity']:.2f}  "
+        f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.3f}  "
+        f"{1000 * record['seconds_per_step']:.0f} ms  {count(record['tokens_per_second'])} tok/s"
+    )
+    if "mfu" in record:
+        line += f"  MFU {100 * record['mfu']:.1f}%"
+    if record["input_wait"] > 0.01:
+        line += f"  {100 * record['input_wait']:.0f}% waiting for data"
+    if record["skipped"]:
+        line += f"  {record['skipped']} skipped"
+    return f"{line}  {duration(record['seconds_left'])} left"
+
+
 class MetricsLog:
-    """Records of a run: one JSON object a line, and the same on the console.
+    """The records of one run, written by process 0, and its progress bar."""
 
-    On a terminal a progress line is rewritten in place between the log lines. With several
-    processes only the first writes anything.
-    """
+    def __init__(self, run_dir: str | Path, *, on_record: Callable[[Record], None] | None = None):
+        """Opens the log of a run.
 
-    def __init__(self, run_dir: str | Path):
+        Args:
+          run_dir: the run directory.
+          on_record: called with each record on process 0, after it is written. What it raises ends
+            the run.
+        """
         self._path = Path(run_dir) / "metrics.jsonl"
+        self._on_record = on_record
         self._file = None
-        self._first = processes.first()
-        self._terminal = self._first and sys.stdout.isatty()
-        self._shown = 0.0
+        self._bar = None
 
-    def say(self, line: str) -> None:
-        """A line for the console only."""
-        if not self._first:
+    def write(self, record: Record) -> None:
+        """Writes one record to the file and its line to the console."""
+        if not processes.first():
             return
-        print(f"\r\033[K{line}" if self._terminal else line, flush=True)
+        self._append(record)
+        say(console_line(record))
+        if self._on_record is not None:
+            self._on_record(record)
 
-    def write(self, record: dict[str, Any], line: str) -> None:
-        """One record to the file, and its line to the console."""
-        if not self._first:
-            return
+    def resume_from(self, step: int) -> None:
+        """Marks records above `step` as abandoned: the run resumes from there.
+
+        They stay in the file; `read_metrics` drops them.
+        """
+        if processes.first() and any(r["step"] > step for r in read_metrics(self._path.parent)):
+            self._append({"resumed_from": step})
+
+    def _append(self, record: Record) -> None:
         if self._file is None:
             torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
             self._file = open(self._path, "a", buffering=1)
-            if torn:  # by a crash; the next record must not be lost with it
+            if torn:  # a crash cut the last line short; the next record must not be lost with it
                 self._file.write("\n")
         self._file.write(json.dumps(record) + "\n")
-        self.say(line)
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
-        """Rewrites the progress line of a terminal, a few times a second; elsewhere nothing."""
-        now = time.perf_counter()
-        if not self._terminal or now - self._shown < 0.2:
-            return
-        self._shown = now
-        filled = 30 * step // num_steps
-        bar = "#" * filled + "." * (30 - filled)
-        print(f"\r\033[K[{bar}] {step}/{num_steps}  loss {loss:.4f}", end="", flush=True)
+        """Moves the progress bar of a terminal to `step`."""
+        if self._bar is None:
+            self._bar = progress_bar(num_steps, unit="update", done=step - 1)
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Ends the progress line and the file."""
-        if self._terminal:
-            print("\r\033[K", end="", flush=True)
+        """Ends the progress bar and closes the file."""
+        if self._bar is not None:
+            self._bar.close()
         if self._file is not None:
             self._file.close()
 
 
-def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record]:
     """The records of a run in order of steps, at most one of each kind for a step.
 
-    A resumed run writes some steps twice; the later record stands. A last line cut short by a
-    crash is passed over.
+    A resumed run repeats some steps: the later record stands, and records above the step that it
+    resumed from are dropped, because they belong to a branch that was abandoned. A last line that a
+    crash cut short is ignored.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    latest = {}
+    latest: dict[tuple[int, bool], Record] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-            step = record["step"]
+            if "resumed_from" in record:
+                start = record["resumed_from"]
+                latest = {key: found for key, found in latest.items() if key[0] <= start}
+            elif record["step"] <= up_to:
+                latest[record["step"], "validation_loss" in record] = record
         except (ValueError, TypeError, KeyError):
             continue
-        if step <= up_to:
-            latest[step, "validation_loss" in record] = record
     return [latest[key] for key in sorted(latest)]
 
 
 class StepTimer:
-    """Seconds per update, and the share of them that went into waiting for inputs."""
+    """Seconds per update, and the share of them spent waiting for input."""
 
     def __init__(self):
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Counting begins after `step`."""
+        """Starts timing after update `step`."""
         self._since, self._step, self._waited = time.perf_counter(), step, 0.0
 
     def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Passes `batches` on, counting the time until each of them is there.
+        """Yields `batches`, and counts the time that the host waits for each.
 
-        The device waits less than that: in the meantime it has an update in hand.
+        The device waits less: it still has the previous update to do.
         """
         batches = iter(batches)
         while True:
@@ -173,7 +173,7 @@ class StepTimer:
             yield batch
 
     def lap(self, step: int) -> tuple[float, float]:
-        """Seconds per update and the share waited since the last start or lap."""
+        """(seconds per update, share of them waited for input) since the last start or lap."""
         elapsed = time.perf_counter() - self._since
         results = elapsed / max(1, step - self._step), self._waited / max(elapsed, 1e-9)
         self.start(step)

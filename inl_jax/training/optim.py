@@ -1,8 +1,10 @@
-"""AdamW (or Adafactor) under warmup-cosine, for 16-bit parameters, applied one layer at a time.
+"""AdamW or Adafactor for 16-bit parameters, applied one layer at a time.
 
-An optimizer here is an optax transformation that treats every layer by itself. `apply_gradients`
-does what concerns them all (clipping, leaving out a non-finite update) and goes through the layers
-in a loop, so that only one layer's optimizer state is unpacked, widened or on the device at a time.
+An optimizer here is an optax transformation that treats every layer alone and takes the learning
+rate as an argument of `update`: it does not know how long the run is. `learning_rates` is the
+schedule. `apply_gradients` does what concerns all layers (clipping, skipping a non-finite update)
+and loops over the layers, so that the optimizer state of only one layer is on the device, or
+widened to float32, at a time.
 """
 
 import functools
@@ -10,30 +12,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from inl_jax.config import TrainConfig
+from inl_jax.config import OptimConfig, TrainConfig
 
 STACKED = "blocks"  # the parameters whose first axis is the layer
 
 
 class MasterState(NamedTuple):
-    """Float32 copies of 16-bit parameters, and the state of the optimizer that moves them."""
+    """Float32 copies of 16-bit parameters, and the state of the optimizer that updates them."""
 
     masters: Any
     inner: Any
 
 
-def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Linear warmup from 0, then cosine to `final_lr_fraction` of the peak at `num_steps`."""
-    o = config.optim
-    return optax.warmup_cosine_decay_schedule(
+def learning_rates(config: OptimConfig, num_steps: int) -> np.ndarray:
+    """The learning rate of every update of a run, float32 [num_steps].
+
+    Warmup is linear and counts from 1: update `u` of `warmup_steps` has `u / warmup_steps` of the
+    peak, so that the first update is not lost. A cosine follows, to `final_lr_fraction` of the peak
+    at the last update (optax.warmup_cosine_decay_schedule).
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=o.learning_rate,
-        warmup_steps=o.warmup_steps,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
         decay_steps=num_steps,
-        end_value=o.learning_rate * o.final_lr_fraction,
+        end_value=config.learning_rate * config.final_lr_fraction,
     )
+    return np.asarray(schedule(np.arange(1, num_steps + 1)), np.float32)
 
 
 def decay_mask(params: Any) -> Any:
@@ -49,10 +57,10 @@ def decay_mask(params: Any) -> Any:
 
 
 def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` in bfloat16: one of its two neighbours, so chosen that the mean over keys is `x`.
+    """`x` rounded up or down to bfloat16 at random, with mean `x` (Gupta et al., 2015).
 
-    Random bits are added to the 16 bits that bfloat16 drops (Gupta et al., 2015). Infinities and
-    NaN stay what they are. The result does not depend on how `x` is spread over devices.
+    Random bits are added to the 16 bits that bfloat16 drops. Infinities and NaN are kept. The
+    result does not depend on the sharding of `x`.
     """
     x = x.astype(jnp.float32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -62,7 +70,7 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def round_tree(key: jax.Array, tree: Any, like: Any) -> Any:
-    """`tree` in the types of `like`: where that is bfloat16, rounded stochastically."""
+    """`tree` in the types of `like`. Leaves that become bfloat16 are rounded stochastically."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(1, len(leaves)))
     rounded = [
@@ -73,18 +81,17 @@ def round_tree(key: jax.Array, tree: Any, like: Any) -> Any:
 
 
 def _landing(target: Any, params: Any) -> Any:
-    """The float32 updates that take `params` exactly to `target`, of the same types."""
+    """The float32 updates that move `params` exactly onto `target`, of the same types."""
     return jax.tree.map(lambda t, p: t.astype(jnp.float32) - p.astype(jnp.float32), target, params)
 
 
 def with_float32_masters(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on float32 master weights and lands the parameters on the masters' rounding.
+    """Applies `inner` to float32 master weights and moves each parameter to `bfloat16(master)`.
 
-    Added to a bfloat16 weight, an AdamW update at a small learning rate is below half a unit in
-    the last place and vanishes. Here updates add up in the masters, and the emitted update takes
-    each parameter to `bfloat16(master)`.
+    An AdamW update at a small learning rate is below half a unit in the last place of a bfloat16
+    weight, so it would vanish if it were added there. The masters accumulate it.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -104,11 +111,11 @@ def with_float32_masters(
 def with_stochastic_rounding(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on bfloat16 parameters, whose new values are rounded stochastically.
+    """Applies `inner` to bfloat16 parameters and rounds their new values stochastically.
 
-    Needs no masters: an update far below a unit in the last place moves the weight with a
-    probability in proportion, and so by its own size in the mean. `update` takes `key`, a new one
-    each time.
+    No masters are needed: an update far below a unit in the last place moves the weight with a
+    probability proportional to its size, so its mean is right. `update` takes a new `key` each
+    time.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -130,8 +137,8 @@ def with_bfloat16_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the float state of `inner` in bfloat16, rounded stochastically after each update.
 
-    Rounded to nearest, a moment stands still where its change is below half a unit in the last
-    place: with b2 = 0.999 a second moment would hardly ever shrink. `update` takes `key`.
+    Rounding to nearest would freeze a moment whose change is below half a unit in the last place:
+    with b2 = 0.999 a second moment would hardly ever shrink. `update` takes a `key`.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -155,23 +162,23 @@ def _cast_floats(tree: Any, dtype) -> Any:
 # --- the optimizer of a run
 
 
-def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run of `num_steps` updates, for one layer or all. Feed it float32
-    gradients, and a `key` where it rounds stochastically.
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run, for the parameters of one layer or of all.
+
+    `update(gradients, state, params, learning_rate=..., key=...)` takes float32 gradients; `key`
+    is used only where something is rounded stochastically.
     """
-    o, rate = config.optim, learning_rate_schedule(config, num_steps)
+    o = config.optim
+    decay = optax.add_decayed_weights(o.weight_decay, mask=decay_mask)
     if o.optimizer == "adafactor":
         # Shazeer and Stern (2018) without momentum; steps as AdamW's, not relative to the weights.
-        optimizer = optax.chain(
+        direction = [
             optax.scale_by_factored_rms(min_dim_size_to_factor=64),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(o.weight_decay, mask=decay_mask),
-            optax.scale_by_learning_rate(rate),
-        )
+        ]
     else:
-        optimizer = optax.adamw(
-            rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask
-        )
+        direction = [optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)]
+    optimizer = optax.chain(*direction, decay, _scale_by_learning_rate())
     if o.moment_dtype == "bfloat16":
         optimizer = with_bfloat16_state(optimizer)
     if config.model.param_dtype == "bfloat16":
@@ -180,35 +187,39 @@ def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransfo
     return optax.with_extra_args_support(optimizer)
 
 
-def any_length_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """An optimizer to make states with: their shapes do not depend on the length of the run."""
-    return make_optimizer(config, config.optim.warmup_steps + 1)
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by `-learning_rate`, an argument of `update`."""
+
+    def update(updates, state, params=None, *, learning_rate, **extra):
+        del params, extra
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def accumulator_dtype(config: TrainConfig) -> jnp.dtype:
-    """The type in which gradients of micro-batches are added up."""
+    """The type in which the mean over micro-batches is accumulated."""
     if config.optim.accumulator_dtype == "bfloat16":
         return jnp.dtype(jnp.bfloat16)
     return jnp.promote_types(jnp.float32, config.model.param_dtype)
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> dict[str, Any]:
-    """The optimizer's state of the stacked blocks, layer by layer, and of the rest.
+    """The optimizer state `{"blocks": ..., "rest": ...}`.
 
-    Returns:
-      `{"blocks": ..., "rest": ...}`; under `blocks` every leaf has the layer as first axis.
+    Every leaf under `blocks` has the layer as its first axis.
     """
     blocks, rest = split_blocks(params)
     return {"blocks": jax.vmap(optimizer.init)(blocks), "rest": optimizer.init(rest)}
 
 
 def split_blocks(tree: Any) -> tuple[Any, Any]:
-    """What has a first axis of layers, and what has not."""
+    """Splits a tree by parameters into (stacked blocks, the rest)."""
     return tree[STACKED], {name: value for name, value in tree.items() if name != STACKED}
 
 
 def on_host(leaf: Any) -> bool:
-    """Whether a leaf of the optimizer's state goes to host memory, where that is asked for."""
+    """Whether `state_memory=pinned_host` moves this leaf of the optimizer state to the host."""
     return leaf.ndim > 1
 
 
@@ -218,21 +229,24 @@ def apply_gradients(
     state: Any,
     params: Any,
     *,
-    scale=1.0,
-    keep=False,
+    learning_rate: jax.Array | float,
+    scale: jax.Array | float = 1.0,
+    skip: jax.Array | bool = False,
     key: jax.Array | None = None,
 ) -> tuple[Any, Any]:
     """Updates parameters and optimizer state in place, one layer after the other.
 
+    Leaves of the state in host memory are copied to the device and back, one layer at a time.
+
     Args:
       optimizer: from `make_optimizer`.
-      grads: gradients, in any float type; widened to float32 a layer at a time.
-      state: from `init_optimizer`. What of it is in host memory is brought to the device, layer by
-        layer, and back.
+      grads: gradients in any float type; widened to float32 one layer at a time.
+      state: from `init_optimizer`.
       params: the parameters.
-      scale: what gradients are multiplied with, as for clipping by the global norm.
-      keep: true to leave everything as it was.
-      key: random key of this update; needed where the optimizer rounds stochastically.
+      learning_rate: of this update, a scalar.
+      scale: factor of the gradients, for clipping by the global norm.
+      skip: True leaves parameters and state as they are.
+      key: of this update; needed if the optimizer rounds stochastically.
 
     Returns:
       (params, state).
@@ -240,7 +254,7 @@ def apply_gradients(
     key = jax.random.key(0) if key is None else key
 
     def put(tree, like, space):
-        """Moves the parts of those leaves of `like` that are in host memory."""
+        """Moves those leaves to `space` that `like` has in host memory."""
 
         def move(part, whole):
             on_host = jax.typeof(whole).memory_space == jax.memory.Space.Host
@@ -253,9 +267,11 @@ def apply_gradients(
         wide = jax.tree.map(
             lambda g: scale * g.astype(jnp.promote_types(jnp.float32, g.dtype)), grads
         )
-        updates, new_state = optimizer.update(wide, state, params, key=key)
+        updates, new_state = optimizer.update(
+            wide, state, params, learning_rate=learning_rate, key=key
+        )
         new = optax.apply_updates(params, updates), new_state
-        params, state = jax.tree.map(lambda n, o: jnp.where(keep, o, n), new, (params, state))
+        params, state = jax.tree.map(lambda n, o: jnp.where(skip, o, n), new, (params, state))
         return params, put(state, like, jax.memory.Space.Host)
 
     def one_layer(i, carry):

@@ -1,14 +1,14 @@
-"""SIGTERM and Ctrl-C: when a run is ended at once, and when an update is finished first."""
+"""SIGTERM and Ctrl-C: when a run ends at once, when it finishes its update first; exit codes."""
 
 import signal
 import threading
 from typing import Literal
 
 EXIT_FAILED = 1
-EXIT_MISTAKE = 2
+EXIT_MISTAKE = 2  # in the input
 EXIT_DIVERGED = 3
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command may be run again, and resumes what was saved
-EXIT_CTRL_C = 130
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command resumes
+EXIT_CTRL_C = 130  # nothing more was saved
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,12 +16,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Catches SIGTERM and Ctrl-C for as long as it is open.
+    """Catches SIGTERM and Ctrl-C while it is open.
 
-    At first they raise at once. While held they are noted alone: Orbax would take what is raised
-    while it reads for a bad checkpoint. In the loop they are noted, for the update to be finished
-    and saved; only a second Ctrl-C raises. Python drops what is raised in some callbacks, as XLA's
-    for the garbage collector; the loop finds it noted.
+    At first a signal raises at once. While held, it is only noted: Orbax would mistake an exception
+    raised while it reads for a bad checkpoint. In the loop it is noted too, so that the update is
+    finished and saved; only a second Ctrl-C raises. A signal is always noted as well as raised,
+    because Python drops what is raised in some callbacks, such as XLA's for the garbage collector;
+    the loop then finds the note.
     """
 
     def __init__(self):
@@ -33,13 +34,13 @@ class StopRequest:
         self._mode = "held"
 
     def release(self) -> None:
-        """Ends `hold`; raises what came meanwhile."""
+        """Ends `hold`, and raises what came meanwhile."""
         self._mode = "raise"
         if self.requested is not None:
             self._raise()
 
     def enter_loop(self) -> None:
-        """From here on updates are finished first."""
+        """From here on the update is finished first."""
         self._mode = "loop"
 
     def __enter__(self) -> "StopRequest":

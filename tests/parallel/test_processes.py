@@ -28,7 +28,7 @@ from inl_jax.parallel.processes import Launch, find_launch
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.training import checkpoint
 from inl_jax.training.metrics import read_metrics
-from inl_jax.training.step import abstract_state, split_state
+from inl_jax.training.state import make_layout, split_state
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 90  # seconds for any one launch
@@ -303,7 +303,7 @@ def copy_from_update(source, target, step):
 
 def restored(config, step):
     """All arrays of a checkpoint, as one process reads them."""
-    abstract = split_state(abstract_state(config, make_mesh(MeshConfig(data=1))))
+    abstract = split_state(make_layout(config, make_mesh(MeshConfig(data=1))))
     folder = Path(config.run_dir) / "checkpoints" / str(step)
     found = ocp.load_checkpointables(folder, abstract)
     return [np.asarray(leaf) for leaf in jax.tree.leaves([found["params"], found["optimizer"]])]

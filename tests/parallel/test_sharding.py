@@ -17,15 +17,16 @@ from inl_jax.parallel.sharding import (
     AXES,
     RULES,
     any_process,
+    fit_to_mesh,
     local_rows,
     make_mesh,
     param_shardings,
     place,
     rows,
-    spread_rows,
 )
 from inl_jax.training.optim import make_optimizer
-from inl_jax.training.step import abstract_state, compile_step, trace_step
+from inl_jax.training.state import make_layout
+from inl_jax.training.step import compile_step, trace_step
 
 CONTEXTS = ["mean", "decay", "attention"]
 MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}
@@ -53,7 +54,7 @@ def one_update(config, mesh):
     """Loss, gradient norm and parameters after one update, run as `train` runs it."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         optimizer = make_optimizer(config, 8)
-        abstract = abstract_state(config, mesh)
+        abstract = make_layout(config, mesh)
         step = compile_step(config, 8, mesh, abstract, Quiet())
         batch = np.random.default_rng(1).integers(
             0, 300, (config.batch_size, config.data.seq_len + 1), np.int32
@@ -157,7 +158,7 @@ def test_a_config_of_one_device_computes_the_same_on_many(train_config):
     expected, expected_results = on_one_device(config)
     mesh = mesh_of(2, 2, 1)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        program = trace_step(config, 8, mesh, abstract_state(config, mesh)).lower().as_text()
+        program = trace_step(config, 8, mesh, make_layout(config, mesh)).lower().as_text()
     assert "tensor<2x4x9xi32>" in program and "tensor<8x1x9xi32>" not in program
     state, results = one_update(config, mesh)
     np.testing.assert_allclose(results["loss"], expected_results["loss"], rtol=1e-5)
@@ -171,7 +172,7 @@ def test_the_first_update_moves_every_parameter(train_config):
     config = small_run(train_config, context="decay")
     mesh = mesh_of(1, 1, 1)
     optimizer = make_optimizer(config, 8)
-    start = make_state(config, optimizer, abstract_state(config, mesh)).params
+    start = make_state(config, optimizer, make_layout(config, mesh)).params
     end, _ = on_one_device(config)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), start, end.params)))
 
@@ -181,7 +182,7 @@ def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor(train_con
     config = train_config(model={"context": context, "param_dtype": "bfloat16", "num_kv_heads": 2})
 
     def bytes_per_device(*shape):
-        abstract = abstract_state(config, mesh_of(*shape))
+        abstract = make_layout(config, mesh_of(*shape))
         return sum(
             np.prod(a.sharding.shard_shape(a.shape), dtype=int) * a.dtype.itemsize
             for a in jax.tree.leaves(abstract)
@@ -255,9 +256,9 @@ def test_no_device_is_without_a_row_or_has_more_at_a_time_than_one_alone(a, b, c
         mesh = SimpleNamespace(shape={"data": devices, "fsdp": 1, "tensor": 1})
         if config.batch_size % devices:
             with pytest.raises(InputError, match=f"batch_size={a * b * c}: does not divide over"):
-                spread_rows(config, mesh)
+                fit_to_mesh(config, mesh)
             continue
-        rows, left = divmod(config.batch_size, spread_rows(config, mesh).accumulate_steps * devices)
+        rows, left = divmod(config.batch_size, fit_to_mesh(config, mesh).accumulate_steps * devices)
         assert left == 0 and 1 <= rows <= config.batch_size // config.accumulate_steps
 
 
@@ -265,7 +266,7 @@ def test_micro_batches_that_give_every_device_a_row_are_left_alone(train_config)
     mesh = mesh_of(2, 2, 2)  # rows are split over data and fsdp
     for steps, spread in ((1, 1), (2, 2), (4, 2), (8, 2)):
         config = train_config(batch_size=8, accumulate_steps=steps)
-        assert spread_rows(config, mesh).accumulate_steps == spread
+        assert fit_to_mesh(config, mesh).accumulate_steps == spread
 
 
 @pytest.mark.parametrize(

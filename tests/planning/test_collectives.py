@@ -11,7 +11,8 @@ from inl_jax.config import MeshConfig
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel.sharding import RULES, make_mesh
 from inl_jax.planning.collectives import find_collectives, least_bytes, summed
-from inl_jax.training.step import abstract_state, trace_step
+from inl_jax.training.state import make_layout
+from inl_jax.training.step import trace_step
 
 
 def mesh_of(data, fsdp, tensor):
@@ -133,7 +134,7 @@ def step_of(train_config):
         )
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            traced = trace_step(config, 8, mesh, abstract_state(config, mesh))
+            traced = trace_step(config, 8, mesh, make_layout(config, mesh))
             program = traced.lower().compile().as_text()
         return find_collectives(program, mesh), config, mesh
 

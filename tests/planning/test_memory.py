@@ -13,7 +13,8 @@ from inl_jax.config_file import load_config, override
 from inl_jax.parallel import sharding
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning import memory
-from inl_jax.training.step import abstract_state, check_offload
+from inl_jax.training.state import make_layout
+from inl_jax.training.step import check_offload
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -43,7 +44,7 @@ def test_the_state_part_of_the_memory_is_exact(train_config, recipe, mesh):
             mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor, fsdp_shards=shards),
         )
         mesh_ = make_mesh(config.mesh)
-        state, needed = abstract_state(config, mesh_), memory.memory_needed(config, mesh_)
+        state, needed = make_layout(config, mesh_), memory.memory_needed(config, mesh_)
         parts = [needed.device[part] for part in ("parameters", "masters", "moments")]
         assert sum(parts) == bytes_of(state, "device") - 2 * 4  # two counters
         assert needed.host_bytes == bytes_of(state, "host")
@@ -93,7 +94,7 @@ def test_the_state_of_a_device_falls_as_one_over_n(name):
 
     def state(n):
         mesh = make_mesh(MeshConfig(data=1, fsdp=n))
-        return bytes_of(abstract_state(config, mesh), "device")
+        return bytes_of(make_layout(config, mesh), "device")
 
     whole = state(1)
     for n in (2, 4, 8):
@@ -258,9 +259,9 @@ def test_no_change_that_costs_memory_stands_in_the_way_of_others():
 def test_a_platform_without_host_memory_is_an_error(train_config, monkeypatch):
     config = train_config(optim={"state_memory": "pinned_host"})
     mesh = make_mesh(config.mesh)
-    abstract_state(config, mesh)
+    make_layout(config, mesh)
     with pytest.raises(RuntimeError, match="optim.state_memory=pinned_host.* keeps no state"):
         check_offload("HloModule m, entry_computation_layout={(f32[4]{0})->f32[4]{0}}")
     monkeypatch.setattr(sharding, "_memory_kinds", lambda mesh: {"device"})
     with pytest.raises(InputError, match="optim.state_memory=pinned_host: .* has only device mem"):
-        abstract_state(config, mesh)
+        make_layout(config, mesh)

@@ -11,7 +11,7 @@ from inl_jax.data.corpus import prepare
 from inl_jax.model import language_model as model
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning import preflight
-from inl_jax.training.step import abstract_state
+from inl_jax.training.state import make_layout
 
 
 def test_epochs_are_counted_in_windows(train_config):
@@ -59,7 +59,7 @@ def test_fewer_micro_batches_are_announced(train_config):
     config = train_config(accumulate_steps=8, mesh=MeshConfig(data=4))
     mesh = make_mesh(config.mesh)
     lines = []
-    preflight.check_machine(config, mesh, abstract_state(config, mesh), report=lines.append)
+    preflight.check_machine(config, mesh, make_layout(config, mesh), report=lines.append)
     assert "accumulate_steps 8 -> 2, so that each of 4 devices has rows of" in " ".join(lines)
 
 
@@ -67,7 +67,7 @@ def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_confi
     """Those kept, the best and the one being written, less what is there already."""
     config = train_config(save_every=2, num_steps=100, keep_last=3)
     mesh = make_mesh(config.mesh)
-    abstract = abstract_state(config, mesh)
+    abstract = make_layout(config, mesh)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
     def check(free, **fields):
@@ -93,7 +93,7 @@ def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_confi
 def test_state_on_the_host_must_fit_there(train_config, monkeypatch):
     config = train_config(optim={"state_memory": "pinned_host"})
     mesh = make_mesh(config.mesh)
-    abstract = abstract_state(config, mesh)
+    abstract = make_layout(config, mesh)
     host = preflight.memory_needed(config, mesh).host_bytes
     lines = []
     preflight.check_machine(config, mesh, abstract, report=lines.append)

@@ -17,10 +17,10 @@ from conftest import assert_same
 
 from inl_jax.config import InputError, MeshConfig, to_json
 from inl_jax.data.tokenizer import load_tokenizer, train_bpe
-from inl_jax.parallel.sharding import make_mesh
-from inl_jax.planning.memory import num_bytes
-from inl_jax.training.checkpoint import Checkpoints, check_run, read_config, read_params, record_run
-from inl_jax.training.step import TrainState, abstract_state, split_state
+from inl_jax.parallel.sharding import make_mesh, num_bytes
+from inl_jax.training.checkpoint import Checkpoints, read_params
+from inl_jax.training.run_dir import check_run, read_config, record_run
+from inl_jax.training.state import TrainState, make_layout, split_state
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 
@@ -31,7 +31,7 @@ def mesh_of(data, fsdp, tensor):
 
 def abstract_of(config, *shape):
     """The state of a run with masters, as a checkpoint holds it."""
-    return split_state(abstract_state(config, mesh_of(*shape)))
+    return split_state(make_layout(config, mesh_of(*shape)))
 
 
 def filled(abstract, seed):
@@ -119,13 +119,13 @@ import jax
 from inl_jax import checkpoint, train
 from inl_jax.config import from_json
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.training.step import abstract_state, split_state
+from inl_jax.training.step import make_layout, split_state
 
 what, config = sys.argv[1], from_json(sys.argv[2])
 if what == "train":
     train(config)
 else:
-    state = split_state(abstract_state(config, make_mesh(config.mesh)))
+    state = split_state(make_layout(config, make_mesh(config.mesh)))
     checkpoints = checkpoint.Checkpoints(config.run_dir, keep_last=2)
     jax.block_until_ready(checkpoints.restore(state)["optimizer"])
     checkpoints.close()
@@ -150,7 +150,7 @@ def test_restoring_needs_less_memory_than_training(train_config, devices):
         command = [sys.executable, "-c", PEAK, what, to_json(config)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         peaks[what] = int(done.stdout.splitlines()[-1])
-    held = num_bytes(abstract_state(config, mesh_of(1, 1, 1)))
+    held = num_bytes(make_layout(config, mesh_of(1, 1, 1)))
     print(f"{devices} devices: state {held:,}, peak {peaks}")
     assert held < peaks["restore"] < peaks["train"]
 

@@ -12,14 +12,8 @@ from inl_jax.model import language_model as model
 from inl_jax.parallel.sharding import RULES, make_mesh
 from inl_jax.training.metrics import MetricsLog
 from inl_jax.training.optim import learning_rate_schedule, make_optimizer
-from inl_jax.training.step import (
-    abstract_state,
-    check_fused_attention,
-    compile_step,
-    init_state,
-    trace_step,
-    train_step,
-)
+from inl_jax.training.state import init_state, make_layout
+from inl_jax.training.step import check_fused_attention, compile_step, trace_step, train_step
 
 
 def stepper(config, num_steps=10):
@@ -41,7 +35,7 @@ def on_mesh(config):
     """Yields what comes before the config's training step: its mesh and abstract state."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield mesh, abstract_state(config, mesh)
+        yield mesh, make_layout(config, mesh)
 
 
 @pytest.mark.parametrize(
