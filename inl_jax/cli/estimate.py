@@ -112,9 +112,8 @@ def show(config, flags, mesh, needed, record) -> None:
 
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(
-        f"on each of {mesh.size} x {flags.device} ({axes}), {config.accumulate_steps} micro-batches:"
-    )
+    parts = f"{config.accumulate_steps} micro-batches"
+    print(f"on each of {mesh.size} x {flags.device} ({axes}), {parts}:")
     for part, num_bytes in needed.device.items():
         if num_bytes:
             print(f"  {part:25} {size(num_bytes):>12}")

@@ -27,12 +27,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("batch_size", "seq_len"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise InputError(f"--{name} {value}: must be positive")
-    # Imported late: a mistake on the command line is answered before JAX starts.
-    import inl_jax.sampling  # noqa: F401
-
-    signals.unwind()
     with lines_on_stderr():
-        result, data = evaluated(flags)
+        result, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
     if flags.json:
         print(json.dumps(result._asdict() | {"tokens_per_second": rate}))
@@ -46,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def evaluated(flags):
+def evaluate_run(flags):
     """The `Evaluation`, and the `DataConfig` it was made on."""
+    # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.data.batches import check, eval_batches
     from inl_jax.data.corpus import prepare
     from inl_jax.evaluation import evaluate
@@ -56,6 +53,7 @@ def evaluated(flags):
     from inl_jax.sampling import LanguageModel
     from inl_jax.training.run_dir import read_config
 
+    signals.unwind()
     config = read_config(flags.checkpoint)
     use_compile_cache(report=say)
     mesh = mesh_from(flags)
