@@ -22,7 +22,7 @@ def end_at_once() -> None:
     global _started
     _started = True
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: leave(number))
+        signal.signal(number, leave)
 
 
 def unwind(*, patience: float | None = PATIENCE) -> None:
@@ -32,20 +32,20 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
     removed on the way out. Without `end_at_once` before, as in a test, this does nothing.
 
     Args:
-      patience: seconds after which the process ends even if it has not come to raise: Python waits
-        for the end of a call into C++, such as a compilation, and drops what is raised in some of
-        XLA's callbacks. None waits for ever.
+      patience: seconds after which the process ends even if nothing has been raised: Python runs a
+        handler only after a call into C++, such as a compilation. None waits for ever.
     """
     if not _started:
         return
 
     def stop(number, frame):
         for again in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(again, lambda number, _: leave(number))
+            signal.signal(again, leave)
         raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    sys.unraisablehook = _dropped
     if patience is None:
         return
     read_end, write_end = os.pipe()
@@ -62,7 +62,18 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave(number: int) -> None:
+def _dropped(error) -> None:
+    """Ends the process if Python dropped what `stop` raised, as in XLA's callback for the GC.
+
+    Once `train` catches signals itself, it has noted the signal and needs no exception.
+    """
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
+    elif signal.getsignal(signal.SIGTERM) is leave:
+        leave(signal.SIGTERM if issubclass(error.exc_type, Stopped) else signal.SIGINT)
+
+
+def leave(number: int, frame=None) -> None:
     """Ends the process because signal `number` came: one line on stderr and the exit code."""
     terminated = number == signal.SIGTERM
     with contextlib.suppress(Exception):  # the signal may have come in the middle of a flush

@@ -78,14 +78,14 @@ def test_a_signal_at_any_moment_ends_every_verb_with_its_code_and_one_line(
         "generate": ["--checkpoint", trained[1], "--max_new_tokens", 5],
     }[verb]
     ended = 0
-    for moment in range(20):
-        code, err = signalled([verb, *argv], number, 0.15 * moment)
+    for moment in range(12):
+        code, err = signalled([verb, *argv], number, 0.25 * moment)
         if code != 0:  # else it was done before
             lines = [line for line in err.splitlines() if not line.startswith("compiled programs")]
             check((code, "\n".join(lines) + "\n"), number)
             ended += 1
         assert not list(tmp_path.glob("tmp.*")), "a temporary directory is left"
-    assert ended > 5
+    assert ended > 3
 
 
 def test_a_door_catches_signals_before_it_imports_anything_heavy(tmp_path):
@@ -128,6 +128,27 @@ def test_a_verb_unwinds_once_and_then_ends_at_a_second_signal_or_when_patience_e
     began = time.monotonic()
     assert process.communicate(timeout=60)[0] == out
     assert process.returncode == CODES[getattr(signal, number)] and time.monotonic() - began < 30
+
+
+def test_a_stop_that_python_drops_ends_the_process_all_the_same():
+    code = """
+import os, signal, time
+from inl_jax.cli import signals
+signals.end_at_once()
+signals.unwind(patience=None)
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+held = Held()
+del held
+time.sleep(60)
+"""
+    process = start([sys.executable, "-c", code])
+    _, err = process.communicate(timeout=30)
+    check((process.returncode, err), signal.SIGTERM)
 
 
 def test_a_call_that_python_cannot_interrupt_is_ended_when_patience_ends():
