@@ -37,21 +37,23 @@ from flax import linen as nn
 
 from inl_jax.cli.command_line import exit_on_input_error, from_command_line
 from inl_jax.config import InputError, ModelConfig, TrainConfig
-from inl_jax.model.integrator import Dynamics, Integrator, integrate
+from inl_jax.console import speak_to
+from inl_jax.model.dynamics import Dynamics
+from inl_jax.model.integrator import Integrator, integrate
 from inl_jax.model.language_model import (
     Block,
-    Chunk,
     abstract_params,
-    compute_dtype,
     hidden_states,
     init_params,
     logits,
 )
+from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import CHUNK, mean_loss
+from inl_jax.model.mixers import TokenSpan
 from inl_jax.parallel.sharding import RULES, fit_to_mesh, make_mesh, place
+from inl_jax.planning.cost import flops_per_token, utilization
 from inl_jax.planning.xla import apply_flags
 from inl_jax.sampling import decode_loop, prefill
-from inl_jax.training import metrics
 from inl_jax.training.checkpoint import read_params
 from inl_jax.training.optim import any_length_optimizer
 from inl_jax.training.state import init_state, make_layout
@@ -131,7 +133,9 @@ def config_and_flags(parser, argv) -> tuple[TrainConfig, argparse.Namespace]:
     """The config with its overrides and XLA flags applied, and the verb's own flags."""
     with exit_on_input_error():
         config, flags = from_command_line(parser, argv)
-    apply_flags(config.xla_flags, report=say)
+    speak_to(sys.stderr)  # stdout is for the record
+    apply_flags(config.xla_flags)
+    speak_to(None)
     return config, check_positive(flags)
 
 
@@ -215,9 +219,9 @@ def block_fn(config: ModelConfig) -> Callable:
     """The block as a function of (its parameters, the stream)."""
 
     def block(params, x_BSD):
-        chunk = Chunk(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), None)
+        tokens = TokenSpan(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), None)
         amplitude = config.excitation_amplitude
-        return Block(config).apply({"params": params}, x_BSD, None, chunk, amplitude)[0]
+        return Block(config).apply({"params": params}, x_BSD, None, tokens, amplitude)[0]
 
     return block
 
@@ -316,7 +320,7 @@ def integrator(parser, argv) -> Report:
         rows += [row | {"contender": name, "note": why} for name, why in failed.items()]
     # `seconds` are now those of the block, forward and backward.
     vocabulary = 2 * config.d_model * config.vocab_size
-    flops = 3 * flags.tokens * (metrics.flops_per_token(config, flags.tokens) - vocabulary)
+    flops = 3 * flags.tokens * (flops_per_token(config, flags.tokens) - vocabulary)
     bound = flops / (1e9 * record["matmul_gflops"])
     times = statistics.median(seconds["ours"]) / bound
     record |= {"block_arithmetic_seconds": bound, "block_times_arithmetic_bound": times}
@@ -405,11 +409,9 @@ def training(config: TrainConfig, flags) -> dict[str, Any]:
         jax.block_until_ready(state)
         seconds = (time.perf_counter() - start) / flags.updates
     rate = config.batch_size * config.data.seq_len / seconds
-    flops = 3 * metrics.flops_per_token(config.model, config.data.seq_len)
-    peak = metrics.peak_flops(jax.devices()[0])
-    if peak:
-        share = {"mfu": rate * flops / (peak * mesh.size)}
-    else:
+    flops = 3 * flops_per_token(config.model, config.data.seq_len)
+    share = utilization(config, mesh, rate)
+    if not share:
         product = jax_contender(jax.jit(jnp.matmul), *matmul_operands(jnp.float32))
         gflops = matmul_gflops(interleaved({"matmul": product}, 5)["matmul"])
         share = {"share_of_matmul": 1e-9 * rate * flops / gflops, "matmul_gflops": gflops}

@@ -68,6 +68,7 @@ def predict(config, mesh: tuple[int, ...], flags) -> dict:
     from inl_jax.parallel.sharding import make_mesh
     from inl_jax.planning.collectives import find_collectives, least_bytes
     from inl_jax.planning.xla import compile_abstractly
+    from inl_jax.training.state import make_layout
 
     data, fsdp, tensor = mesh
     micro = data * fsdp * flags.sequences_per_device
@@ -81,7 +82,7 @@ def predict(config, mesh: tuple[int, ...], flags) -> dict:
     )
     devices = jax.devices("cpu")[: math.prod(mesh)]
     mesh_ = make_mesh(config.mesh, devices=devices)
-    program = compile_abstractly(config, mesh_, flags.compile)
+    program = compile_abstractly(config, mesh_, make_layout(config, mesh_), flags.compile)
     sent = find_collectives(program.text, mesh_)
     seconds = sum(c.sent_bytes / bandwidth(c.axes, dict(mesh_.shape)) for c in sent)
     seconds += LATENCY * sum(c.times for c in sent)

@@ -159,29 +159,33 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from, how it becomes tokens, and how tokens become sequences."""
+    """The text, how it becomes tokens, and how tokens become sequences."""
 
     paths: tuple[str, ...] = ("stdlib",)
-    """Sources: a text file, .jsonl[.gz], .parquet, a directory, a glob, hf:owner/name (or hf:path
-    of a local dataset), or stdlib (the running interpreter's own library)."""
+    """Sources, each one of: a text file, .jsonl[.gz], .parquet, a directory, a glob, hf:owner/name
+    or hf:path (a Hugging Face dataset of the hub or the disk), stdlib (the Python standard library
+    of the running interpreter)."""
     weights: tuple[float, ...] = ()
-    """Share of each source in every batch, one per path. Empty: one corpus, read evenly."""
+    """Share of each source in the training batches, one weight per path; they need not sum to 1.
+    Empty: all paths are one corpus."""
     column: str = ""
-    """Text column of jsonl, parquet and Hugging Face sources. Empty: found by name."""
+    """Text column of jsonl, parquet and Hugging Face sources. Empty: content, text, code, data or
+    prompt + completion, whichever is found first."""
     hf_split: str = "train"
     """Split of a Hugging Face dataset."""
     max_documents: int = 0
-    """Documents to read from each source; 0 reads all."""
+    """Documents to read from each path, from its beginning; 0 reads all."""
     tokenizer: str = "gpt2"
-    """bytes, bpe:<vocabulary size>, gpt2, a tokenizer.json, or the id of a hub repository."""
+    """bytes, bpe:<vocabulary size> (trained on the paths), gpt2, a tokenizer.json, or the id of a
+    Hugging Face repository."""
     seq_len: int = 256
     """Tokens per training sequence, S."""
     validation_fraction: float = 0.01
-    """Share of documents (of bytes, for one big file) held out for validation."""
+    """Share of the documents held out for validation; of the bytes, if there is one text file."""
     bad_utf8: Literal["replace", "error"] = "replace"
-    """What to do with bytes that are not UTF-8. replace counts and reports them."""
+    """replace: bytes that are not UTF-8 become U+FFFD and are counted. error: they end the run."""
     cache_dir: str = "~/.cache/inl_jax"
-    """Where prepared tokens are kept."""
+    """Directory where prepared tokens are kept; runs may share it."""
 
     def __post_init__(self):
         _check_types(self, "data.")

@@ -59,12 +59,11 @@ def plural(number: int, noun: str) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes: 28.52 GiB, and below 0.1 GiB 3.40 MiB or 512 bytes."""
-    if num_bytes < 2**10:
-        return f"{num_bytes:.0f} bytes"
-    if num_bytes < 0.1 * 2**30:
-        return f"{num_bytes / 2**20:.2f} MiB"
-    return f"{num_bytes / 2**30:.2f} GiB"
+    """Bytes: 28.52 GiB, and below 0.1 GiB 3.40 MiB, 2.93 KiB or 512 bytes."""
+    for unit, factor, least in (("GiB", 2**30, 0.1), ("MiB", 2**20, 0.1), ("KiB", 2**10, 1)):
+        if num_bytes >= least * factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def count(number: float) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The 3b on 4 nodes of 8 GPUs: sbatch scripts/slurm_3b.sh   (docs/cluster.md says more)
+# Trains configs/3b.py on 4 nodes of 8 GPUs: sbatch scripts/slurm_3b.sh   (see docs/cluster.md)
 #SBATCH --job-name=inl-3b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -14,9 +14,9 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-# One process a node, which takes its 8 GPUs: parameters are split within a node, rows over all.
-# SIGTERM comes 5 minutes before the time is up: the update is finished and saved, exit code 75.
-# srun takes --cpus-per-task only when it is told again.
+# One process per node uses its 8 GPUs: parameters are sharded within a node, rows over all GPUs.
+# Slurm sends SIGTERM 5 minutes before the time limit; training then finishes its update, saves it
+# and exits with code 75. srun does not inherit --cpus-per-task from sbatch.
 code=0
 export XLA_PYTHON_CLIENT_MEM_FRACTION=.95
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
@@ -24,7 +24,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
   --data.paths "${DATA:?set DATA to the text, on a file system that all nodes see}" \
   --run_dir "${RUN_DIR:-runs/3b}" || code=$?
 
-# 75: stopped and saved. The same job goes on from there.
+# 75: stopped and saved. The requeued job resumes from there.
 if [ "$code" = 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

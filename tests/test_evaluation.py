@@ -4,12 +4,14 @@ import math
 import jax
 import numpy as np
 import pytest
+from conftest import mesh_of
 
 from inl_jax.config import InputError
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import prepare
-from inl_jax.evaluation import evaluate
+from inl_jax.evaluation import eval_step, evaluate
 from inl_jax.model import language_model as model
+from inl_jax.parallel.sharding import param_shardings
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def corpora(tmp_path_factory):
     def make(config, tokenizer):
         fields = {"paths": (str(folder / "docs"),), "validation_fraction": 0.3}
         fields |= {"tokenizer": tokenizer, "cache_dir": str(folder / "cache"), "seq_len": 32}
-        return prepare(dataclasses.replace(config.data, **fields), report=lambda line: None)
+        return prepare(dataclasses.replace(config.data, **fields))
 
     return make
 
@@ -40,15 +42,15 @@ def setting(train_config, corpora):
     return config, params, corpora(config, "bytes")
 
 
-def run(setting, *, batch_size=4, max_sequences=0):
+def run(setting, *, batch_size=4, max_sequences=0, **settings):
     config, params, corpus = setting
     batches = data.eval_batches(
         corpus, seq_len=32, batch_size=batch_size, max_sequences=max_sequences
     )
-    return evaluate(config.model, params, batches)
+    return evaluate(config.model, params, batches, **settings)
 
 
-def test_the_number_is_the_same_every_time_and_for_every_batch_size(setting):
+def test_evaluate_gives_the_same_number_every_time_and_for_every_batch_size(setting):
     first = run(setting)
     assert run(setting).loss == first.loss
     for batch_size in (1, 7):
@@ -58,7 +60,7 @@ def test_the_number_is_the_same_every_time_and_for_every_batch_size(setting):
 
 
 @pytest.mark.parametrize("max_sequences", [0, 5])
-def test_the_loss_is_the_mean_over_all_targets(setting, max_sequences):
+def test_evaluate_takes_the_mean_over_all_targets(setting, max_sequences):
     config, params, corpus = setting
     result = run(setting, max_sequences=max_sequences)
     (files,) = corpus.sources
@@ -79,7 +81,7 @@ def test_the_loss_is_the_mean_over_all_targets(setting, max_sequences):
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
-def test_bits_per_byte_weigh_tokens_by_the_text_they_stand_for(setting, corpora):
+def test_evaluate_weighs_tokens_by_the_text_they_stand_for(setting, corpora):
     """The whole split costs the same bits in either unit, whatever the tokenizer."""
     config, params, _ = setting
     for tokenizer in ("bytes", "bpe:280"):
@@ -93,7 +95,29 @@ def test_bits_per_byte_weigh_tokens_by_the_text_they_stand_for(setting, corpora)
         assert result.bits_per_byte == pytest.approx(bits / len(decoded.encode()))
 
 
-def test_nothing_to_evaluate_on_is_named(setting):
+def test_evaluate_names_an_empty_split(setting):
     config, params, _ = setting
     with pytest.raises(InputError, match="data.validation_fraction"):
         evaluate(config.model, params, [])
+
+
+def test_evaluate_gives_the_same_number_on_a_mesh(setting):
+    config, params, corpus = setting
+    mesh = mesh_of(2, 2, 2)
+    sharded = jax.device_put(params, param_shardings(mesh, config.model))
+    found = run((config, sharded, corpus), mesh=mesh)
+    assert found.loss == pytest.approx(run(setting).loss, rel=1e-6)
+
+
+def test_evaluate_holds_the_logits_of_loss_chunk_tokens_at_once(setting):
+    """The chunk of the config holds here too: it decides memory, and not the number."""
+    config, params, corpus = setting
+    (batch, *_) = data.eval_batches(corpus, seq_len=32, batch_size=8)
+
+    def temporaries(loss_chunk):
+        lowered = eval_step.lower(config.model, params, batch, loss_chunk=loss_chunk)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    logits = 8 * 32 * config.model.vocab_size * 4
+    assert temporaries(0) > logits > temporaries(16)
+    assert run(setting, loss_chunk=16).loss == pytest.approx(run(setting).loss, rel=1e-6)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 
 from inl_jax.config import InputError
 from inl_jax.data.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ def decay_model(model_config):
     return config, lively_params(config)
 
 
-def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(language_model):
+def test_generate_greedy_takes_the_argmax_of_the_full_forward_pass(language_model):
     """For prompts of several lengths in one batch."""
     config, params = language_model
     produced = generate(config, params, PROMPTS, max_new_tokens=8)
@@ -150,7 +151,7 @@ def test_draws_follow_the_renormalised_probabilities(settings, kept):
     assert chi_square < 25  # five degrees of freedom: p = 1e-4
 
 
-def test_the_state_of_mean_and_decay_does_not_grow(model_config):
+def test_decode_state_of_mean_and_decay_does_not_grow(model_config):
     def num_bytes(context, max_len):
         config = model_config(context=context, max_seq_len=4096)
         make = functools.partial(model.init_decode_state, config, 3, max_len)
@@ -163,7 +164,7 @@ def test_the_state_of_mean_and_decay_does_not_grow(model_config):
     assert num_bytes("attention", 16) < num_bytes("attention", 4096) / 200
 
 
-def test_calls_of_equal_shapes_compile_once(decay_model):
+def test_generate_compiles_once_for_equal_shapes(decay_model):
     def sizes():
         return prefill._cache_size(), decode_loop._cache_size()
 
@@ -175,7 +176,7 @@ def test_calls_of_equal_shapes_compile_once(decay_model):
     assert sizes() == before
 
 
-def test_a_prompt_may_fill_the_model_to_its_last_position(decay_model):
+def test_generate_may_fill_the_model_to_its_last_position(decay_model):
     rows = generate(*decay_model, [[1] * 24, *PROMPTS[:2]], max_new_tokens=8)
     assert [len(row) for row in rows] == [8, 8, 8]
     np.testing.assert_array_equal(rows[1:], generate(*decay_model, PROMPTS, max_new_tokens=8)[:2])
@@ -197,21 +198,25 @@ def test_a_prompt_may_fill_the_model_to_its_last_position(decay_model):
         ({"top_p": 1.1}, "top_p=1.1"),
     ],
 )
-def test_mistakes_are_named(decay_model, change, named):
+def test_generate_names_mistakes(decay_model, change, named):
     arguments = {"prompts": [[1]], "max_new_tokens": 4} | change
     with pytest.raises(InputError, match=named):
         generate(*decay_model, **arguments)
 
 
-def test_a_language_model_is_read_from_its_run(train_config):
-    config = train_config()
+def save_run(config):
+    """A run directory with `lively_params`, which are returned, and the bytes tokenizer."""
     params = lively_params(config.model)
-    tokenizer = load_tokenizer("bytes")
-    record_run(config, tokenizer)
+    record_run(config, load_tokenizer("bytes"))
     saved = Checkpoints(config.run_dir, keep_last=1)
     saved.save(1, params, {"step": jnp.zeros((), jnp.int32)}, position={})
     saved.close()
+    return params
 
+
+def test_language_model_is_read_from_its_run(train_config):
+    config = train_config()
+    params, tokenizer = save_run(config), load_tokenizer("bytes")
     read = LanguageModel.from_run(config.run_dir)
     assert read.config == config.model
     jax.tree.map(np.testing.assert_array_equal, read.params, params)
@@ -221,3 +226,17 @@ def test_a_language_model_is_read_from_its_run(train_config):
     assert all((row < 257).all() for row in rows)  # of a model with 300 ids
     assert texts == [tokenizer.decode(row) for row in rows]
     assert read.generate("one", **SAMPLING) == texts[0]
+
+
+@pytest.mark.parametrize("context", ["decay", "attention"])
+def test_language_model_generates_the_same_on_a_mesh(train_config, context):
+    """A run that is trained under fsdp and tensor can be sampled there, whatever the prompts."""
+    config = train_config(model={"context": context, "num_kv_heads": 2})
+    save_run(config)
+    prompts = ["one", "", "two"]  # three rows, which four batch shards would not divide
+    alone = LanguageModel.from_run(config.run_dir).generate(prompts, max_new_tokens=8)
+    mesh = mesh_of(2, 2, 2)
+    model = LanguageModel.from_run(config.run_dir, mesh=mesh)
+    kernel = model.params["blocks"]["up_kernel"]
+    assert kernel.addressable_shards[0].data.nbytes * 4 == kernel.nbytes
+    assert model.generate(prompts, max_new_tokens=8) == alone

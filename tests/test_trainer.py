@@ -1,8 +1,7 @@
 import dataclasses
-import importlib
 import itertools
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +17,17 @@ import pytest
 from conftest import assert_same
 
 import inl_jax
+from inl_jax import trainer
 from inl_jax.config import InputError, MeshConfig, to_json
-from inl_jax.config_file import override
-from inl_jax.training import checkpoint
+from inl_jax.data import batches
+from inl_jax.data.corpus import prepare
+from inl_jax.training import checkpoint, metrics, state
 from inl_jax.training.metrics import read_metrics
+from inl_jax.training.run_dir import locked, read_config
 from inl_jax.training.step import loss_fn
-from inl_jax.training.stop import Stopped
+from inl_jax.training.stop import EXIT_INTERRUPTED, Stopped
 
-train = importlib.import_module("inl_jax.trainer")  # the name in the package is the function
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def saved_state(config, step):
@@ -34,25 +35,21 @@ def saved_state(config, step):
     return checkpoint.ocp.load_checkpointables(folder)
 
 
-RECORD = train.Run.record
+def stop_at(step, number=signal.SIGTERM):
+    """A hook that sends this process a signal when update `step` is recorded."""
 
-
-def stop_at(patch, step, number=signal.SIGTERM):
-    """Sends this process a signal when the results of update `step` are looked at."""
-
-    def record(self, state, at, results):
-        RECORD(self, state, at, results)
-        if at == step and step < self.num_steps:
+    def on_record(record):
+        if record["step"] == step and "loss" in record:
             os.kill(os.getpid(), number)
 
-    patch.setattr(train.Run, "record", record)
+    return on_record
 
 
-def test_loss_falls_and_the_result_speaks(train_config, capsys):
+def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, capsys):
     config = train_config(
         num_steps=40, sample_every=40, sample_tokens=8, eval_every=20, mesh=MeshConfig(fsdp=2)
     )  # all eight devices
-    result = train.train(config)
+    result = trainer.train(config)
     losses = [r["loss"] for r in result.history if "loss" in r]
     assert len(losses) == 40 and losses[-1] < losses[0] - 1.5
     validation = [r["validation_loss"] for r in result.history if "validation_loss" in r]
@@ -95,19 +92,17 @@ def test_loss_falls_and_the_result_speaks(train_config, capsys):
         pytest.param({"model": {"dropout": 0.1}}, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_anywhere_and_resumed_is_bit_identical(
+def test_train_interrupted_anywhere_and_resumed_is_bit_identical(
     train_config, tmp_path, fields, stop_signal
 ):
     """A run stopped after update 3 (between checkpoints) ends exactly as one that was not."""
     whole = train_config(run_dir=str(tmp_path / "whole"), **fields)
     parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
-    expected = train.train(whole)
+    expected = trainer.train(whole)
 
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 3, stop_signal)
-        stopped = train.train(parts)
+    stopped = trainer.train(parts, on_record=stop_at(3, stop_signal))
     assert stopped.interrupted and 3 <= stopped.step < 8
-    resumed = train.train(parts)
+    resumed = trainer.train(parts)
     assert not resumed.interrupted and resumed.step == 8
     assert_same(expected.params, resumed.params)
     assert_same(saved_state(whole, 8), saved_state(parts, 8))
@@ -119,9 +114,9 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
     assert losses(expected) == losses(resumed)
 
 
-def test_a_signal_while_restoring_leaves_the_checkpoint_alone(train_config, monkeypatch):
+def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_config, monkeypatch):
     config = train_config(num_steps=4)
-    train.train(config)
+    trainer.train(config)
     folder = Path(config.run_dir)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     read = checkpoint.ocp.checkpointables_metadata
@@ -135,25 +130,25 @@ def test_a_signal_while_restoring_leaves_the_checkpoint_alone(train_config, monk
 
     monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", interrupted)
     with pytest.raises(Stopped):
-        train.train(dataclasses.replace(config, num_steps=8))
+        trainer.train(dataclasses.replace(config, num_steps=8))
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json"}
 
 
-def test_running_a_finished_run_again_changes_nothing(train_config, capsys):
+def test_train_changes_nothing_in_a_finished_run(train_config, capsys):
     config = train_config()
-    first = train.train(config)
+    first = trainer.train(config)
     capsys.readouterr()
-    again = train.train(config)
+    again = trainer.train(config)
     assert "complete" in capsys.readouterr().out
     assert_same(first.params, again.params)
     assert again.history == first.history
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(train_config, capsys):
-    train.train(train_config())
+def test_train_resumes_a_finished_run_for_longer(train_config, capsys):
+    trainer.train(train_config())
     capsys.readouterr()
-    longer = train.train(train_config(num_steps=12))
+    longer = trainer.train(train_config(num_steps=12))
     out = capsys.readouterr().out
     assert "resuming from update 8" in out and "num_steps 8 -> 12" in out
     assert longer.step == 12 and len([r for r in longer.history if "loss" in r]) == 12
@@ -167,47 +162,47 @@ def test_a_longer_run_goes_on_from_a_finished_one(train_config, capsys):
         ({"data": {"tokenizer": "bpe:280"}}, ("data.tokenizer", "bpe:280", "bytes")),
     ],
 )
-def test_another_model_or_tokenizer_is_refused_before_anything_is_touched(
+def test_train_refuses_another_model_or_tokenizer_before_it_touches_anything(
     train_config, change, named
 ):
     config = train_config(num_steps=4)
-    train.train(config)
+    trainer.train(config)
     before = {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
     with pytest.raises(InputError) as error:
-        train.train(train_config(num_steps=4, **change))
+        trainer.train(train_config(num_steps=4, **change))
     assert all(name in str(error.value) for name in named)
     assert before == {p: p.read_bytes() for p in Path(config.run_dir).rglob("*") if p.is_file()}
 
 
-def test_init_from_takes_the_weights_and_nothing_else(train_config, tmp_path):
-    first = train.train(train_config(num_steps=4))
+def test_train_init_from_takes_the_weights_and_nothing_else(train_config, tmp_path):
+    first = trainer.train(train_config(num_steps=4))
     config = train_config(
         run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), num_steps=4, eval_every=0
     )
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, learning_rate=1e-30, warmup_steps=0)
     )
-    second = train.train(config)
+    second = trainer.train(config)
     assert second.step == 4  # counted from 0 again
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), first.params, second.params
     )
 
 
-def test_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_path):
-    train.train(train_config(num_steps=4))
+def test_train_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_path):
+    trainer.train(train_config(num_steps=4))
     other = train_config(
         run_dir=str(tmp_path / "second"),
         init_from=str(tmp_path / "run"),
         data={"tokenizer": "bpe:280"},
     )
     with pytest.raises(InputError, match="data.tokenizer=bpe:280.*bytes"):
-        train.train(other)
+        trainer.train(other)
     with pytest.raises(InputError, match="nowhere: not a run directory"):
-        train.train(dataclasses.replace(other, init_from="nowhere"))
+        trainer.train(dataclasses.replace(other, init_from="nowhere"))
 
 
-def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monkeypatch):
+def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config, monkeypatch):
     config = train_config(max_nonfinite_steps=3, num_steps=20)
 
     def break_after(params, batch, key, *, config):
@@ -216,96 +211,94 @@ def test_a_diverging_run_ends_with_a_message_and_good_weights(train_config, monk
         return jnp.where(moved, jnp.nan, loss)
 
     monkeypatch.setattr("inl_jax.training.step.loss_fn", break_after)
-    with pytest.raises(train.Diverged, match="3 updates in a row"):
-        train.train(config)
+    with pytest.raises(trainer.Diverged, match="3 updates in a row"):
+        trainer.train(config)
     _, params = checkpoint.read_params(config.run_dir, config.model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.slow  # its halves, resuming and splitting, are tested by default
-def test_accumulation_may_change_from_one_start_to_the_next(train_config):
+def test_train_resumes_with_another_number_of_micro_batches(train_config):
     """Between updates the accumulator is empty, so any split of the batch goes on exactly."""
     ends = []
     for splits in ((2, 4), (4, 1)):
         run_dir = f"{train_config().run_dir}-{splits[1]}"
-        with pytest.MonkeyPatch.context() as patch:
-            for stop, k in zip((3, 8), splits, strict=True):
-                stop_at(patch, stop)
-                result = train.train(train_config(run_dir=run_dir, accumulate_steps=k))
+        for hook, k in zip((stop_at(3), None), splits, strict=True):
+            config = train_config(run_dir=run_dir, accumulate_steps=k)
+            result = trainer.train(config, on_record=hook)
         assert result.step == 8 and not result.interrupted
         ends.append(result.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *ends)
 
 
-def test_two_trainers_do_not_share_a_run_directory(train_config):
+def test_train_refuses_a_run_directory_in_use(train_config):
     config = train_config()
-    with checkpoint.locked(config.run_dir), pytest.raises(InputError, match="another process"):
-        train.train(config)
+    with locked(config.run_dir), pytest.raises(InputError, match="another process"):
+        trainer.train(config)
 
 
-def test_a_refused_resume_leaves_the_config_as_it_was(train_config, monkeypatch):
+def test_train_leaves_the_config_as_it_was_if_restoring_fails(train_config, monkeypatch):
     config = train_config(num_steps=4)
-    train.train(config)
+    trainer.train(config)
     before = (Path(config.run_dir) / "config.json").read_text()
-    monkeypatch.setattr(train.Checkpoints, "restore", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(trainer.Checkpoints, "restore", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.train(dataclasses.replace(config, num_steps=9))
+        trainer.train(dataclasses.replace(config, num_steps=9))
     assert (Path(config.run_dir) / "config.json").read_text() == before
 
 
-def test_the_position_survives_other_batch_sizes_and_windows(train_config, capsys):
+def test_resumed_position_survives_other_batch_sizes_and_windows(train_config, capsys):
     """Epochs are counted in samples, whatever batches they were read in."""
     fields = dict(num_steps=0, num_epochs=0.1, optim={"warmup_steps": 0})
     config = train_config(**fields, batch_size=8)
-    corpus = train.prepare(config.data)
+    corpus = prepare(config.data)
     windows = (corpus.sources[0].train_tokens - 1) // 32
-    whole = train.count_steps(config, corpus)
+    whole = trainer.count_steps(config, corpus)
     assert whole == int(0.1 * windows) // 8
     for step in range(whole + 1):
-        assert train.count_steps(config, corpus, step=step, position=8 * step) == whole
+        assert trainer.count_steps(config, corpus, step=step, position=8 * step) == whole
     smaller = dataclasses.replace(config, batch_size=2)
-    steps = train.count_steps(smaller, corpus, step=5, position=40)
+    steps = trainer.count_steps(smaller, corpus, step=5, position=40)
     assert 40 + 2 * (steps - 5) in (int(0.1 * windows), int(0.1 * windows) - 1)
 
-    log = train.metrics.MetricsLog(config.run_dir)
     saved = {"samples_seen": 100, "seq_len": 32, "data": corpus.fingerprint}
-    assert train.resumed_position(saved, config, corpus, log) == 100
+    assert trainer.resumed_position(saved, config, corpus) == 100
     assert capsys.readouterr().out.count("data.seq_len was") == 0
     halved = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
-    assert train.resumed_position(saved, halved, corpus, log) == 200
+    assert trainer.resumed_position(saved, halved, corpus) == 200
     assert "data.seq_len was 32" in capsys.readouterr().out
 
 
-def test_results_are_fetched_one_update_late(train_config, monkeypatch):
+def test_run_fetches_metrics_one_update_late(train_config, monkeypatch):
     """The next update is dispatched before the results of this one are waited for."""
     events = []
-    compile_step, record = train.compile_step, train.Run.record
+    compile_step, look_at = trainer.compile_step, trainer.Run.look_at
 
     def spying_compile(*args):
         step_fn = compile_step(*args)
         return lambda *inputs: (events.append("dispatch"), step_fn(*inputs))[1]
 
-    def spying_record(self, state, step, results):
+    def spying_look(self, state, step, metrics):
         events.append(step)
-        record(self, state, step, results)
+        look_at(self, state, step, metrics)
 
-    monkeypatch.setattr(train, "compile_step", spying_compile)
-    monkeypatch.setattr(train.Run, "record", spying_record)
-    train.train(train_config(num_steps=4, save_every=0, eval_every=0))
+    monkeypatch.setattr(trainer, "compile_step", spying_compile)
+    monkeypatch.setattr(trainer.Run, "look_at", spying_look)
+    trainer.train(train_config(num_steps=4, save_every=0, eval_every=0))
     assert events == ["dispatch", "dispatch", 1, "dispatch", 2, "dispatch", 3, 4]
 
 
-def test_nothing_else_is_fetched_between_updates(train_config, monkeypatch):
+def test_run_fetches_nothing_else_between_updates(train_config, monkeypatch):
     """The host reads from the device the results of one update earlier, and nothing more."""
     events, of_update = [], {}
-    compile_step, array_type = train.compile_step, type(jnp.zeros(()))
+    compile_step, array_type = trainer.compile_step, type(jnp.zeros(()))
     value, wait = array_type._value, array_type.block_until_ready
 
     def spying_compile(*args):
         step_fn = compile_step(*args)
 
-        def spying_step(state, batch):
-            state, results = step_fn(state, batch)
+        def spying_step(*inputs):
+            state, results = step_fn(*inputs)
             update = events.count("dispatch") + 1
             of_update.update({id(array): (update, array) for array in results.values()})
             events.append("dispatch")
@@ -317,11 +310,11 @@ def test_nothing_else_is_fetched_between_updates(train_config, monkeypatch):
         if threading.current_thread() is threading.main_thread():
             events.append(of_update.get(id(array), ("something else",))[0])
 
-    monkeypatch.setattr(train, "compile_step", spying_compile)
+    monkeypatch.setattr(trainer, "compile_step", spying_compile)
     monkeypatch.setattr(array_type, "_value", property(lambda a: (note(a), value.fget(a))[1]))
     monkeypatch.setattr(array_type, "block_until_ready", lambda a: (note(a), wait(a))[1])
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: (events.append("wait"), tree)[1])
-    train.train(train_config(num_steps=5, save_every=0, eval_every=0))
+    trainer.train(train_config(num_steps=5, save_every=0, eval_every=0))
     first, *between = [i for i, event in enumerate(events) if event == "dispatch"]
     assert len(between) == 4
     fetched = [set(events[i + 1 : j]) for i, j in itertools.pairwise([first, *between])]
@@ -329,12 +322,12 @@ def test_nothing_else_is_fetched_between_updates(train_config, monkeypatch):
 
 
 @pytest.mark.parametrize(("read_seconds", "share"), [(0.0, 0.0), (3.0, 0.75)])
-def test_waiting_for_data_is_measured_and_shown(
+def test_run_measures_and_shows_the_wait_for_data(
     train_config, monkeypatch, capsys, read_seconds, share
 ):
     """On a clock of our own: a second for each update, and `read_seconds` for each batch."""
     clock = [0.0]
-    compile_step, training_batches = train.compile_step, train.data.training_batches
+    compile_step, training_batches = trainer.compile_step, batches.training_batches
 
     def slow_step(*args):
         step_fn = compile_step(*args)
@@ -345,22 +338,31 @@ def test_waiting_for_data_is_measured_and_shown(
             clock[0] += read_seconds
             yield batch
 
-    monkeypatch.setattr(train.metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(train, "compile_step", slow_step)
-    monkeypatch.setattr(train.data, "training_batches", slow_source)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(trainer, "compile_step", slow_step)
+    monkeypatch.setattr(batches, "training_batches", slow_source)
     config = train_config(num_steps=6, log_every=2, save_every=0, eval_every=0)
-    waits = [r["input_wait"] for r in train.train(config).history if "loss" in r]
+    waits = [r["input_wait"] for r in trainer.train(config).history if "loss" in r]
     assert waits == [share] * 4
     assert ("75% waiting for data" in capsys.readouterr().out) == (share > 0)
 
 
-def test_the_state_is_described_once_a_start(train_config, monkeypatch):
-    calls, abstract_state = [], train.abstract_state
-    monkeypatch.setattr(
-        train, "abstract_state", lambda *args: (calls.append(1), abstract_state(*args))[1]
-    )
-    train.train(train_config(num_steps=4))
-    assert len(calls) == 1
+def test_train_fits_the_config_and_makes_the_layout_once(train_config, monkeypatch):
+    calls = []
+
+    def spy(module, name):
+        function = getattr(module, name)
+        note = lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, note)
+
+    spy(trainer, "make_layout")
+    spy(trainer, "fit_to_mesh")
+    spy(state, "param_shardings")
+    config = train_config(num_steps=3, accumulate_steps=8, mesh=MeshConfig(data=2), eval_every=0)
+    result = trainer.train(config)
+    assert sorted(calls) == ["fit_to_mesh", "make_layout", "param_shardings"]
+    # What was asked for is recorded, not what it was fitted to (4 micro-batches of two rows).
+    assert result.config == config == read_config(config.run_dir)
 
 
 def run_script(name, *args, **kwargs):
@@ -390,7 +392,7 @@ def wait_for(process, run_dir, step):
 
 
 @pytest.mark.slow  # by default test_processes.py kills, and the test before compares bits
-def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tmp_path):
+def test_train_killed_and_terminated_resumes_to_the_same_end(train_config, tmp_path):
     """kill -9 between checkpoints, then SIGTERM, then to the end: equal to one straight run."""
     settings = dict(num_steps=700, log_every=20, save_every=100, eval_every=0, eval_sequences=4)
     parts = train_config(run_dir=str(tmp_path / "parts"), **settings)
@@ -405,7 +407,7 @@ def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tm
     wait_for(process, parts.run_dir, 340)
     process.send_signal(signal.SIGTERM)
     out = process.communicate()[0]
-    assert process.returncode == train.EXIT_INTERRUPTED, out
+    assert process.returncode == EXIT_INTERRUPTED, out
     assert "resuming from update" in out
     assert f"compiled programs are kept in {os.environ['JAX_COMPILATION_CACHE_DIR']}\n" in out
     reached = max(int(p.name) for p in (tmp_path / "parts" / "checkpoints").iterdir())
@@ -429,35 +431,32 @@ def test_killed_and_terminated_processes_resume_to_the_same_end(train_config, tm
     assert losses[0] == losses[1] or set(losses[1]) <= set(losses[0])
 
 
-def test_guide_entry_point(text_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    small = override(
-        inl_jax.load_config("tiny"),
-        [
-            "model.d_model=16",
-            "model.d_ff=32",
-            "model.num_layers=1",
-            "data.seq_len=16",
-            "data.tokenizer=bytes",
-            "model.num_heads=1",
-            "model.num_kv_heads=1",
-        ],
-    )
-    monkeypatch.setattr(train, "load", lambda name: {"tiny": small}[name])
-    model, tokenizer, history = inl_jax.train_inl_llm(
-        data_path=str(text_file),
-        model_size="tiny",
-        num_epochs=0.1,
-        batch_size=8,
-        learning_rate=1e-2,
-        max_samples=1,
-        save_dir=str(tmp_path / "guide"),
-        device="cpu",
-    )
-    assert history[-1]["validation_loss"] > 0
-    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
-    assert isinstance(model.generate("the", max_new_tokens=3), str)
-    assert json.loads((tmp_path / "guide" / "config.json").read_text())["batch_size"] == 8
-    with pytest.raises(InputError, match="device=cuda"):
-        inl_jax.train_inl_llm(str(text_file), device="cuda")
+def test_train_calls_on_record_with_each_record_and_lets_it_end_the_run(train_config):
+    class Enough(Exception):
+        pass
+
+    heard = []
+
+    def on_record(record):
+        heard.append(record)
+        if record["step"] == 5:
+            raise Enough
+
+    config = train_config()
+    with pytest.raises(Enough):
+        trainer.train(config, on_record=on_record)
+    assert heard == read_metrics(config.run_dir)
+    assert [r["step"] for r in heard if "loss" in r] == [1, 2, 3, 4, 5]
+    resumed = trainer.train(config)  # from the checkpoint of update 4
+    steps = [r["step"] for r in resumed.history if "loss" in r]
+    assert steps == list(range(1, 9)), "the abandoned update 5 stands once"
+
+
+def test_train_marks_the_branch_that_it_abandons(train_config):
+    """A run whose checkpoints are lost starts anew, and its history is not that of two runs."""
+    config = train_config(num_steps=8, log_every=1, eval_every=0)
+    trainer.train(config)
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")
+    again = trainer.train(dataclasses.replace(config, num_steps=4))
+    assert [r["step"] for r in again.history] == [1, 2, 3, 4, 4], "and one evaluation"
+    assert again.history == read_metrics(config.run_dir)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
-from inl_jax.console import size
+from inl_jax.console import plural, size
 from inl_jax.training.stop import EXIT_MISTAKE
 
 
@@ -41,28 +41,30 @@ def main(argv: Sequence[str]) -> int:
 
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
+    from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.xla import use_no_device
     from inl_jax.training.state import make_layout
 
     signals.unwind()
     use_no_device(flags.compile or "cpu")
-    flags.device = memory.find_device(flags.device)
+    gpu = find_gpu(flags.device)
     jax.config.update("jax_num_cpu_devices", flags.devices)
     if flags.compile != "cpu" and config.model.compute_dtype == "auto":  # as on a GPU
         model = dataclasses.replace(config.model, compute_dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
     config = fit_to_mesh(config, mesh)
-    needed = memory.memory_needed(config, mesh, make_layout(config, mesh))
-    record = make_record(config, flags, mesh, needed)
+    layout = make_layout(config, mesh)
+    needed = memory.memory_needed(config, mesh, layout)
+    record = make_record(config, flags, gpu, mesh, layout, needed)
     if flags.json:
         print(json.dumps(record))
     else:
-        show(config, flags, mesh, needed, record)
+        show(config, flags, gpu, mesh, needed, record)
     return 0 if record["fits"] else EXIT_MISTAKE
 
 
-def make_record(config, flags, mesh, needed) -> dict:
+def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
     """All that was found, in bytes, as `--json` prints it."""
     from inl_jax.planning import memory
     from inl_jax.planning.collectives import find_collectives, least_bytes, summed
@@ -71,7 +73,7 @@ def make_record(config, flags, mesh, needed) -> dict:
     device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
     record = {"parts": needed.device, "host_parts": needed.host, "estimated_bytes": device_bytes}
     if flags.compile:
-        program = compile_abstractly(config, mesh, flags.compile)
+        program = compile_abstractly(config, mesh, layout, flags.compile)
         device_bytes, host = memory.compiled_bytes(program.memory)
         host_bytes = host or host_bytes  # the CPU's compiler counts it with the rest
         if not host:
@@ -85,7 +87,7 @@ def make_record(config, flags, mesh, needed) -> dict:
                 for (kind, axes), (times, num_bytes) in sent.items()
             ],
         }
-    usable = int(memory.USABLE * memory.DEVICES[flags.device] * 2**20)
+    usable = gpu.usable_memory
     fits = device_bytes <= usable
     # If the compiler asks for more than was estimated, it will do so after a change as well.
     allowed = usable * needed.device_bytes / device_bytes
@@ -93,7 +95,7 @@ def make_record(config, flags, mesh, needed) -> dict:
     return record | {
         "activations_by_remat": memory.activations_by_remat(config, mesh),
         "config": config.name,
-        "device": flags.device,
+        "device": gpu.name,
         "devices": flags.devices,
         "mesh": dict(mesh.shape),
         "compiler": flags.compile,
@@ -101,19 +103,18 @@ def make_record(config, flags, mesh, needed) -> dict:
         "host_bytes": host_bytes,
         "usable_bytes": usable,
         "fits": fits,
-        "change": None if change is None else " ".join(change),
+        "change": None if change is None else memory.as_flags(change),
     }
 
 
-def show(config, flags, mesh, needed, record) -> None:
+def show(config, flags, gpu, mesh, needed, record) -> None:
     """Prints the record for people."""
-    from inl_jax.planning.memory import DEVICES
     from inl_jax.planning.preflight import describe_model
 
     print(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    parts = f"{config.accumulate_steps} micro-batches"
-    print(f"on each of {mesh.size} x {flags.device} ({axes}), {parts}:")
+    micro_batches = plural(config.accumulate_steps, "micro-batch")
+    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
     for part, num_bytes in needed.device.items():
         if num_bytes:
             print(f"  {part:25} {size(num_bytes):>12}")
@@ -125,7 +126,7 @@ def show(config, flags, mesh, needed, record) -> None:
         print(f"  {'as compiled ' + compiler:25} {size(record['device_bytes']):>12}")
     for part, num_bytes in needed.host.items():
         print(f"  {part + ' on the host':25} {size(num_bytes):>12}")
-    usable, card = size(record["usable_bytes"]), f"{DEVICES[flags.device]:,} MiB"
+    usable, card = size(record["usable_bytes"]), f"{gpu.memory:,} MiB"
     print(f"  {'usable':25} {usable:>12}  of {card}, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95")
     if flags.compile and mesh.size > 1:
         print("each sends in one update:")

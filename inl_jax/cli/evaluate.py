@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
-from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +54,7 @@ def evaluate_run(flags):
 
     signals.unwind()
     config = read_config(flags.checkpoint)
-    use_compile_cache(report=say)
+    use_compile_cache()
     mesh = mesh_from(flags)
     if mesh is not None and flags.batch_size % batch_shards(mesh):
         raise InputError(
@@ -75,7 +74,7 @@ def evaluate_run(flags):
         )
     data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
     dataclasses.replace(config, data=data)  # checks the length against the model
-    corpus = prepare(data, tokenizer=model.tokenizer, report=say)
+    corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)
     batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
     found = evaluate(model.config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)

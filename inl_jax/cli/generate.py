@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
-from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     signals.unwind()
     with lines_on_stderr():
-        use_compile_cache(report=say)
+        use_compile_cache()
     model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
     settings = {"end_id": None} if flags.ignore_end else {}
     start = time.perf_counter()

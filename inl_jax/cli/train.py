@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         return processes.end(run(config, flags))
     except InputError as error:
         return processes.end(EXIT_MISTAKE, f"error: {error}")
-    except processes.Absent as error:
+    except processes.PeersMissing as error:
         return processes.end(EXIT_FAILED, f"error: {error}")
     except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
         terminated = isinstance(stopped, Stopped)
@@ -69,25 +69,26 @@ def main(argv: Sequence[str]) -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
     from inl_jax.parallel import processes
+    from inl_jax.parallel.launch import find_launch
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning.preflight import check_machine, check_same_config
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
     from inl_jax.training.state import make_layout
 
-    launch = processes.find_launch(
+    launch = find_launch(
         os.environ,
         coordinator=flags.coordinator,
         num_processes=flags.num_processes,
         process_id=flags.process_id,
     )
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
-    apply_flags(config.xla_flags, report=processes.say)
+    apply_flags(config.xla_flags)
     if flags.dry_run:
         check_same_config(config)
         mesh = make_mesh(config.mesh)
         fitted = fit_to_mesh(config, mesh)
         check_machine(config, fitted, mesh, make_layout(fitted, mesh))
         return 0
-    use_compile_cache(report=processes.say)
+    use_compile_cache()
     return EXIT_INTERRUPTED if train(config).interrupted else 0

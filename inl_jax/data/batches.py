@@ -1,22 +1,28 @@
 """Token files to batches. A batch is a pure function of (seed, index).
 
-Windows of `seq_len + 1` tokens are shuffled anew each epoch and read at random by grain's threads.
-Sample i of a run is the same whatever the number of processes, the batch size or the moment of a
-restart, so the position in the data is one integer: the samples consumed.
+Windows of `seq_len + 1` tokens are shuffled anew each epoch; grain's threads read them. Sample i of
+a run depends neither on the number of processes nor on the batch size nor on where a run resumed,
+so a position in the data is one integer: the number of samples consumed.
+
+B is the batch, S the sequence length.
 """
 
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import numpy as np
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.data.corpus import Corpus, TokenFiles
+from inl_jax.data.cache import TokenFiles
+from inl_jax.data.corpus import Corpus
+
+if TYPE_CHECKING:
+    import grain  # here and in the functions below only: it imports jax
 
 
 class Windows:
-    """Windows of `seq_len + 1` tokens that start `seq_len` apart, int32 [seq_len + 1]."""
+    """The training windows of one source, int32 [S + 1]; the next starts S tokens further on."""
 
     def __init__(self, files: TokenFiles, seq_len: int):
         self._files, self._seq_len, self._tokens = files, seq_len, None
@@ -33,21 +39,29 @@ class Windows:
 
 
 class EvalBatch(NamedTuple):
-    """Windows of a validation split."""
+    """B windows of the validation split."""
 
-    inputs: np.ndarray  # [B, S]
-    targets: np.ndarray  # the tokens that follow them, [B, S]
-    weights: np.ndarray  # 1 where a target counts, float32 [B, S]
-    num_bytes: np.ndarray  # UTF-8 bytes the row's targets stand for, float32 [B]
+    inputs: np.ndarray
+    """Tokens, int32 [B, S]."""
+    targets: np.ndarray
+    """The token that follows each input, int32 [B, S]."""
+    weights: np.ndarray
+    """1 for targets, 0 for padding, float32 [B, S]."""
+    num_bytes: np.ndarray
+    """UTF-8 bytes that the targets of a row stand for, float32 [B]."""
 
 
 def count_windows(files: TokenFiles, seq_len: int) -> int:
-    """Training windows in one source."""
+    """Number of training windows in one source."""
     return max(0, (files.train_tokens - 1) // seq_len)
 
 
 def check(corpus: Corpus, vocab_size: int) -> None:
-    """Raises `InputError` where the tokenizer has ids a model of `vocab_size` has not."""
+    """Checks that a model of `vocab_size` has all ids of the tokenizer.
+
+    Raises:
+      InputError: it has not.
+    """
     if corpus.tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: tokenizer {corpus.tokenizer.name} has "
@@ -55,12 +69,14 @@ def check(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> grain.MapDataset:
+def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> "grain.MapDataset":
     """The endless sequence of training windows: shuffled each epoch, sources mixed by weight.
 
     Raises:
       InputError: a source has fewer tokens than one window.
     """
+    import grain
+
     for files in corpus.sources:
         if count_windows(files, data.seq_len) == 0:
             raise InputError(
@@ -78,17 +94,18 @@ def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> grain.MapDa
 
 
 def training_batches(
-    samples: grain.MapDataset, *, position: int, batch_size: int, rows: slice, num_batches: int
+    samples: "grain.MapDataset", *, position: int, batch_size: int, rows: slice, num_batches: int
 ) -> Iterator[np.ndarray]:
-    """Yields `num_batches` batches, int32 [rows, S + 1], read ahead by threads.
+    """Yields this process's rows of each batch, int32 [rows, S + 1]; threads read ahead.
 
     Args:
       samples: from `training_samples`.
       position: samples consumed before the first batch.
       batch_size: rows of a global batch.
-      rows: the rows of each global batch to read here.
-      num_batches: how many to yield.
+      rows: the rows of each global batch that this process reads.
+      num_batches: number of batches to yield.
     """
+    import grain
 
     def batch(index: int) -> np.ndarray:
         first = position + int(index) * batch_size
@@ -101,22 +118,22 @@ def training_batches(
 def eval_batches(
     corpus: Corpus, *, seq_len: int, batch_size: int, max_sequences: int = 0
 ) -> Iterator[EvalBatch]:
-    """Yields the validation split in fixed windows, every token a target exactly once.
+    """Yields the validation split in fixed windows. Every token is a target exactly once.
 
-    The first token of a source follows an end token. The last batch is filled up with rows of
-    weight 0. A row's bytes are its tokens times its source's bytes per token: over the whole split
-    they add up exactly.
+    The input before the first token of a source is an end token. Rows of weight 0 fill the last
+    batch. The bytes of a row are its tokens times the mean bytes per token of its source, so over
+    the whole split they add up to the bytes of the text.
 
     Args:
       corpus: prepared tokens.
       seq_len: targets per window, S.
       batch_size: rows per batch, B.
-      max_sequences: windows to read, spread evenly over the sources; 0 reads all.
+      max_sequences: number of windows, spread evenly over the sources; 0 reads all.
     """
     windows = _eval_windows(corpus, seq_len, max_sequences)
-    while chunk := [window for _, window in zip(range(batch_size), windows, strict=False)]:
-        batch = EvalBatch(*(np.stack(part) for part in zip(*chunk, strict=True)))
-        missing = batch_size - len(chunk)
+    while rows := list(itertools.islice(windows, batch_size)):
+        batch = EvalBatch(*(np.stack(part) for part in zip(*rows, strict=True)))
+        missing = batch_size - len(rows)
         yield EvalBatch(
             *(np.pad(part, ((0, missing),) + ((0, 0),) * (part.ndim - 1)) for part in batch)
         )
@@ -125,11 +142,11 @@ def eval_batches(
 def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[EvalBatch]:
     counts = [-(-files.validation_tokens // seq_len) for files in corpus.sources]
     share = min(1.0, max_sequences / max(1, sum(counts)) or 1.0)
-    parts = np.diff(np.round(np.cumsum([0, *counts]) * share).astype(int))  # by size of source
+    parts = np.diff(np.round(np.cumsum([0, *counts]) * share).astype(int))  # by size
     for files, count, wanted in zip(corpus.sources, counts, parts, strict=True):
         tokens = files.open("validation")
         bytes_per_token = files.validation_bytes / max(1, len(tokens))
-        # Evenly spread, so that the choice is fixed and covers the split.
+        # Evenly spaced: the same windows each time, from all of the split.
         for index in np.arange(wanted) * count // max(1, wanted):
             start = int(index) * seq_len
             targets = tokens[start : start + seq_len].astype(np.int32)

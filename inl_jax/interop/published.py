@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.model.integrator import CONTROLLERS
-from inl_jax.model.language_model import abstract_params, sinusoid
+from inl_jax.model.dynamics import CONTROLLERS
+from inl_jax.model.language_model import abstract_params
+from inl_jax.model.layers import sinusoid
 
 _NETWORKS = dict(zip(CONTROLLERS, ("alpha", "beta", "gate", "v_cand"), strict=True))
 _VECTORS = {  # ours, within a block: theirs, within a layer

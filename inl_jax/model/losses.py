@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inl_jax.model.integrator import join_positions, split_positions
-from inl_jax.model.language_model import embedding_rows, project
-from inl_jax.model.params import by_row_shard, row_shards
+from inl_jax.model.layers import at_least_float32, embedding_rows, project
+from inl_jax.model.params import (
+    by_row_shard,
+    current_batch_shards,
+    join_positions,
+    split_positions,
+)
 
 CHUNK = 256  # tokens of one device whose logits exist at once
 COLUMNS = 512  # of the embedding's gradient that are added at once
@@ -42,7 +46,7 @@ def _token_losses(embedding_VD, hidden_BSD, targets_BS, chunk):
 
 def mean_loss(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.Array:
     """The mean of `token_losses`, with a gradient that makes the logits once. For training."""
-    weight_BS = jnp.full(targets_BS.shape, 1 / targets_BS.size, _wide(hidden_BSD))
+    weight_BS = jnp.full(targets_BS.shape, 1 / targets_BS.size, at_least_float32(hidden_BSD))
     embedding_VD = embedding_rows(params["embedding"])
     return _weighted_loss(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk)
 
@@ -64,8 +68,8 @@ def _weighted_loss(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk):
 
 
 def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk):
-    (V, D), S, wide = embedding_VD.shape, targets_BS.shape[1], _wide(hidden_BSD)
-    N = row_shards(len(targets_BS))
+    (V, D), S, wide = embedding_VD.shape, targets_BS.shape[1], at_least_float32(hidden_BSD)
+    N = current_batch_shards(len(targets_BS))
     kernel_VD = embedding_VD.astype(hidden_BSD.dtype)
     width = COLUMNS if D % COLUMNS == 0 else D
 
@@ -116,9 +120,5 @@ def _chunks(arrays, chunk: int):
     What is added at the end to fill the last chunk is zero, and so is its weight.
     """
     B, S = arrays[0].shape[:2]
-    num_chunks = 1 if chunk == 0 else min(S, -(-B // row_shards(B) * S // chunk))
+    num_chunks = 1 if chunk == 0 else min(S, -(-B // current_batch_shards(B) * S // chunk))
     return jax.tree.map(lambda a: split_positions(a, -(-S // num_chunks)), arrays)
-
-
-def _wide(x: jax.Array):
-    return jnp.promote_types(jnp.float32, x.dtype)

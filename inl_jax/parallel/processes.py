@@ -1,213 +1,88 @@
-"""Several processes, on one host or many: how they find each other, agree, and end together.
+"""Several processes, on one host or many: they join, agree on values, and end together.
 
-Every process runs the same program on its own devices; process 0 also writes and speaks. With one
-process, and that is without a launcher, nothing here does anything.
+Every process runs the same program on its own devices. Process 0 also writes files and prints.
+With a single process every function here is a no-op.
 """
 
 import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import jax
-from jax._src.distributed import global_state  # the processes' key-value store has no public name
 
+from inl_jax import console
 from inl_jax.config import InputError
+from inl_jax.internals import distributed_state
+from inl_jax.parallel.launch import Launch
 
-START_SECONDS = 300  # for all processes to come together
-PEER_SECONDS = 60  # without a sign of life, after which a process counts as dead
-SHARED_SECONDS = 30  # for a file of one host to be seen by the others
-ANSWER_SECONDS = 3  # for the others to hear that all end; who does not is gone
-_END = "inl_jax/end"
+START_SECONDS = 300  # for all processes to join
+PEER_SECONDS = 60  # a process that sends no heartbeat for so long counts as dead
+SHARED_SECONDS = 30  # for a file that one host writes to appear on the others
+ANSWER_SECONDS = 3  # for the others to answer when all end; a process that does not is lost
+_END = "inl_jax/end"  # key of the store: exit code and id of the process that failed first
 
 T = TypeVar("T")
 
-
-class Launch(NamedTuple):
-    """One process's place among several."""
-
-    coordinator: str  # host:port of process 0; empty where JAX asks the launcher
-    num_processes: int
-    process_id: int
-    devices: tuple[int, ...] = ()  # its own among the GPUs it can see; empty: all of them
-    launcher: str = "deactivate"  # JAX's cluster_detection_method
+_SINGLE = SimpleNamespace(process_id=0, num_processes=1, client=None)
 
 
-class Absent(RuntimeError):
-    """Not all processes came together; they may the next time."""
+class PeersMissing(RuntimeError):
+    """Some processes did not join in time. The same command may work the next time."""
+
+
+def _state() -> Any:
+    return distributed_state() if jax.distributed.is_initialized() else _SINGLE
 
 
 # --- Start -------------------------------------------------------------------------------------
 
 
-def find_launch(
-    env: Mapping[str, str],
-    *,
-    coordinator: str = "",
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> Launch | None:
-    """This process's place, or None where it is alone. Flags stand above JAX_*, these above all.
-
-    Variables: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, JAX_LOCAL_DEVICE_IDS;
-    of torchrun and the Kubeflow operators MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK; of Open MPI
-    and of a step of Slurm. `num_processes=1` is alone whatever the variables say.
-
-    Args:
-      env: the environment.
-      coordinator: host:port of process 0.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
-
-    Raises:
-      InputError: some are missing, or impossible.
-    """
-    names = {
-        "coordinator": ("--coordinator", "JAX_COORDINATOR_ADDRESS"),
-        "num_processes": ("--num_processes", "JAX_NUM_PROCESSES"),
-        "process_id": ("--process_id", "JAX_PROCESS_ID"),
-    }
-    flags = (coordinator or None, num_processes, process_id)
-    given = {
-        key: env.get(variable) if flag is None else flag
-        for (key, (_, variable)), flag in zip(names.items(), flags, strict=True)
-    }
-    given = {key: value for key, value in given.items() if value not in (None, "")}
-    if "num_processes" in given and _number("num_processes", given["num_processes"]) == 1:
-        return None
-    launched = {} if len(given) == len(names) else _launched(env)
-    if not given and launched.get("num_processes", 1) == 1:
-        return None
-    found = {"coordinator": ""} | launched | given
-    missing = [key for key in names if found.get(key, "") == ""]
-    if "launcher" in launched and "coordinator" not in given:
-        missing.remove("coordinator")  # JAX finds it
-    if missing:
-        raise InputError(
-            f"{', '.join(f'{key}={value}' for key, value in (launched | given).items())} without "
-            f"{' and '.join(' or '.join(names[key]) for key in missing)}: give all three, or "
-            "--num_processes 1 for a process on its own"
-        )
-    if "coordinator" in given:
-        found.pop("launcher", None)
-    n, i = (_number(key, found[key]) for key in ("num_processes", "process_id"))
-    if not 0 <= i < n:
-        raise InputError(f"process_id={i}: must lie between 0 and num_processes={n} less one")
-    if found["coordinator"] and not re.fullmatch(r".+:\d+", found["coordinator"]):
-        raise InputError(f"coordinator={found['coordinator']}: must be host:port of process 0")
-    if ids := env.get("JAX_LOCAL_DEVICE_IDS"):
-        found["devices"] = tuple(_number("JAX_LOCAL_DEVICE_IDS", part) for part in ids.split(","))
-    return Launch(**found | {"num_processes": n, "process_id": i})
-
-
-def _launched(env: Mapping[str, str]) -> dict:
-    """What a launcher's variables say, as fields of `Launch`; empty where there is none.
-
-    The innermost launcher counts: torchrun or mpirun may have been started by Slurm. A Slurm job
-    has SLURM_NTASKS also where nothing was started by srun; only a step has SLURM_STEP_NUM_TASKS,
-    which is 1 in the shell of salloc.
-    """
-
-    def read(*variables):
-        missing = [v for v in variables if v not in env]
-        if missing:
-            found = ", ".join(f"{v}={env[v]}" for v in variables if v in env)
-            raise InputError(
-                f"{found} without {', '.join(missing)}: set all of them, or give --num_processes "
-                "1 for a process on its own"
-            )
-        return [env[v] for v in variables]
-
-    torch = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-    if all(v in env for v in torch):
-        address, port, n, i = read(*torch)
-        n, i = _number("WORLD_SIZE", n), _number("RANK", i)
-        # torchrun itself listens on MASTER_PORT.
-        found = {"coordinator": f"{address}:{_number('MASTER_PORT', port) + 1}"}
-        local, on_host = env.get("LOCAL_RANK", "0"), env.get("LOCAL_WORLD_SIZE", "1")
-    elif "OMPI_COMM_WORLD_SIZE" in env:
-        n, i, local, on_host = read(
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-        )
-        # Open MPI 5 does not say where mpirun runs, so there the coordinator must be given.
-        found = {"launcher": "ompi"} if "OMPI_MCA_orte_hnp_uri" in env else {}
-    elif "SLURM_STEP_NUM_TASKS" in env and env["SLURM_STEP_NUM_TASKS"] != "1":
-        n, i, local, nodes, *_ = read(
-            "SLURM_STEP_NUM_TASKS",
-            "SLURM_PROCID",
-            "SLURM_LOCALID",
-            "SLURM_STEP_NUM_NODES",
-            "SLURM_JOB_ID",
-            "SLURM_STEP_NODELIST",
-            "SLURM_NTASKS",
-        )
-        found, on_host = {"launcher": "slurm"}, "1" if nodes == n else "several"
-    elif any(v in env for v in torch) and env.get("WORLD_SIZE") != "1":
-        read(*torch)  # says what is missing
-    else:
-        return {}
-    # Several processes that see the same GPUs take one each.
-    visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    alone = on_host == "1" or (visible != [""] and len(visible) == 1)
-    found["devices"] = () if alone else (_number("local rank", local),)
-    return found | {
-        "num_processes": _number("number of processes", n),
-        "process_id": _number("rank", i),
-    }
-
-
-def _number(name: str, text: str | int) -> int:
-    if not str(text).isdecimal():
-        raise InputError(f"{name}={text}: must be a whole number, 0 or more")
-    return int(text)
-
-
 def start(
     launch: Launch | None, *, start_timeout: int = START_SECONDS, peer_timeout: int = PEER_SECONDS
 ) -> None:
-    """Joins the other processes. Before JAX first looks at its devices; None does nothing.
+    """Joins the other processes; None does nothing. Call it before JAX starts its devices.
 
-    From here on a failure of any process ends all of them (see `end`).
+    Afterwards only process 0 says lines, and a failure of any process ends all (see `end`).
 
     Args:
       launch: from `find_launch`.
-      start_timeout: seconds for all to come together.
-      peer_timeout: seconds without a sign of life after which a process counts as dead.
+      start_timeout: seconds for all processes to join.
+      peer_timeout: seconds without a heartbeat after which a process counts as dead.
 
     Raises:
-      Absent: the others did not come in time.
-      InputError: process 0 cannot listen on its port, or a timeout is none.
+      PeersMissing: not all processes joined in time.
+      InputError: a timeout is below 1, process 0 cannot listen on its port, or this JAX cannot
+        join processes.
     """
     for name, seconds in (("start_timeout", start_timeout), ("peer_timeout", peer_timeout)):
         if seconds < 1:
             raise InputError(f"{name}={seconds}: must be 1 second or more")
     if launch is None:
         return
-    if launch.process_id == 0 and launch.coordinator:  # JAX would crash
+    distributed_state()  # raises now rather than after the others have joined
+    if launch.process_id == 0 and launch.coordinator:  # JAX would crash on a port in use
         port = int(launch.coordinator.rsplit(":", 1)[1])
         try:
             socket.create_server(("", port)).close()
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"coordinator={launch.coordinator}: process 0 cannot listen on port {port} "
-                f"({error}); choose a free one, and give the processes different ids"
+                f"({error}); choose a free port, and give each process its own id"
             ) from None
-    # XLA's own handler would take SIGTERM and leave us without it.
+    # XLA would install its own handler of SIGTERM in place of ours.
     jax.config.update("jax_enable_preemption_service", False)
-    trouble: list[Exception] = []
+    errors: list[Exception] = []
 
     def connect():
         try:
@@ -222,20 +97,22 @@ def start(
                 shutdown_timeout_seconds=peer_timeout,
             )
         except Exception as error:
-            trouble.append(error)
+            errors.append(error)
 
-    # In a thread, because at its own timeout JAX aborts the process with a stack trace.
+    # In a thread, because JAX aborts the process with a stack trace at its own timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(start_timeout)
-    if thread.is_alive() or trouble:
-        where = launch.coordinator or f"the address that {launch.launcher} gives"
-        reason = str(trouble[0]).splitlines()[0] if trouble else f"within {start_timeout} s"
-        raise Absent(
-            f"coordinator={where}: process {launch.process_id} of {launch.num_processes} did not "
+    if thread.is_alive() or errors:
+        address = launch.coordinator or f"the address that {launch.launcher} gives"
+        reason = console.first_line(errors[0]) if errors else f"within {start_timeout} s"
+        raise PeersMissing(
+            f"coordinator={address}: process {launch.process_id} of {launch.num_processes} did not "
             f"meet the others there ({reason}): start all of them, with an address and a free port "
             "of process 0's host that every host can reach"
         )
+    if launch.process_id != 0:
+        console.mute(True)
     _joined.set()
     threading.Thread(target=_watch, daemon=True).start()
 
@@ -246,44 +123,41 @@ _calls = itertools.count()
 
 
 def first() -> bool:
-    """Whether this is process 0, which writes and speaks."""
-    return global_state.process_id == 0
-
-
-def say(line: str) -> None:
-    """Prints a line, once for all processes."""
-    if first():
-        print(line, flush=True)
+    """Returns whether this is process 0, which writes files and prints."""
+    return _state().process_id == 0
 
 
 def gather(value: str = "") -> list[str]:
-    """What each process gave, in their order. Waits for all; every process calls it alike."""
-    n, me, call = global_state.num_processes, global_state.process_id, next(_calls)
-    if n == 1:
+    """Returns the values of all processes, by process id. Every process must call it.
+
+    It waits for all of them, so without a value it is a barrier.
+    """
+    state, call = _state(), next(_calls)
+    if state.num_processes == 1:
         return [value]
-    client, key = global_state.client, f"inl_jax/{call}"
-    if me == 0:
-        values = [value, *(_wait_for(f"{key}/{i}") for i in range(1, n))]
-        client.key_value_set(key, json.dumps(values))
+    key = f"inl_jax/{call}"
+    if state.process_id == 0:
+        values = [value, *(_wait_for(f"{key}/{i}") for i in range(1, state.num_processes))]
+        state.client.key_value_set(key, json.dumps(values))
         return values
-    client.key_value_set(f"{key}/{me}", value)
+    state.client.key_value_set(f"{key}/{state.process_id}", value)
     return json.loads(_wait_for(key))
 
 
 def _wait_for(key: str) -> str:
-    """A value of the store, however long it takes: a dead process ends this one."""
+    """Returns a value of the store once it is there. If another process has failed, exits."""
     while True:
-        try:  # in slices, between which Python sees signals
-            return global_state.client.blocking_key_value_get(key, 1000)
+        try:  # one second at a time: Python handles signals in between
+            return _state().client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        if ended := _ended():  # also at the end, where nobody watches
-            _leave(*ended)
+        if failure := _failure():  # `_watch` does not look any more once `end` is called
+            _exit(*failure)
 
 
 def check_same(what: str, value: str, advice: str) -> None:
-    """Raises `InputError` on every process where `value` is not the same on all of them."""
+    """Raises `InputError` on every process if `value` is not the same on all of them."""
     values = gather(value)
     for i, other in enumerate(values):
         if other != values[0]:
@@ -293,82 +167,92 @@ def check_same(what: str, value: str, advice: str) -> None:
 
 
 def check_shared(directory: Path, name: str) -> None:
-    """Raises `InputError` where not all processes can write in `directory` and see what others do.
+    """Checks that all processes can write in `directory`, and see there what process 0 writes.
 
-    It is tried: each writes a file of its own, and then looks for process 0's.
+    Each process creates a file of its own, then looks for the file of process 0.
+
+    Raises:
+      InputError: on every process, if one of them cannot. It names the field `name`.
     """
-    if global_state.num_processes == 1:
+    state = _state()
+    if state.num_processes == 1:
         return
-    secret = gather(uuid.uuid4().hex)[0]
-    marks = [directory / f".shared-{secret}-{i}" for i in range(global_state.num_processes)]
-    mine, trouble = marks[global_state.process_id], ""
+    token = gather(uuid.uuid4().hex)[0]
+    own = directory / f".shared-{token}-{state.process_id}"
+    of_process_0 = directory / f".shared-{token}-0"
+    problem = ""
     try:
-        mine.touch()
+        own.touch()
     except OSError as error:
-        trouble = f"cannot write there ({error.strerror})"
+        problem = f"cannot write there ({error.strerror})"
     gather()
     until = time.monotonic() + SHARED_SECONDS
-    while not (seen := marks[0].exists()) and not trouble and time.monotonic() < until:
+    while not (seen := of_process_0.exists()) and not problem and time.monotonic() < until:
         time.sleep(0.5)
-    if not (seen or trouble):
-        trouble = "does not see there what process 0 wrote"
-    troubles = gather(trouble)
+    if not (seen or problem):
+        problem = "does not see there what process 0 wrote"
+    problems = gather(problem)
     with contextlib.suppress(OSError):
-        mine.unlink()
-    for i, trouble in enumerate(troubles):
-        if trouble:
+        own.unlink()
+    for i, problem in enumerate(problems):
+        if problem:
             raise InputError(
-                f"{name}={directory}: process {i} {trouble}; name a directory on a file system "
-                "that all hosts share and may write"
+                f"{name}={directory}: process {i} {problem}; name a directory on a file system "
+                "that all hosts share and can write"
             )
 
 
-def once_for_each_copy(directory: Path, work: Callable[[], T]) -> T:
-    """`work()` on every process, but never at the same time on two that share `directory`.
+def one_process_first(directory: Path, work: Callable[[], T]) -> T:
+    """Returns `work()`. Of the processes that share `directory`, one calls it before the others.
 
-    Where all hosts share it, process 0 is first and the others find what it left; where each has
-    its own, one process of each is first.
+    So `work` can fill a cache that the others then find. If all hosts share the directory, process
+    0 is first; if each host has its own, one process of each host is.
     """
-    if global_state.num_processes == 1:
+    if _state().num_processes == 1:
         return work()
     mark = directory / f".first-{gather(uuid.uuid4().hex)[0]}"
-    mine = False
-    for turn in (first(), not first()):
-        if turn:
+    goes_first = False
+    for may_try in (first(), not first()):  # process 0 before the others
+        if may_try:
             with contextlib.suppress(FileExistsError):
                 mark.touch(exist_ok=False)
-                mine = True
+                goes_first = True
         gather()
-    if mine:
+    if goes_first:
         mark.unlink()
         result = work()
     gather()
-    return result if mine else work()
+    return result if goes_first else work()
 
 
 # --- End ---------------------------------------------------------------------------------------
 
-_joined = threading.Event()  # the store answers
-_ending = threading.Event()  # the main thread is at the end already
+_joined = threading.Event()  # the store can be used
+_ending = threading.Event()  # the main thread has called `end`
+_exiting = threading.Lock()
 
 
 def end(code: int, message: str = "") -> int:
-    """The last call of a program: gives its exit code back, with several processes the same on all.
+    """Returns the exit code, once all processes are done. Call it last in a program.
 
-    With a message, which is a failure that the others may not share, they all end now. The first
-    to fail shows its message, or says which process was lost; process 0 says who that was.
+    A message means a failure, which the other processes may not notice: all processes then exit at
+    once with the code of the first that failed. That process prints its message, or which
+    processes were lost; process 0 prints which process failed.
     """
     _ending.set()
     if _joined.is_set() and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it when the first has ended
+        # Launchers send it to the others when the first process has ended.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if message and _joined.is_set():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is lost
-            global_state.client.key_value_set(_END, f"{code} {global_state.process_id}")
-        code, speaker = _ended() or (code, global_state.process_id)
-        _leave(code, speaker, message)
+        state = _state()
+        # The store refuses a second value: another process failed first, or the store is lost.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            state.client.key_value_set(_END, f"{code} {state.process_id}")
+        code, failed = _failure() or (code, state.process_id)
+        _exit(code, failed, message)
     if message:
         print(message, file=sys.stderr)
-        if global_state.client is not None:  # JAX would wait for those it never met
+        if jax.distributed.is_initialized():  # JAX would wait at exit for processes it never met
             sys.stderr.flush()
             os._exit(code)
     elif _joined.is_set():
@@ -377,57 +261,55 @@ def end(code: int, message: str = "") -> int:
 
 
 def _watch() -> None:
-    """Ends this process when another has failed, also while it waits for the devices."""
+    """Exits when another process has failed, even while the main thread waits for the devices."""
     while not _ending.wait(1):
-        ended = _ended()
-        if ended and not _ending.is_set():
-            _leave(*ended)
+        failure = _failure()
+        if failure and not _ending.is_set():
+            _exit(*failure)
 
 
-def _ended() -> tuple[int, int] | None:
-    """The exit code for all, and the process that gave it; None where no process failed."""
+def _failure() -> tuple[int, int] | None:
+    """Returns the exit code and the process that failed first; None if none has failed."""
     try:
-        code, process = global_state.client.key_value_try_get(_END).split()
+        code, process = _state().client.key_value_try_get(_END).split()
     except jax.errors.JaxRuntimeError:
         return None
     return int(code), int(process)
 
 
-_leaving = threading.Lock()
-
-
-def _leave(code: int, speaker: int, message: str = "") -> None:
-    """Ends this process at once: nothing of JAX may wait here for processes that have gone."""
-    _leaving.acquire()  # the thread that comes second waits for the end
-    me, n = global_state.process_id, global_state.num_processes
-    others = [i for i in range(n) if i != me]
-    if me == speaker:
-        if lost := _without_answer(others, ANSWER_SECONDS):
+def _exit(code: int, failed: int, message: str = "") -> None:
+    """Exits at once: JAX's own exit would wait for processes that have gone."""
+    _exiting.acquire()  # never released: a second thread stays here until the process is gone
+    state = _state()
+    me, n = state.process_id, state.num_processes
+    if me == failed:
+        if lost := _silent([i for i in range(n) if i != me], ANSWER_SECONDS):
             message = (
                 f"error: process {', '.join(map(str, lost))} of {n} is gone or hangs, so all end; "
-                f"the same command goes on from the last checkpoint ({message.splitlines()[-1]})"
+                "the same command resumes from the last checkpoint "
+                f"({message.splitlines()[-1]})"
             )
         print(message, file=sys.stderr)
     elif me == 0:
-        print(f"process {speaker} of {n} ends all with exit code {code}", file=sys.stderr)
+        print(f"process {failed} of {n} ends all with exit code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        global_state.client.key_value_set(f"{_END}/{me}", "")
-    if me == 0:  # the store lives here: until the speaker has heard the others, and all have gone
-        if me != speaker:
-            _without_answer([speaker], 2 * ANSWER_SECONDS)
+        state.client.key_value_set(f"{_END}/{me}", "")  # the answer to the failed process
+    if me == 0:  # the store lives here, and the failed process still reads the answers
+        if me != failed:
+            _silent([failed], 2 * ANSWER_SECONDS)
         time.sleep(1)
     os._exit(code)
 
 
-def _without_answer(processes: list[int], seconds: float) -> list[int]:
-    """Those that have not said within so many seconds that they leave, too."""
-    until, lost = time.monotonic() + seconds, []
+def _silent(processes: list[int], seconds: float) -> list[int]:
+    """Returns the processes that do not answer, within `seconds` for all, that they exit too."""
+    until, silent = time.monotonic() + seconds, []
     for i in processes:
         left = max(1, int(1000 * (until - time.monotonic())))
         try:
-            global_state.client.blocking_key_value_get(f"{_END}/{i}", left)
+            _state().client.blocking_key_value_get(f"{_END}/{i}", left)
         except jax.errors.JaxRuntimeError:
-            lost.append(i)
-    return lost
+            silent.append(i)
+    return silent

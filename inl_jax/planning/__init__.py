@@ -1,1 +1,1 @@
-"""What is known before there is a device: memory, cost, exchanges, checks."""
+"""What can be known before there is a device: memory, cost, collectives and checks."""

@@ -1,9 +1,9 @@
-"""What devices send each other in one compiled step, read off its text.
+"""The data that devices send each other in a compiled step, read from the step's text.
 
-XLA writes every exchange into the program; a loop's body stands there once with its trip count. So
-the bytes of a whole update are counted without running it. Sent bytes are those of ring algorithms
-(Patarasuk and Yuan, 2009), which no other sends less than: of `n` devices each sends `(n - 1) / n`
-of the whole for an all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce.
+XLA writes every collective into the program, and the body of a loop once with its trip count. So
+the bytes of a whole update are counted without running it. They are those of ring algorithms, which
+send the least (Patarasuk and Yuan, 2009): each of `n` devices sends `(n - 1) / n` of the whole
+array in an all-gather, a reduce-scatter or an all-to-all, and twice that in an all-reduce.
 """
 
 import math
@@ -39,22 +39,22 @@ _BITS = {
 
 
 class Collective(NamedTuple):
-    """One exchange of a program, among the devices along some axes of the mesh."""
+    """One collective of a program."""
 
     kind: str
-    axes: tuple[str, ...]
-    arrays: tuple[tuple[int, ...], ...]  # shapes: what comes out of a gather, what goes into others
-    times: int  # in one run of the program
-    sent_bytes: int  # by each device, all times together
-    origin: str  # where in the model, as JAX names it
+    axes: tuple[str, ...]  # of the mesh, along which devices exchange
+    arrays: tuple[tuple[int, ...], ...]  # shapes of its outputs for all-gather, else of its inputs
+    times: int  # that one run of the program executes it
+    sent_bytes: int  # by each device, over all these times
+    origin: str  # in the model, as JAX names it
 
 
 def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
     """The collectives of a compiled program.
 
     Args:
-      program: its optimised HLO, as `compiled.as_text()`.
-      mesh: the mesh it was compiled for.
+      program: the optimised HLO, from `compiled.as_text()`.
+      mesh: that it was compiled for.
     """
     computations, entry = _computations(program)
     found = []
@@ -72,7 +72,7 @@ def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
 
 
 def summed(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(times, sent bytes) by (kind, mesh axes joined by "+"), the most bytes first."""
+    """Sums of (times, sent bytes) by (kind, mesh axes joined by "+"), the most bytes first."""
     sums = defaultdict(lambda: (0, 0))
     for c in collectives:
         times, sent = sums[key := (c.kind, "+".join(c.axes))]
@@ -81,11 +81,16 @@ def summed(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int
 
 
 def least_bytes(config: TrainConfig, mesh: Mesh) -> int:
-    """The least each device must send in one update to train on `mesh` without a tensor axis.
+    """Bytes that each device must at least send in one update, beside those over `tensor`.
 
-    For every micro-batch all-gather the parameters that are split over `fsdp` and reduce-scatter
-    their gradients, in the type of the parameters; over `data`, all-reduce the gradients. Computing
-    a block again in the backward pass gathers its parameters once more, which is not the least.
+    In every micro-batch, parameters sharded over `fsdp` are all-gathered and their gradients
+    reduce-scattered, in the type of the parameters, and gradients are all-reduced over `data`. A
+    block that is recomputed in the backward pass gathers its parameters once more; that is not
+    counted here.
+
+    Args:
+      config: the run, fitted to `mesh`.
+      mesh: from `make_mesh`.
     """
     shardings = param_shardings(mesh, config.model)
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
@@ -94,7 +99,8 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> int:
         *map(jax.tree.leaves, (abstract_params(config.model), shardings)), strict=True
     ):
         part = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        # Split over fsdp: gathered and scattered, then added over data. Whole: added over both.
+        # Leaves sharded over fsdp are gathered, scattered, then summed over data. Whole leaves are
+        # summed over both axes.
         split = "fsdp" in jax.tree.leaves(tuple(sharding.spec))
         sent += part * (2 * (fsdp - 1) if split else 0)
         over = data if split else data * fsdp
@@ -102,7 +108,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> int:
     return int(sent * config.accumulate_steps)
 
 
-# --- the text
+# --- the text of a program
 
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\("
@@ -116,6 +122,7 @@ _TYPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation by its name, and the name of the entry computation."""
     found, entry, lines = {}, "", []
     for line in program.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
@@ -127,7 +134,7 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times_called(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation with a collective in or below it runs."""
+    """How often one run of the program executes each computation."""
     calls = {name: list(_calls(lines)) for name, lines in computations.items()}
     times = defaultdict(int)
 
@@ -142,6 +149,7 @@ def _times_called(computations: dict[str, list[str]], entry: str) -> dict[str, i
 
 
 def _calls(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yields (called computation, times that the call runs it)."""
     for line in lines:
         if "=%" not in line and "={%" not in line and "calls=" not in line and "body=" not in line:
             continue
@@ -173,7 +181,7 @@ def _collective(kind, line, match, types, times, mesh) -> Collective:
 
 
 def _group(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which the devices of one group differ, and how many devices that is."""
+    """The mesh axes along which the devices of a group differ, and the size of the group."""
     devices = _first_group(line, mesh.size)
     places = np.unravel_index(devices, tuple(mesh.shape.values()))
     axes = tuple(a for a, at in zip(mesh.axis_names, places, strict=True) if len(set(at)) > 1)
@@ -181,7 +189,7 @@ def _group(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
 
 
 def _first_group(line: str, num_devices: int) -> list[int]:
-    """Devices that exchange with each other: XLA writes their groups in one of four ways."""
+    """Devices of the first group that exchange data. XLA writes groups in one of four ways."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         moved = [p for p in re.findall(r"(\d+),(\d+)", pairs[1]) if p[0] != p[1]]
         return [int(n) for n in moved[0]] if moved else [0]
@@ -198,11 +206,11 @@ def _first_group(line: str, num_devices: int) -> list[int]:
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
         ids = _iota(iota[3])
         return ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    return list(range(num_devices))  # no groups: all
+    return list(range(num_devices))  # without groups all devices exchange
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: the numbers 0..7 in shape (4, 2), axes in the order (1, 0), as one row."""
+    """Reads `[4,2]T(1,0)`: 0..7 in shape (4, 2), axes transposed to (1, 0), then flattened."""
     dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     shape = [int(n) for n in dims.split(",")]
     order = [int(n) for n in order.split(",")] if order else range(len(shape))

@@ -1,13 +1,12 @@
-"""What a training step needs of each device's memory and of the host's, and what there is.
+"""Memory that a training step needs on each device and on the host, and memory that there is.
 
-Nothing is allocated: the state is read off its shapes and shardings; what a step needs beside it is
-an estimate, fitted to what XLA's compilers say (see `_working`).
+Nothing is allocated. The state's bytes are exact, from its layout. The rest is an estimate, fitted
+to what XLA's compilers report (`_working_memory`).
 """
 
-import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -15,150 +14,118 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, ModelConfig, TrainConfig
-from inl_jax.config_file import override
-from inl_jax.model.language_model import abstract_params, compute_dtype
+from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
+from inl_jax.model.language_model import abstract_params
+from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
 from inl_jax.training.state import Layout, make_layout
 
-# Memory in MiB as nvidia-smi shows it.
-DEVICES = {
-    "b200-180gb": 183359,
-    "h200-141gb": 143771,
-    "h100-80gb": 81559,
-    "a100-80gb": 81920,
-    "a100-40gb": 40960,
-    "l40s": 46068,
-    "rtx6000-ada": 49140,
-    "rtx5090": 32607,
-    "rtx4090": 24564,
-    "rtx3090": 24576,
-    "a10g": 23028,
-    "rtx4080": 16376,
-    "rtx4060ti-16gb": 16380,
-}
-USABLE = 0.92  # of it, by JAX at XLA_PYTHON_CLIENT_MEM_FRACTION=.95; the CUDA context has the rest
-
-
-def find_device(name: str) -> str:
-    """The entry of `DEVICES` that `name` is, or is the only one to begin with.
-
-    Raises:
-      InputError: there is none, or there are several.
-    """
-    found = [known for known in DEVICES if known.startswith(name.lower())]
-    if name.lower() in DEVICES:
-        found = [name.lower()]
-    if len(found) != 1:
-        raise InputError(f"--device {name}: choose one of {', '.join(found or DEVICES)}")
-    return found[0]
-
 
 class MemoryNeeded(NamedTuple):
-    """Bytes by part, for each device and, where there is any, for its share of the host."""
+    """Bytes by part, on each device and on the host for each device."""
 
     device: dict[str, int]
     host: dict[str, int]
 
     @property
     def device_bytes(self) -> int:
-        """All that one device holds at the peak of a step."""
+        """Bytes on one device at the peak of a step."""
         return sum(self.device.values())
 
     @property
     def host_bytes(self) -> int:
-        """What one device's share of the state takes in the host's memory."""
+        """Bytes of host memory for one device's share of the state."""
         return sum(self.host.values())
 
 
 def memory_needed(config: TrainConfig, mesh: Mesh, layout: Layout) -> MemoryNeeded:
-    """Bytes a training step needs for each device of `mesh`, by part; those of the state are exact.
+    """Bytes that a training step needs on each device, by part.
 
-    Raises:
-      InputError: the model or a micro-batch does not divide over the mesh.
+    Parts named "(estimate)" are estimates; the others are exact.
+
+    Args:
+      config: the run, fitted to `mesh`.
+      mesh: from `make_mesh`.
+      layout: from `make_layout`.
     """
-    c = config.model
-    params, gradients = num_bytes(layout.state.params), num_bytes(layout.gradients)
-    rows = config.batch_size // config.accumulate_steps // batch_shards(mesh)
-    tokens = rows * config.data.seq_len
-    state = _state_bytes(layout.state.opt_state)
+    state = _optimizer_bytes(layout.state.opt_state)
+    dtype = accumulator_dtype(config)
+    accumulated = jax.tree.map(lambda g: g.update(dtype=dtype), layout.gradients)
     device = {
-        "parameters": params,
+        "parameters": num_bytes(layout.state.params),
         "masters": state["masters", "device"],
         "moments": state["moments", "device"],
-        "gradients": gradients,
-        "accumulator": 0,
+        "gradients": num_bytes(layout.gradients),
+        "accumulator": num_bytes(accumulated) if config.accumulate_steps > 1 else 0,
     }
-    if config.accumulate_steps > 1:
-        width = jnp.dtype(accumulator_dtype(config)).itemsize
-        device["accumulator"] = gradients // jnp.dtype(c.param_dtype).itemsize * width
-    working = _working(config, tokens, mesh)
+    working = _working_memory(config, mesh)
     device |= {f"{part} (estimate)": size for part, size in working.items()}
     host = {part: state[part, "pinned_host"] for part in ("masters", "moments")}
     return MemoryNeeded(device, {part: size for part, size in host.items() if size})
 
 
 def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
-    """Estimated bytes of activations on each device of `mesh` under each `remat` mode."""
+    """Estimated bytes of activations on each device, for each value of `model.remat`.
 
-    def activations(mode: str) -> int:
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=mode))
-        return memory_needed(changed, mesh, make_layout(changed, mesh)).device[
-            "activations (estimate)"
-        ]
+    Args:
+      config: the run, fitted to `mesh`.
+      mesh: from `make_mesh`.
+    """
+    modes = get_args(get_type_hints(ModelConfig)["remat"])
+    configs = {mode: with_fields(config, {"model.remat": mode}) for mode in modes}
+    return {mode: _working_memory(c, mesh)["activations"] for mode, c in configs.items()}
 
-    return {mode: activations(mode) for mode in get_args(get_type_hints(ModelConfig)["remat"])}
 
-
-def _state_bytes(state: Any) -> dict[tuple[str, str], int]:
-    """Bytes of an optimizer's state on one device, by (masters or moments, memory)."""
+def _optimizer_bytes(state: Any) -> dict[tuple[str, str], int]:
+    """Bytes of an optimizer's state for one device, by (masters or moments, memory kind)."""
     sizes = {
         (part, kind): 0 for part in ("masters", "moments") for kind in ("device", "pinned_host")
     }
-    for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MasterState)):
-        split = (
-            [("masters", part.masters), ("moments", part.inner)]
-            if isinstance(part, MasterState)
-            else [("moments", part)]
-        )
-        for name, tree in split:
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MasterState)):
+        parts = [("moments", node)]
+        if isinstance(node, MasterState):
+            parts = [("masters", node.masters), ("moments", node.inner)]
+        for part, tree in parts:
             for leaf in jax.tree.leaves(tree):
                 host = leaf.sharding.memory_kind == "pinned_host"
-                sizes[name, "pinned_host" if host else "device"] += num_bytes(leaf)
+                sizes[part, "pinned_host" if host else "device"] += num_bytes(leaf)
     return sizes
 
 
-# In D float32 values per token, beside what is kept of the integrator: for the rest of a block (and
-# in F values), and while the gradient of one iteration is computed.
-_REST = {"float32": (16, 3), "bfloat16": (5, 1.5)}
-_SCORES = 3.75  # copies of a block's attention scores
+# Float32 values per token. In a block, beside what the integrator keeps: (in D, in F), by the type
+# of matrix products. While the gradient of one integrator iteration is computed: in D.
+_REST_OF_BLOCK = {"float32": (16, 3), "bfloat16": (5, 1.5)}
 _ITERATION = {"float32": 12, "bfloat16": 5}
+_SCORES = 3.75  # copies of a block's attention scores
 
 
-def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
-    """Bytes beside state and gradients, on a device with `tokens` tokens of a micro-batch.
+def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
+    """Estimated bytes on one device beside its state and gradients, by part.
 
-    Kept for every block: its input, and what `remat` does not compute again. Beside that, one block
-    at a time has all of its own. In units of D float32 values per token: `_REST` for what is not
-    the integrator; 2 for every iteration (or segment) whose state is kept, or 17 by automatic
-    differentiation; `_ITERATION` while an iteration's gradient is computed and 2 for every
-    iteration of a segment, both only for the positions of one chunk. Under float32 products this
-    was fitted to XLA's CPU compiler, under bfloat16 to its CUDA compiler (docs/memory.md). After
-    the backward pass the optimizer takes the place of all that, the embedding's being its largest.
+    Every block keeps its input and what `remat` does not recompute. One block at a time also holds
+    all the rest of its activations. Units of D float32 values per token:
+    - `_REST_OF_BLOCK` for the block without the integrator;
+    - 2 for each iteration (or segment) whose state is kept; 17 with automatic differentiation;
+    - `_ITERATION` while an iteration's gradient is computed, and 2 for each iteration of a segment,
+      both for the positions of one chunk only.
+    These numbers are fitted to XLA's CPU compiler for float32 products and to its CUDA compiler for
+    bfloat16 ones (docs/memory.md). After the backward pass the optimizer reuses this memory; its
+    largest need is the update of the embedding.
     """
     c, o = config.model, config.optim
     D, T, segment = c.d_model, c.num_iterations, c.integrator_segment
     seq_len, width = config.data.seq_len, jnp.dtype(c.param_dtype).itemsize
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    tokens = config.batch_size // config.accumulate_steps // batch_shards(mesh) * seq_len
     products = "bfloat16" if compute_dtype(c).itemsize == 2 else "float32"
     vector = max(4, width) * tokens
-    of_D, of_F = _REST[products]
-    rest = vector * (of_D * D + of_F * c.d_ff / tensor)
+    in_D, in_F = _REST_OF_BLOCK[products]
+    rest = vector * (in_D * D + in_F * c.d_ff / tensor)
     if c.context == "attention" and (
         c.attention_kernel == "xla" or (c.attention_kernel == "auto" and products == "float32")
-    ):  # XLA holds the scores, where cuDNN (which takes 16-bit types alone) does not
+    ):  # XLA holds the scores; cuDNN, which takes only 16-bit types, does not
         rest += _SCORES * 4 * tokens * seq_len * c.num_heads / tensor
     kept = working = 0
     if T > 0 and c.integrator_gradient == "autodiff":
@@ -168,23 +135,23 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
         share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
         live = _ITERATION[products] + (2 * segment if segment > 1 else 0)
         working = vector * share * live * D / tensor
-    once, each = {
+    one_block, every_block = {
         "none": (0, rest + kept),
         "integrator": (kept, rest),
         "all_but_integrator": (rest, kept),
         "block": (rest + kept, 0),
     }[c.remat]
     stream = tokens * D * compute_dtype(c).itemsize
-    activations = c.num_layers * (stream + each) + once + working
+    activations = c.num_layers * (stream + every_block) + one_block + working
 
     chunk = min(config.loss_chunk or tokens, tokens)
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D
-    table = max(4, width) * c.vocab_size // tensor  # one column of it in float32
+    table = max(4, width) * c.vocab_size // tensor  # one column of the embedding in float32
     logits = table * (2 * chunk + columns)
-    if width < 4:  # the embedding's gradient, added up apart from the other gradients
+    if width < 4:  # the embedding's gradient is accumulated in float32, apart from the others
         logits += table * D
     gathered = 0
-    if fsdp > 1 and config.mesh.fsdp_shards == "all":  # two layers', or the embedding's
+    if fsdp > 1 and config.mesh.fsdp_shards == "all":  # 2 layers at a time, or the embedding
         blocks = abstract_params(c)["blocks"]
         sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(blocks)]
         gathered = width * max(2 * sum(sizes) // c.num_layers, c.vocab_size * D)
@@ -206,7 +173,9 @@ def _working(config: TrainConfig, tokens: int, mesh: Mesh) -> dict[str, int]:
 
 
 def compiled_bytes(memory: Any) -> tuple[int, int]:
-    """Bytes a compiled step takes on each device, and on its host; XLA for CPUs counts all as one.
+    """Bytes that a compiled step takes on each device, and of host memory for that device.
+
+    XLA's CPU compiler counts both as device memory.
 
     Args:
       memory: from `memory_analysis()`.
@@ -217,7 +186,7 @@ def compiled_bytes(memory: Any) -> tuple[int, int]:
 
 
 def memory_found(mesh: Mesh) -> tuple[int, str]:
-    """Bytes of memory each device of `mesh` has, and what that is."""
+    """Bytes of memory of each device of `mesh`, and a description of that memory."""
     device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
@@ -226,10 +195,10 @@ def memory_found(mesh: Mesh) -> tuple[int, str]:
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory that are free, or that its container may use."""
+    """Free bytes of this machine's memory, or the limit of its container if that is less."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts page cache that can be given back
+    if meminfo.exists():  # unlike sysconf, MemAvailable counts page cache that Linux can free
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
@@ -241,55 +210,66 @@ def host_memory() -> int:
 
 def smallest_change(
     config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False
-) -> list[str] | None:
-    """Flags of the smallest change that makes a run fit; None where no change known here does.
+) -> dict[str, Any] | None:
+    """The smallest change that makes a run fit, as dotted fields; None if no known change does.
 
-    Changes are tried from those that cost least to those that change the arithmetic: each alone,
-    then each with those before it that do no harm, of which what is not needed is left out again.
+    Cheap changes are tried first and those that change the arithmetic last. Each is tried alone,
+    then together with the earlier ones that do not cost memory; of those, it keeps only the ones
+    that are needed.
 
     Args:
-      config: the run.
+      config: the run, as asked or fitted to `mesh`.
       mesh: its devices.
-      usable: bytes of each that it may take.
-      shared: whether they take what is kept in host memory from these, as CPUs do.
+      usable: bytes that it may take of each device.
+      shared: whether host memory is the devices' own memory, as it is for CPUs.
     """
     devices, before = mesh.devices.ravel().tolist(), []
 
-    def needs(changes: list[list[str]]) -> float:
+    def needs(changes: list[dict[str, Any]]) -> float:
         try:
-            changed = override(config, sum(changes, []))
+            changed = with_fields(config, _merged(changes))
             mesh = make_mesh(changed.mesh, devices=devices)
             changed = fit_to_mesh(changed, mesh)
             needed = memory_needed(changed, mesh, make_layout(changed, mesh))
-        except InputError:  # does not divide, or does not go together
+        except InputError:  # does not divide over the mesh, or contradicts another field
             return math.inf
         return needed.device_bytes + shared * needed.host_bytes
 
-    for flags in _changes(config, mesh):
-        if needs([flags]) <= usable:
-            return flags
-        if needs([*before, flags]) > needs(before):
+    for change in _changes(config, mesh):
+        if needs([change]) <= usable:
+            return change
+        if needs([*before, change]) > needs(before):
             continue
-        before.append(flags)
+        before.append(change)
         if needs(before) <= usable:
             for other in before[:-1]:
                 without = [kept for kept in before if kept is not other]
                 before = without if needs(without) <= usable else before
-            return sum(before, [])
+            return _merged(before)
     return None
 
 
-def _changes(config: TrainConfig, mesh: Mesh) -> Iterator[list[str]]:
-    # One sequence of each device at a time.
-    yield ["--accumulate_steps", str(config.batch_size // batch_shards(mesh))]
-    yield ["--model.remat", "block"]
+def as_flags(fields: Mapping[str, Any]) -> str:
+    """Dotted fields as a command line takes them: `--model.remat block --seed 1`."""
+    return " ".join(f"--{name} {value}" for name, value in fields.items())
+
+
+def _merged(changes: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for change in changes for name, value in change.items()}
+
+
+def _changes(config: TrainConfig, mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, the cheapest first."""
+    # As many micro-batches as there can be: each device has one sequence at a time.
+    yield {"accumulate_steps": config.batch_size // batch_shards(mesh)}
+    yield {"model.remat": "block"}
     if config.model.num_iterations > 1:
-        yield ["--model.integrator_segment", str(-(-config.model.num_iterations // 2))]
-        yield ["--model.integrator_chunk", str(-(-config.data.seq_len // 2))]
+        yield {"model.integrator_segment": -(-config.model.num_iterations // 2)}
+        yield {"model.integrator_chunk": -(-config.data.seq_len // 2)}
     if mesh.size > 1:
-        yield ["--mesh.data", "1", "--mesh.fsdp", str(mesh.size), "--mesh.tensor", "1"]
-    yield ["--optim.state_memory", "pinned_host"]
+        yield {"mesh.data": 1, "mesh.fsdp": mesh.size, "mesh.tensor": 1}
+    yield {"optim.state_memory": "pinned_host"}
     if config.model.param_dtype == "bfloat16":
-        yield ["--optim.accumulator_dtype", "bfloat16"]
-        yield ["--optim.moment_dtype", "bfloat16", "--optim.rounding", "stochastic"]
-        yield ["--optim.optimizer", "adafactor", "--optim.rounding", "stochastic"]
+        yield {"optim.accumulator_dtype": "bfloat16"}
+        yield {"optim.moment_dtype": "bfloat16", "optim.rounding": "stochastic"}
+        yield {"optim.optimizer": "adafactor", "optim.rounding": "stochastic"}

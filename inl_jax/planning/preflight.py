@@ -1,4 +1,4 @@
-"""What is checked before anything is allocated: config, machine, data, length of the run."""
+"""Checks before anything is allocated: config, machine, data, length of the run."""
 
 import contextlib
 import hashlib
@@ -10,19 +10,26 @@ import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
-from inl_jax.console import count, say, size
+from inl_jax.console import count, plural, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.model.language_model import attention_kernel, compute_dtype, param_count
+from inl_jax.model.language_model import param_count
+from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards
-from inl_jax.planning.memory import host_memory, memory_found, memory_needed, smallest_change
-from inl_jax.training.state import Layout, TrainState
+from inl_jax.planning.memory import (
+    as_flags,
+    host_memory,
+    memory_found,
+    memory_needed,
+    smallest_change,
+)
+from inl_jax.training.state import Layout
 
 
 def check_same_config(config: TrainConfig) -> None:
-    """Raises `InputError` where the processes were not started with the same config."""
+    """Raises `InputError` if the processes of this run have different configs."""
     mine = to_json(config)
     if len(set(processes.gather(hashlib.sha256(mine.encode()).hexdigest()))) == 1:
         return
@@ -35,36 +42,37 @@ def check_same_config(config: TrainConfig) -> None:
     )
 
 
-def check_machine(config: TrainConfig, fitted: TrainConfig, mesh: Mesh, layout: Layout) -> None:
-    """Says what the run needs and what is here, before anything is allocated.
+def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+    """Says what the run needs and what this machine has, before anything is allocated.
 
     Args:
-      config: the run, as asked for.
-      fitted: the run, fitted to `mesh`.
-      mesh: its devices.
+      asked: the run as its config file and command line say.
+      config: the run, fitted to `mesh`.
+      mesh: from `make_mesh`.
       layout: from `make_layout`.
 
     Raises:
-      InputError: the devices, the memory or the disk do not suffice.
+      InputError: the attention kernel, the memory or the disk that the run needs is not here.
     """
     if config.model.context == "attention":
-        attention_kernel(config.model)  # raises where it cannot be had
+        attention_kernel(config.model)  # raises if this machine cannot run it
     say(describe_model(config))
-    if fitted != config:
+    if config.accumulate_steps != asked.accumulate_steps:
         say(
-            f"accumulate_steps {config.accumulate_steps} -> {fitted.accumulate_steps}, so that "
-            f"each of {batch_shards(mesh)} devices has rows of every micro-batch"
+            f"accumulate_steps {asked.accumulate_steps} -> {config.accumulate_steps}, so that each "
+            f"of {batch_shards(mesh)} devices has rows of every micro-batch"
         )
-    _check_memory(fitted, mesh, layout)
-    _check_disk(config, layout.state)
+    _check_memory(asked, config, mesh, layout)
+    _check_disk(config, layout)
 
 
-def _check_memory(config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
     needed, (found, what) = memory_needed(config, mesh, layout), memory_found(mesh)
-    parts = ", ".join(f"{part} {size(held)}" for part, held in needed.device.items() if held)
+    parts = ", ".join(f"{part} {size(n)}" for part, n in needed.device.items() if n)
+    where = "the device" if mesh.size == 1 else f"each of {mesh.size} devices"
     say(
-        f"memory on each of {mesh.size} devices: needs {size(needed.device_bytes)} "
-        f"({parts}); found {size(found)} ({what})"
+        f"memory on {where}: needs {size(needed.device_bytes)} ({parts}); found {size(found)} "
+        f"({what})"
     )
     host, host_found = needed.host_bytes * len(mesh.local_devices), host_memory()
     if host:
@@ -72,18 +80,18 @@ def _check_memory(config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
             f"memory of this host: needs {size(host)} (optimizer state of its devices); "
             f"found {size(host_found)}"
         )
-    shared = mesh.local_devices[0].platform == "cpu"  # one memory for both
+    shared = mesh.local_devices[0].platform == "cpu"  # a CPU device has no memory of its own
     total = needed.device_bytes + shared * needed.host_bytes
     if total > found:
-        change = smallest_change(config, mesh, found, shared=shared)
+        change = smallest_change(asked, mesh, found, shared=shared)
         advice = (
-            f"add {' '.join(change)}"
+            f"add {as_flags(change)}"
             if change
-            else "more devices (mesh.fsdp), a shorter data.seq_len or a smaller model are needed"
+            else "use more devices (mesh.fsdp), a shorter data.seq_len or a smaller model"
         )
         raise InputError(
-            f"{config.name} needs {size(total)} of memory on each device and "
-            f"{size(found)} was found: {advice}"
+            f"{config.name} needs {size(total)} of memory on each device and {size(found)} was "
+            f"found: {advice}"
         )
     if host > host_found:
         o, narrow = config.optim, "optim.moment_dtype=bfloat16 and optim.rounding=stochastic, or "
@@ -95,29 +103,29 @@ def _check_memory(config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
         )
 
 
-def _check_disk(config: TrainConfig, abstract: TrainState) -> None:
+def _check_disk(config: TrainConfig, layout: Layout) -> None:
     run_dir = Path(config.run_dir).absolute()
     free = shutil.disk_usage(next(p for p in (run_dir / "x").parents if p.exists())).free
-    one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    # Beside the newest there are the one that is being written and, where validation finds it, the
-    # best; but no more than are ever saved. How many updates epochs make is not known yet.
-    count = config.keep_last + 1 + (config.eval_every > 0)
+    one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(layout.state))
+    # Beside those kept, the checkpoint being written and the best by validation loss. Short runs
+    # save fewer. A run counted in epochs has an unknown number of updates here: assume 2 saves.
+    kept = config.keep_last + 1 + (config.eval_every > 0)
     saves = 1 if config.save_every == 0 else -(-config.num_steps // config.save_every) or 2
-    there = 0
-    with contextlib.suppress(FileNotFoundError):  # another process trains there, as is said later
+    number, there = min(kept, saves), 0
+    with contextlib.suppress(FileNotFoundError):  # a file that another run deletes
         for path in (run_dir / "checkpoints").rglob("*"):
             there += path.stat().st_size if path.is_file() else 0
-    if min(count, saves) * one - there > free:
+    if number * one - there > free:
         raise InputError(
-            f"run_dir={config.run_dir} has {size(free)} free; a checkpoint takes "
-            f"{size(one)}, and {min(count, saves)} exist at a time (keep_last="
-            f"{config.keep_last}; the best; the one being written): free some disk, lower "
-            "keep_last, or choose another run_dir"
+            f"run_dir={config.run_dir} has {size(free)} free, and the run needs room for "
+            f"{plural(number, 'checkpoint')} of {size(one)} (keep_last={config.keep_last}; the "
+            "best; the one being written): free some disk, lower keep_last, or choose another "
+            "run_dir"
         )
 
 
 def describe_model(config: TrainConfig) -> str:
-    """Name, true parameter count and shape in one line."""
+    """Name, true parameter count, shape and types in one line."""
     m, n = config.model, param_count(config.model)
     kernel = ""
     if m.context == "attention":
@@ -125,19 +133,19 @@ def describe_model(config: TrainConfig) -> str:
         kernel = f" ({chosen} kernel)"
     return (
         f"{config.name}: {n:,} parameters ({count(n)}), {m.context} context{kernel}, "
-        f"{m.num_layers} layers x {m.num_iterations} iterations, width {m.d_model}, "
-        f"parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
+        f"{plural(m.num_layers, 'layer')} x {plural(m.num_iterations, 'iteration')}, "
+        f"width {m.d_model}, parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
     )
 
 
 def prepare_everywhere(config: TrainConfig) -> Corpus:
-    """The same corpus on every process, whether their hosts share the cache or not.
+    """The corpus, the same on every process, whether or not their hosts share the cache.
 
     Raises:
-      InputError: as `prepare` does, and where the processes found different data.
+      InputError: as `prepare`, or the processes found different data.
     """
-    corpus = processes.once_for_each_copy(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, report=say)
+    corpus = processes.one_process_first(
+        make_cache(config.data.cache_dir), lambda: prepare(config.data)
     )
     processes.check_same(
         "the fingerprint of the data",
@@ -148,7 +156,7 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
 
 
 def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises `InputError` where the printed samples would be too long for the model."""
+    """Raises `InputError` if prompt and printed sample together are too long for the model."""
     longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
     if config.sample_every > 0 and longest > config.model.max_seq_len:
         raise InputError(
@@ -158,16 +166,16 @@ def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position: int = 0) -> int:
-    """Updates in the run: `num_steps`, or those that `num_epochs` makes.
+    """Optimizer updates in the whole run: `num_steps`, or as many as `num_epochs` gives.
 
     Args:
       config: the run.
       corpus: its data.
       step: updates already done.
-      position: the samples they consumed, perhaps at another batch size.
+      position: samples consumed by those updates, perhaps at another batch size.
 
     Raises:
-      InputError: the epochs are shorter than the warmup.
+      InputError: `num_epochs` gives no more updates than the warmup takes.
     """
     if config.num_steps > 0:
         return config.num_steps
@@ -176,7 +184,8 @@ def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position:
     num_steps = max(1, step + max(0, left // config.batch_size))
     if config.optim.warmup_steps >= num_steps:
         raise InputError(
-            f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} makes "
-            f"only {num_steps} updates of {config.batch_size} sequences; lower the warmup"
+            f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} gives "
+            f"only {plural(num_steps, 'update')} of batch_size={config.batch_size}; lower the "
+            "warmup"
         )
     return num_steps

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
+from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import with_shardings
@@ -48,24 +48,15 @@ class Checkpoints:
         )
         self._saving = None  # Orbax's response to the save that is under way
         if jax.process_count() > 1:
-            self._end_all_where_a_save_fails()
+            self._end_all_if_a_save_fails()
 
-    def _end_all_where_a_save_fails(self) -> None:
-        """With several processes, one of which cannot write.
+    def _end_all_if_a_save_fails(self) -> None:
+        """Ends all processes as soon as one of them cannot write its part of a checkpoint."""
 
-        Orbax meets the other processes before it says what went wrong; as they wait for what this
-        one has not written, that is when its 20 minutes are up.
-        """
-        progress = self._orbax._manager._save_progress_tracker
-        meet = progress.set
+        def end_all(error: BaseException) -> None:
+            processes.end(1, f"error: {self._run_dir}: a save failed ({_reason(error)})")
 
-        def look_first(value):
-            error = sys.exc_info()[1]  # on its way out of the thread that finishes a save
-            if error is not None:
-                processes.end(1, f"error: {self._run_dir}: a save failed ({_reason(error)})")
-            meet(value)
-
-        progress.set = look_first
+        on_save_failure(self._orbax, end_all)
 
     def save(
         self, step: int, params: Any, optimizer: Any = None, *, position: dict[str, Any]

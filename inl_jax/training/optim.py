@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from inl_jax.config import OptimConfig, TrainConfig
+from inl_jax.model.layers import at_least_float32
 
 STACKED = "blocks"  # the parameters whose first axis is the layer
 
@@ -201,7 +202,7 @@ def accumulator_dtype(config: TrainConfig) -> jnp.dtype:
     """The type in which the mean over micro-batches is accumulated."""
     if config.optim.accumulator_dtype == "bfloat16":
         return jnp.dtype(jnp.bfloat16)
-    return jnp.promote_types(jnp.float32, config.model.param_dtype)
+    return at_least_float32(config.model.param_dtype)
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> dict[str, Any]:
@@ -264,9 +265,7 @@ def apply_gradients(
 
     def update(grads, state, params, key, *, like):
         state = put(state, like, jax.memory.Space.Device)
-        wide = jax.tree.map(
-            lambda g: scale * g.astype(jnp.promote_types(jnp.float32, g.dtype)), grads
-        )
+        wide = jax.tree.map(lambda g: scale * g.astype(at_least_float32(g)), grads)
         updates, new_state = optimizer.update(
             wide, state, params, learning_rate=learning_rate, key=key
         )

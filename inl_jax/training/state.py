@@ -46,8 +46,8 @@ def init_state(key: jax.Array, *, config: TrainConfig) -> TrainState:
 
 def state_from_params(params: Any, *, config: TrainConfig) -> TrainState:
     """The state before the first update, with given parameters."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, init_optimizer(make_optimizer(config), params))
+    step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # two buffers, to be donated
+    return TrainState(step, skipped, params, init_optimizer(make_optimizer(config), params))
 
 
 def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:

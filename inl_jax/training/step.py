@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
-from inl_jax.model.language_model import attention_kernel, hidden_states
+from inl_jax.model.language_model import hidden_states
+from inl_jax.model.layers import at_least_float32, attention_kernel
 from inl_jax.model.losses import mean_loss
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
 from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_optimizer, round_tree
@@ -59,7 +60,7 @@ def mean_over_micro_batches(params, batch_BS1, key, *, config: TrainConfig, shar
     micro_kBS1 = batch_BS1.reshape(-1, k, batch_BS1.shape[-1]).swapaxes(0, 1)
     if k == 1:
         return one(micro_kBS1[0], 0)
-    wide = jnp.promote_types(jnp.float32, config.model.param_dtype)
+    wide = at_least_float32(config.model.param_dtype)
     # MultiSteps serves as a running mean alone: it wraps the identity and is set to emit after
     # k + 1 micro-batches, so it never does, and the mean of k is read from its state. Wrapped
     # round the optimizer it would run it for every micro-batch and hold its state twice.

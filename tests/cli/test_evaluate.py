@@ -1,10 +1,10 @@
+import json
 import os
 
 import numpy as np
 
 from inl_jax.config_file import load_config
 from inl_jax.data.corpus import prepare
-from tests.cli.conftest import last_json
 
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 
@@ -16,7 +16,7 @@ def test_evaluate_reads_the_whole_split_whatever_the_batch_size_and_mesh(trained
         code, out, err = inl("evaluate", "--checkpoint", run_dir, "--json", *args)
         assert code == 0 and out.count("\n") == 1, err
         assert err.splitlines()[0] == f"compiled programs are kept in {CACHE}"
-        return last_json(out)
+        return json.loads(out)
 
     whole = evaluate()
     corpus = prepare(load_config(config).data)
@@ -33,7 +33,7 @@ def test_evaluate_reads_any_text_and_counts_its_bytes(trained, inl, tmp_path):
     other.write_text("a text of its own, as short as it is")
     code, out, err = inl("evaluate", "--checkpoint", trained[1], "--json", "--data", other)
     assert code == 0, err
-    found = last_json(out)
+    found = json.loads(out)
     assert found["tokens"] == len(other.read_text()) + 1  # and an end token
     bits = found["loss"] / np.log(2) * found["tokens"] / 36
     np.testing.assert_allclose(found["bits_per_byte"], bits)

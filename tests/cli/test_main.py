@@ -1,11 +1,11 @@
 import sys
 
 import pytest
+from inl_process import ROOT, run, run_inl
 
 import inl_jax
 from inl_jax.cli import main
 from inl_jax.config_file import presets, read_lab_note
-from tests.cli.conftest import ROOT, run, run_inl
 
 HEAVY = {"jax", "flax", "orbax", "grain", "numpy", "tyro"}
 

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
+from inl_process import ROOT, start
 
 from inl_jax.cli import signals
-from tests.cli.conftest import ROOT, start
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 WORDS = {signal.SIGTERM: "terminated; ", signal.SIGINT: "interrupted; "}

@@ -2,10 +2,10 @@ import re
 import sys
 
 import pytest
+from inl_process import ROOT, run, run_inl
 
 from inl_jax.config_file import load_config
 from inl_jax.model.language_model import param_count
-from tests.cli.conftest import ROOT, run, run_inl
 
 
 @pytest.mark.parametrize(

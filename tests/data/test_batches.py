@@ -13,7 +13,7 @@ END = 256  # of the bytes tokenizer
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Two sources of bytes, as one corpus each and mixed; a byte tells its source by its case."""
+    """Bytes of one source, and of two mixed; lower and upper case tell the sources apart."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     paths = []
@@ -32,7 +32,7 @@ def corpora(tmp_path_factory):
             validation_fraction=0.3,
             cache_dir=str(folder / "cache"),
         )
-        return config, prepare(config, report=lambda line: None)
+        return config, prepare(config)
 
     return {"one": make(paths[:1]), "mixed": make(paths, (3.0, 1.0))}
 
@@ -55,7 +55,7 @@ def windows(corpora):
 
 
 @pytest.mark.parametrize("name", ["one", "mixed"])
-def test_a_batch_is_a_function_of_seed_and_index(corpora, name):
+def test_batch_is_a_function_of_seed_and_index(corpora, name):
     first = read(corpora, name, seed=1)
     assert first.shape == (48, S + 1) and first.dtype == np.int32
     np.testing.assert_array_equal(first, read(corpora, name, seed=1))
@@ -63,7 +63,7 @@ def test_a_batch_is_a_function_of_seed_and_index(corpora, name):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_number_of_processes_reads_the_same_global_batches(corpora, processes):
+def test_global_batches_are_the_same_for_any_number_of_processes(corpora, processes):
     whole = read(corpora, "mixed").reshape(6, 8, S + 1)
     each = 8 // processes
     parts = [
@@ -74,7 +74,7 @@ def test_every_number_of_processes_reads_the_same_global_batches(corpora, proces
 
 
 @pytest.mark.parametrize("name", ["one", "mixed"])
-def test_the_position_goes_on_exactly_at_any_batch_size(corpora, name):
+def test_position_resumes_exactly_at_any_batch_size(corpora, name):
     whole = read(corpora, name, num_batches=60)  # over several epochs
     for batch_size in (8, 4, 6):
         tail = read(
@@ -83,7 +83,7 @@ def test_the_position_goes_on_exactly_at_any_batch_size(corpora, name):
         np.testing.assert_array_equal(tail, whole[200 : 200 + len(tail)])
 
 
-def test_an_epoch_shows_every_window_once_in_an_order_of_its_own(corpora):
+def test_epoch_shows_every_window_once_in_an_order_of_its_own(corpora):
     expected = windows(corpora)
     n = len(expected)
     epochs = read(corpora, batch_size=n, num_batches=3).reshape(3, n, S + 1)
@@ -110,7 +110,7 @@ def test_sources_are_mixed_by_weight(corpora):
 
 @pytest.mark.parametrize("name", ["one", "mixed"])
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_every_validation_token_is_a_target_once(corpora, name, batch_size):
+def test_validation_tokens_are_targets_once_each(corpora, name, batch_size):
     _, corpus = corpora[name]
     batches = list(data.eval_batches(corpus, seq_len=S, batch_size=batch_size))
     assert all(part.shape == (batch_size, S) for batch in batches for part in batch[:3])
@@ -128,7 +128,7 @@ def test_every_validation_token_is_a_target_once(corpora, name, batch_size):
 
 
 @pytest.mark.parametrize("name", ["one", "mixed"])
-def test_a_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
+def test_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
     _, corpus = corpora[name]
 
     def rows(max_sequences, batch_size):
@@ -147,7 +147,7 @@ def test_a_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
     np.testing.assert_array_equal(rows(10**6, 4), whole)
 
 
-def test_what_cannot_feed_a_model_is_named(corpora):
+def test_corpus_that_does_not_fit_the_model_is_named(corpora):
     config, corpus = corpora["one"]
     data.check(corpus, 257)
     with pytest.raises(InputError, match="model.vocab_size=256.* 257 ids"):

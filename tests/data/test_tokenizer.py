@@ -36,7 +36,7 @@ def word_level(*words):
 @every
 @settings(max_examples=60, deadline=None)
 @given(text=valid_text)
-def test_round_trip(tokenizer, text):
+def test_decode_gives_back_the_encoded_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids.dtype == np.uint16
@@ -61,7 +61,7 @@ def test_end_token_decodes_to_nothing(tokenizer):
 
 
 @every
-def test_batch_equals_one_by_one(tokenizer):
+def test_encode_batch_equals_encode(tokenizer):
     batch = tokenizer.encode_batch([*TEXTS, "", "x"])
     assert len(batch) == 4
     for ids, text in zip(batch, [*TEXTS, "", "x"], strict=True):
@@ -69,7 +69,7 @@ def test_batch_equals_one_by_one(tokenizer):
 
 
 @every
-def test_save_and_load(tokenizer, tmp_path):
+def test_load_gives_back_what_save_wrote(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new")
     for source in (tmp_path / "new", tmp_path / "new" / "tokenizer.json"):
         again = load(source)
@@ -77,11 +77,52 @@ def test_save_and_load(tokenizer, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint
         assert (again.end_id, again.vocab_size) == (tokenizer.end_id, tokenizer.vocab_size)
         np.testing.assert_array_equal(again.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
-    if tokenizer.name != "bytes":  # others can read what we save
-        tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))
 
 
-def test_known_ids():
+# Every byte that UTF-8 can hold (all but C0, C1 and F5 to FF), and the end token as plain text.
+ANY_BYTE = "".join(
+    map(chr, [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x10000, 61)])
+)
+ANY_BYTE += "".join(map(chr, range(0x10000, 0x110000, 997))) + " 🙂🙂 a<|endoftext|>b<|endoftext|>"
+
+
+def test_bytes_tokenizer_is_read_alike_by_the_tokenizers_library(tmp_path):
+    ours = ALL["bytes"]
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert set(ANY_BYTE.encode()) == {*range(256)} - {0xC0, 0xC1, *range(0xF5, 0x100)}
+    for text in [ANY_BYTE, *TEXTS, "", " ", "\r\n  x\t"]:
+        ids = theirs.encode(text).ids
+        assert ids == ours.encode(text).tolist() == list(text.encode())
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert theirs.decode([104, 195]) == ours.decode([104, 195]) == "h\ufffd"
+    assert theirs.token_to_id("<|endoftext|>") == ours.end_id == 256
+    assert theirs.get_vocab_size() == ours.vocab_size == 257
+
+
+def test_bytes_tokenizer_is_read_alike_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ALL["bytes"].save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = ANY_BYTE.replace("<|endoftext|>", "")  # they find special tokens in any text
+    assert theirs.encode(text) == list(text.encode())
+    assert theirs.decode([*text.encode(), 256], skip_special_tokens=True) == text
+    assert (theirs.eos_token_id, len(theirs)) == (256, 257)
+
+
+def test_bytes_tokenizer_of_any_file_is_recognised_and_as_fast(tmp_path, monkeypatch):
+    assert ALL["bytes"].fingerprint == "6ea7442bc44abc453a57f9153dda1bd6"  # in users' caches
+    ALL["bytes"].save(tmp_path)
+    old = tmp_path / "old.json"
+    old.write_text('{"inl_jax": "bytes"}')
+    for file in (tmp_path, tmp_path / "tokenizer.json", old):
+        tokenizer = load(file)
+        assert (tokenizer.name, tokenizer.fingerprint) == ("bytes", ALL["bytes"].fingerprint)
+        monkeypatch.setattr(tokenizer, "_backend", None)  # bytes need no library
+        assert tokenizer.encode("é").tolist() == [195, 169] and tokenizer.decode([195, 169]) == "é"
+
+
+def test_encode_gives_known_ids():
     assert ALL["gpt2"].encode("Hello world,").tolist() == [15496, 995, 11]
     assert (ALL["gpt2"].vocab_size, ALL["gpt2"].end_id) == (50257, 50256)
     assert ALL["bytes"].encode("hé").tolist() == [104, 195, 169]
@@ -135,13 +176,13 @@ def test_file_with_other_spacing_has_the_same_fingerprint(tmp_path):
         ("bpe:4096", "trained on a corpus"),
     ],
 )
-def test_bad_names(name, complaint):
+def test_names_of_no_tokenizer_are_refused(name, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         load_tokenizer(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_bad_files(tmp_path):
+def test_files_of_no_tokenizer_are_refused(tmp_path):
     file = tmp_path / "tokenizer.json"
     for content in ("{", "[]", '{"model": 1}', '{"inl_jax": "other"}'):
         file.write_text(content)

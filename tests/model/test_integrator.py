@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.integrator import CONTROLLERS, Dynamics, Integrator, coefficients, integrate
+from inl_jax.model.dynamics import CONTROLLERS, Dynamics, coefficients
+from inl_jax.model.integrator import Integrator, integrate
 
 D, C = 12, 8
 compiled = jax.jit(integrate, static_argnames=("num_iterations", "dynamics"))

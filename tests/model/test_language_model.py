@@ -13,6 +13,7 @@ import inl_jax
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.config_file import load_config, presets
 from inl_jax.model import language_model as model
+from inl_jax.model import layers, mixers
 from inl_jax.model.losses import token_losses
 
 CONTEXTS = ("mean", "decay", "attention")
@@ -120,17 +121,17 @@ def test_mixers_follow_their_definitions(model_config, context):
         config = model_config(context=context, param_dtype="float64", num_layers=1)
         params = inl_jax.init_params(config, jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (1, 20, config.d_model), jnp.float64)
-        n = model.layer_norm(x, 1.0, 0.0) if context == "decay" else x
+        n = layers.layer_norm(x, 1.0, 0.0) if context == "decay" else x
         layer = jax.tree.map(lambda p: p[0], params["blocks"]["context"])
-        chunk = model.Chunk(jnp.arange(20)[None], None)
-        found, _ = model.CONTEXTS[context](config).apply({"params": layer}, x, None, chunk)
+        chunk = mixers.TokenSpan(jnp.arange(20)[None], None)
+        found, _ = mixers.MIXERS[context](config).apply({"params": layer}, x, None, chunk)
         np.testing.assert_allclose(found[0], reference_context(config, params, n[0]), rtol=1e-10)
 
 
 def test_attention_is_softmax_over_the_past():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 4, 8))
     k, v = k[:, :, :2], v[:, :, :2]  # two key-value heads for four query heads
-    found = model.attend(q, k, v)
+    found = layers.attend(q, k, v)
     for i, h in itertools.product(range(6), range(4)):
         weights = jax.nn.softmax(k[0, : i + 1, h // 2] @ q[0, i, h] / 8**0.5)
         np.testing.assert_allclose(
@@ -149,9 +150,9 @@ def test_attention_is_softmax_over_the_past():
     ],
 )
 def test_the_attention_kernel_by_device(model_config, monkeypatch, capability, kernel, expected):
-    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(layers, "cuda_capability", lambda: capability)
     config = model_config(attention_kernel=kernel, compute_dtype="bfloat16")
-    assert model.attention_kernel(config) == expected
+    assert layers.attention_kernel(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_the_attention_kernel_by_device(model_config, monkeypatch, capability, k
 def test_what_cudnn_attention_cannot_do_is_refused(
     model_config, monkeypatch, capability, fields, named
 ):
-    monkeypatch.setattr(model, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(layers, "cuda_capability", lambda: capability)
     config = model_config(**{"context": "attention", "compute_dtype": "bfloat16"} | fields)
     params = inl_jax.init_params(config, jax.random.key(0))  # which needs no attention
     with pytest.raises(InputError, match=named):
@@ -180,7 +181,7 @@ def test_what_cudnn_attention_cannot_do_is_refused(
 
 def test_decoding_never_needs_cudnn(model_config, monkeypatch):
     """In float32, for example, where it could not be had."""
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
     config = model_config(context="attention", compute_dtype="float32")
     params = inl_jax.init_params(config, jax.random.key(0))
     state = model.init_decode_state(config, 1, 8)
@@ -189,18 +190,18 @@ def test_decoding_never_needs_cudnn(model_config, monkeypatch):
 
 @pytest.mark.parametrize("name", presets())
 def test_cudnn_attention_takes_the_heads_of_every_config(name, monkeypatch):
-    monkeypatch.setattr(model, "cuda_capability", lambda: (8, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (8, 0))
     config = named(name, context="attention", compute_dtype="bfloat16")
-    assert model.attention_kernel(config) == "cudnn"
+    assert layers.attention_kernel(config) == "cudnn"
 
 
-@pytest.mark.skipif(model.cuda_capability() is None, reason="needs a CUDA device for cuDNN")
+@pytest.mark.skipif(layers.cuda_capability() is None, reason="needs a CUDA device for cuDNN")
 def test_cudnn_attention_equals_xla_on_a_gpu():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 4, 64), jnp.bfloat16)
     k, v = k[:, :, :2], v[:, :, :2]
 
     def loss(kernel, q, k, v):
-        return jnp.sum(model.attend(q, k, v, kernel=kernel).astype(jnp.float32) ** 2)
+        return jnp.sum(layers.attend(q, k, v, kernel=kernel).astype(jnp.float32) ** 2)
 
     found, expected = (
         jax.jit(jax.value_and_grad(functools.partial(loss, kernel), (0, 1, 2)))(q, k, v)
@@ -218,7 +219,7 @@ def test_rotary_attention_depends_on_distance_only():
 
     def product(i, j):
         at = lambda n: jnp.full((1, 1), n)  # noqa: E731
-        return jnp.sum(model.rotate(q, at(i)) * model.rotate(k, at(j)))
+        return jnp.sum(layers.rotate(q, at(i)) * layers.rotate(k, at(j)))
 
     np.testing.assert_allclose(product(7, 3), product(107, 103), rtol=1e-3)
     assert abs(product(7, 3) - product(9, 3)) > 1e-3
@@ -226,7 +227,7 @@ def test_rotary_attention_depends_on_distance_only():
 
 def test_the_gradient_of_a_norm_keeps_its_input_alone():
     x, d = jax.ShapeDtypeStruct((9, 64), "float32"), jax.ShapeDtypeStruct((64,), "float32")
-    kept = jax.eval_shape(lambda *arrays: jax.vjp(model.layer_norm, *arrays)[1], x, d, d)
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(layers.layer_norm, *arrays)[1], x, d, d)
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= x.size + 2 * d.size
 
 
@@ -245,7 +246,7 @@ def test_decay_scan_gradient_equals_autodiff_of_the_loop():
         h0 = jax.random.normal(keys[2], (2, 5), jnp.float64)
         g = jax.random.normal(keys[3], (2, 13, 5), jnp.float64)
         for ours, theirs in zip(
-            jax.vjp(model.decay_scan, u, decay, h0)[1](g),
+            jax.vjp(mixers.decay_scan, u, decay, h0)[1](g),
             jax.vjp(loop, u, decay, h0)[1](g),
             strict=True,
         ):

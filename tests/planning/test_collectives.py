@@ -3,23 +3,19 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
+from conftest import mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import MeshConfig
 from inl_jax.model.language_model import abstract_params
-from inl_jax.parallel.sharding import RULES, make_mesh
+from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning.collectives import find_collectives, least_bytes, summed
+from inl_jax.planning.xla import compile_abstractly
 from inl_jax.training.state import make_layout
-from inl_jax.training.step import trace_step
 
 
-def mesh_of(data, fsdp, tensor):
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-
-
-def test_every_exchange_of_a_program_is_counted_with_its_loop():
+def test_find_collectives_counts_each_with_its_loop():
     mesh = mesh_of(2, 2, 2)
 
     def program(x):  # [4, 6] of float32 on each device
@@ -95,8 +91,8 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
         "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
     ],
 )
-def test_the_text_of_the_cuda_compiler_is_read(groups):
-    """Started in one place and done in another, wrapped, several arrays at once."""
+def test_find_collectives_reads_the_text_of_the_cuda_compiler(groups):
+    """Collectives that start and end in two places, are wrapped, or hold several arrays."""
     found = summed(find_collectives(CUDA.replace("GROUPS", groups), mesh_of(2, 2, 2)))
     assert found == {
         ("all-gather", "data+fsdp"): (7, 7 * 3 * (8 * 4 * 2 + 3 * 4)),
@@ -111,7 +107,7 @@ LAYERS, ITERATIONS, MICRO, ROWS, SEQ, WIDTH, VOCAB = 3, 6, 2, 16, 24, 40, 302
 
 @pytest.fixture
 def step_of(train_config):
-    """The collectives of a training step on a mesh, and its config."""
+    """Compiles a training step on a mesh: `step_of(1, 8, 1)` gives collectives, config, mesh."""
 
     def compiled(*shape, context="decay", **mesh):
         config = train_config(
@@ -133,10 +129,8 @@ def step_of(train_config):
             mesh=MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2], **mesh),
         )
         mesh = make_mesh(config.mesh)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            traced = trace_step(config, 8, mesh, make_layout(config, mesh))
-            program = traced.lower().compile().as_text()
-        return find_collectives(program, mesh), config, mesh
+        program = compile_abstractly(config, mesh, make_layout(config, mesh), "cpu")
+        return find_collectives(program.text, mesh), config, mesh
 
     return compiled
 
@@ -146,14 +140,14 @@ def squeezed(shape):
 
 
 def kept_shapes(config):
-    """Of one layer's parameters and the embedding."""
+    """Shapes of one layer's parameters and of the embedding."""
     params = abstract_params(config.model)
     layers = [leaf.shape[1:] for leaf in jax.tree.leaves(params["blocks"])]
     return {squeezed(shape) for shape in [*layers, params["embedding"].shape]}
 
 
 def check_no_logits(found, tensor=1):
-    """What has the vocabulary as a dimension is a table, not logits."""
+    """Asserts that arrays with a vocabulary dimension are parts of the embedding, not logits."""
     for c in found:
         for shape in c.arrays:
             if VOCAB in shape or -(-VOCAB // tensor) in shape:
@@ -161,7 +155,7 @@ def check_no_logits(found, tensor=1):
 
 
 @pytest.mark.parametrize("context", ONE_QUICK)
-def test_fsdp_gathers_parameters_alone_and_once_for_each_pass(step_of, context):
+def test_fsdp_gathers_only_parameters_and_once_for_each_pass(step_of, context):
     found, config, mesh = step_of(1, 8, 1, context=context)
     check_no_logits(found)
     gathers = [c for c in found if c.kind == "all-gather"]
@@ -172,11 +166,12 @@ def test_fsdp_gathers_parameters_alone_and_once_for_each_pass(step_of, context):
             for shape in c.arrays
         ), c
         assert c.times <= LAYERS * MICRO, c  # not in an inner loop
-    # Gathered for the forward pass and, because of remat, the backward pass; embedding once.
+    # Blocks are gathered for the forward pass and, because of remat, for the backward pass. The
+    # embedding is gathered once.
     sent = sum(c.sent_bytes for c in gathers)
     gathered = least_bytes(config, mesh) / 2
     assert gathered < sent < 2 * gathered
-    # What else goes through the devices: gradients, and the embeddings of tokens.
+    # The other collectives carry gradients and the embeddings of tokens.
     for c in found:
         if c.kind == "all-to-all":
             assert c.times == MICRO and c.axes == ("fsdp",), c
@@ -184,15 +179,17 @@ def test_fsdp_gathers_parameters_alone_and_once_for_each_pass(step_of, context):
             assert c.kind in ("all-reduce", "reduce-scatter") and c.times <= LAYERS * MICRO, c
 
 
-def test_replicas_exchange_gradients_alone(step_of):
+@SLOW
+def test_replicas_exchange_only_gradients(step_of):
     found, config, mesh = step_of(8, 1, 1)
     check_no_logits(found)
     assert {c.kind for c in found} <= {"all-reduce", "reduce-scatter"}
     assert max(c.times for c in found) <= LAYERS * MICRO
-    # Twice the embedding's, whose gradients by the lookup and by the logits come apart.
+    # The embedding counts twice: its gradients from the look-up and from the logits are separate.
     assert sum(c.sent_bytes for c in found) < 1.5 * least_bytes(config, mesh)
 
 
+@SLOW
 def test_sharded_optimizer_state_gathers_the_new_parameters_once(step_of):
     found, config, _ = step_of(1, 8, 1, fsdp_shards="optimizer")
     check_no_logits(found)
@@ -214,7 +211,7 @@ def test_a_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside
             assert c.axes == ("tensor",), c
         if "integrator" in c.origin and "closed_call/while" in c.origin.split("integrator")[-1]:
             assert sum(map(math.prod, c.arrays)) <= tokens * (hidden + 1), c
-        # Along fsdp and data there are parameters, gradients and embeddings of tokens.
+        # Over fsdp and data only parameters, gradients and embeddings of tokens are exchanged.
         if c.kind == "all-gather" and c.axes != ("tensor",):
             assert max(map(math.prod, c.arrays)) <= VOCAB * WIDTH, c
     streams = sum(
@@ -223,6 +220,6 @@ def test_a_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside
         for shape in c.arrays
         if c.kind == "all-gather" and "blocks" in c.origin and math.prod(shape) == tokens * WIDTH
     )
-    # After the integrator, forward and again, and its gradient by n; decay's context, forward and
-    # again; attention's output, forward and again, and its gradient.
+    # The stream is gathered after the integrator (forward, recomputed, gradient by n), after the
+    # decay context (forward, recomputed) and after attention (forward, recomputed, gradient).
     assert streams == {"mean": 3, "decay": 5, "attention": 6}[context] * LAYERS * MICRO

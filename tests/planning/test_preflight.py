@@ -3,51 +3,58 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import mesh_of
 
 from inl_jax import train
-from inl_jax.config import InputError, MeshConfig
-from inl_jax.config_file import override
+from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.data.corpus import prepare
-from inl_jax.model import language_model as model
-from inl_jax.parallel.sharding import make_mesh
+from inl_jax.model import layers
+from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
 from inl_jax.training.state import make_layout
 
 
-def test_epochs_are_counted_in_windows(train_config):
+def check_machine(config):
+    """The check as `train` calls it."""
+    mesh = make_mesh(config.mesh)
+    fitted = fit_to_mesh(config, mesh)
+    preflight.check_machine(config, fitted, mesh, make_layout(fitted, mesh))
+
+
+def test_count_steps_counts_epochs_in_windows(train_config):
     config = train_config(num_steps=0, num_epochs=0.5, optim={"warmup_steps": 0})
     corpus = prepare(config.data)
     windows = (corpus.sources[0].train_tokens - 1) // 32
     assert preflight.count_steps(config, corpus) == windows // 2 // 8
     with pytest.raises(InputError, match="optim.warmup_steps=9999"):
-        preflight.count_steps(override(config, ["--optim.warmup_steps", "9999"]), corpus)
+        preflight.count_steps(with_fields(config, {"optim.warmup_steps": 9999}), corpus)
 
 
-def test_memory_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+def test_train_checks_memory_before_it_allocates(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
     config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
     with pytest.raises(InputError, match=r"needs .* GiB of memory on each device and .* GiB was"):
         train(config)
 
 
-def test_the_attention_kernel_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+def test_train_checks_the_attention_kernel_before_it_allocates(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
     cudnn = {"context": "attention", "attention_kernel": "cudnn"}
     with pytest.raises(InputError, match="model.attention_kernel=cudnn: JAX runs on cpu"):
         train(train_config(model=cudnn))
-    monkeypatch.setattr(model, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
     with pytest.raises(InputError, match="model.compute_dtype=float32"):
         train(train_config(model={"context": "attention"}))
     config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})
     assert "attention context (cudnn kernel)" in preflight.describe_model(config)
 
 
-def test_samples_too_long_for_the_model_are_refused_at_the_start(train_config):
+def test_train_refuses_samples_too_long_for_the_model(train_config):
     with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
         train(train_config(sample_every=4, sample_tokens=31))
 
 
-def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch):
+def test_train_checks_the_disk_before_it_allocates(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
     usage = preflight.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
@@ -55,34 +62,40 @@ def test_disk_is_checked_before_anything_is_allocated(train_config, monkeypatch)
         train(train_config())
 
 
-def test_fewer_micro_batches_are_announced(train_config):
-    config = train_config(accumulate_steps=8, mesh=MeshConfig(data=4))
-    mesh = make_mesh(config.mesh)
-    lines = []
-    preflight.check_machine(config, mesh, make_layout(config, mesh), report=lines.append)
-    assert "accumulate_steps 8 -> 2, so that each of 4 devices has rows of" in " ".join(lines)
+def test_check_machine_announces_fewer_micro_batches(train_config, said):
+    check_machine(train_config(accumulate_steps=8, mesh=MeshConfig(data=4)))
+    assert "accumulate_steps 8 -> 2, so that each of 4 devices has rows of" in " ".join(said)
+    assert "memory on each of 4 devices: needs " in " ".join(said)
+    assert " 0.00 GiB" not in " ".join(said)
+    said.clear()
+    check_machine(train_config())
+    assert not any("accumulate_steps" in line for line in said)
+    assert any(line.startswith("memory on the device: needs ") for line in said)
 
 
-def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_config, monkeypatch):
-    """Those kept, the best and the one being written, less what is there already."""
+def test_check_machine_wants_room_for_all_checkpoints_that_exist_at_a_time(
+    train_config, monkeypatch
+):
+    """Those kept, the best and the one being written, less those on disk already."""
     config = train_config(save_every=2, num_steps=100, keep_last=3)
-    mesh = make_mesh(config.mesh)
-    abstract = make_layout(config, mesh)
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    layout = make_layout(config, mesh_of())
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.state))
 
     def check(free, **fields):
         usage = preflight.shutil.disk_usage("/")._replace(free=free)
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
-        preflight.check_machine(dataclasses.replace(config, **fields), mesh, abstract)
+        check_machine(dataclasses.replace(config, **fields))
 
     check(5 * one)
-    with pytest.raises(InputError, match="5 exist at a time .keep_last=3; .*lower keep_last"):
+    with pytest.raises(InputError, match="room for 5 checkpoints .*keep_last=3; .*lower keep_last"):
         check(5 * one - 1)
     check(3 * one, keep_last=1)
     check(one, save_every=0)  # the last alone
+    with pytest.raises(InputError, match="room for 1 checkpoint of"):
+        check(one - 1, save_every=0)
     check(2 * one, save_every=60)
     check(one, save_every=100)
-    check(2 * one, num_steps=0, num_epochs=1)  # how many updates that makes is not known yet
+    check(2 * one, num_steps=0, num_epochs=1)  # the number of updates is not known yet
     check(4 * one, eval_every=0)  # no best
     folder = Path(config.run_dir) / "checkpoints" / "2"
     folder.mkdir(parents=True)
@@ -90,21 +103,19 @@ def test_there_must_be_room_for_all_checkpoints_that_exist_at_a_time(train_confi
     check(4 * one)
 
 
-def test_state_on_the_host_must_fit_there(train_config, monkeypatch):
+def test_check_machine_wants_room_on_the_host_for_state_kept_there(train_config, monkeypatch, said):
     config = train_config(optim={"state_memory": "pinned_host"})
     mesh = make_mesh(config.mesh)
-    abstract = make_layout(config, mesh)
-    host = preflight.memory_needed(config, mesh).host_bytes
-    lines = []
-    preflight.check_machine(config, mesh, abstract, report=lines.append)
-    assert any("memory of this host: needs" in line for line in lines)
+    needed = preflight.memory_needed(config, mesh, make_layout(config, mesh))
+    device, host = needed.device_bytes, needed.host_bytes
+    check_machine(config)
+    assert any("memory of this host: needs" in line for line in said)
     monkeypatch.setattr(preflight, "host_memory", lambda: host - 1)
     with pytest.raises(InputError, match="optim.state_memory=pinned_host: takes .* is free"):
-        preflight.check_machine(config, mesh, abstract)
-    # On a CPU it is the memory of the device, too.
-    device = preflight.memory_needed(config, mesh).device_bytes
+        check_machine(config)
+    # A CPU device has no memory beside the host's.
     monkeypatch.setattr(preflight, "host_memory", lambda: 10 * host)
     monkeypatch.setattr(preflight, "memory_found", lambda _: (device + host - 1, "free"))
     with pytest.raises(InputError, match="of memory on each device and .* was found") as error:
-        preflight.check_machine(config, mesh, abstract)
+        check_machine(config)
     assert "add --" in str(error.value) and "pinned_host" not in str(error.value)

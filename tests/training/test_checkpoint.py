@@ -1,10 +1,10 @@
-import dataclasses
 import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -13,25 +13,19 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same
+from conftest import assert_same, mesh_of
 
 from inl_jax.config import InputError, MeshConfig, to_json
-from inl_jax.data.tokenizer import load_tokenizer, train_bpe
-from inl_jax.parallel.sharding import make_mesh, num_bytes
+from inl_jax.parallel.sharding import num_bytes
 from inl_jax.training.checkpoint import Checkpoints, read_params
-from inl_jax.training.run_dir import check_run, read_config, record_run
 from inl_jax.training.state import TrainState, make_layout, split_state
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 
 
-def mesh_of(data, fsdp, tensor):
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-
-
 def abstract_of(config, *shape):
     """The state of a run with masters, as a checkpoint holds it."""
-    return split_state(make_layout(config, mesh_of(*shape)))
+    return split_state(make_layout(config, mesh_of(*shape)).state)
 
 
 def filled(abstract, seed):
@@ -58,10 +52,10 @@ def save(run_dir, trees, *, keep_last=10):
     checkpoints.close()
 
 
-def restore(run_dir, abstract, *, report=print):
+def restore(run_dir, abstract):
     checkpoints = Checkpoints(run_dir, keep_last=10)
     try:
-        return checkpoints.restore(abstract, report=report)
+        return checkpoints.restore(abstract)
     finally:
         checkpoints.close()
 
@@ -231,22 +225,22 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, damage):
+def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, damage, said):
     damage(run_dir / "checkpoints/3")
     lost = contents(run_dir / "checkpoints/3")
     if damage not in (DAMAGES["no optimizer"], DAMAGES["no position"]):
         with pytest.raises(InputError, match="3 is damaged"):
             read_params(run_dir, config.model, step=3)
-    abstract, lines = abstract_of(config, 2, 2, 2), []
+    abstract = abstract_of(config, 2, 2, 2)
     checkpoints = Checkpoints(run_dir, keep_last=10)
-    found = checkpoints.restore(abstract, report=lines.append)
+    found = checkpoints.restore(abstract)
     assert found["step"] == 2
     assert_same({name: found[name] for name in abstract}, filled(abstract, 2))
 
     (aside,) = (run_dir / "damaged").iterdir()
     assert contents(aside) == lost
-    assert len(lines) == 1 and "checkpoint 3" in lines[0] and str(aside) in lines[0]
-    assert "\n" not in lines[0]
+    assert len(said) == 1 and "checkpoint 3" in said[0] and str(aside) in said[0]
+    assert "\n" not in said[0]
 
     # The run goes on and saves that step again.
     assert checkpoints.latest_step() == 2
@@ -292,11 +286,6 @@ def test_another_model_is_refused_by_the_leaf_and_nothing_is_moved(
     assert contents(run_dir) == before
 
 
-def start_run(config, tokenizer, report=print):
-    check_run(config, tokenizer, report=report)
-    record_run(config, tokenizer)
-
-
 def test_a_save_is_not_touched_by_what_happens_to_the_arrays_next(config):
     abstract = abstract_of(config, 2, 2, 2)
     tree, expected = filled(abstract, 5), filled(abstract, 5)
@@ -312,73 +301,6 @@ def test_a_save_is_not_touched_by_what_happens_to_the_arrays_next(config):
     assert_same({name: found[name] for name in abstract}, expected)
 
 
-BYTES = load_tokenizer("bytes")
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"d_ff": 64}, "model.d_ff=64,.* has model.d_ff=32"),
-        ({"kappa": 2.0}, "model.kappa=2.0,.* has model.kappa=1.0"),
-        ({"param_dtype": "float32"}, "model.param_dtype=float32,.* has model.param_dtype=bfloat16"),
-    ],
-)
-def test_a_run_does_not_go_on_with_another_model(config, change, named):
-    start_run(config, BYTES)
-    before = contents(config.run_dir)
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
-    with pytest.raises(InputError, match=named):
-        start_run(other, BYTES)
-    assert contents(config.run_dir) == before
-    assert read_config(config.run_dir) == config
-
-
-def test_a_run_does_not_go_on_with_another_kind_of_optimizer_state(config):
-    start_run(config, BYTES)
-    adafactor = dataclasses.replace(config.optim, optimizer="adafactor")
-    start_run(dataclasses.replace(config, optim=adafactor), BYTES)  # nothing was saved yet
-    start_run(config, BYTES)
-    (Path(config.run_dir) / "checkpoints" / "3").mkdir(parents=True)
-    for change in ({"optimizer": "adafactor"}, {"moment_dtype": "bfloat16"}):
-        (field, value), *_ = change.items()
-        other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **change))
-        with pytest.raises(InputError, match=f"optim.{field}={value}, .*another run_dir with init"):
-            start_run(other, BYTES)
-
-
-def test_a_run_does_not_go_on_with_another_tokenizer(config):
-    start_run(config, BYTES)
-    with pytest.raises(InputError, match=r"data.tokenizer=bpe:260 .* has bytes \(257 ids"):
-        start_run(config, train_bpe(["some text, some text"] * 9, 260))
-
-
-def test_a_run_may_go_on_with_another_recipe_and_says_so(config):
-    start_run(config, BYTES)
-    other = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, remat="block", attention_kernel="xla"),
-        optim=dataclasses.replace(config.optim, learning_rate=1e-4),
-        num_steps=20,
-    )
-    lines = []
-    start_run(other, BYTES, report=lines.append)
-    changed = " ".join(lines)
-    for part in (
-        "model.remat none -> block",
-        "model.attention_kernel auto -> xla",
-        "optim.learning_rate 0.01 -> 0.0001",
-        "8 -> 20",
-    ):
-        assert part in changed
-    assert len(lines) == 4 and read_config(config.run_dir) == other
-    start_run(other, BYTES, report=pytest.fail)
-
-
-def test_what_is_no_run_directory_is_named(tmp_path):
-    with pytest.raises(InputError, match="no config.json"):
-        read_config(tmp_path)
-
-
 def test_only_a_lower_validation_loss_becomes_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     for step, loss in [(1, float("nan")), (2, 2.0), (3, 3.0), (4, float("inf"))]:
@@ -390,3 +312,21 @@ def test_only_a_lower_validation_loss_becomes_the_best(tmp_path):
     checkpoints.note_validation(5, 9.0, basis="other validation text")
     checkpoints.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 5
+
+
+def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
+    """Orbax frees both only in the `result()` of a save's response (a run died at save 339)."""
+
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    counts = []
+    for step in range(1, 13):
+        checkpoints.save(step, {"w": jnp.ones(3)}, position={"samples_seen": step})
+        if step in (4, 12):
+            checkpoints.wait()
+            counts.append(held())
+    checkpoints.close()
+    early, late = counts
+    assert late[0] <= early[0] and late[1] <= early[1], (early, late)

@@ -1,127 +1,105 @@
-import functools
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
 
-from inl_jax.config import ModelConfig
-from inl_jax.model import language_model as model
-from inl_jax.training import metrics
+from inl_jax.training.metrics import MetricsLog, console_line, perplexity, read_metrics
 
 
-def dot_flops(jaxpr) -> int:
-    """Two per multiply-add of every `dot_general` in a jaxpr, scans by their length."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * inner
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            total += times * dot_flops(inner)
-    return total
+def update(step, loss, **fields):
+    """A record of an update."""
+    return {
+        "step": step,
+        "num_steps": 10,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "seconds_per_step": 0.25,
+        "tokens_per_second": 1500.0,
+        "input_wait": 0.0,
+        "seconds_left": 0.25 * (10 - step),
+        "skipped": 0,
+    } | fields
 
 
-@pytest.mark.parametrize(
-    "context, num_iterations",
-    [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)],
-)
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_flops_are_those_of_the_products_in_the_forward_pass(
-    model_config, context, num_iterations, remat
-):
-    c = model_config(context=context, num_iterations=num_iterations, remat=remat)
-    B, S = 2, 24
-    forward = functools.partial(model.apply, c)
-    ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
-    traced = dot_flops(jax.make_jaxpr(forward)(model.abstract_params(c), ids).jaxpr)
-    # One difference is known: XLA's attention computes the whole square, of which (S + 1) / 2 is
-    # needed.
-    if context == "attention":
-        whole = c.num_layers * 2 * 2 * S * c.d_model
-        traced -= B * S * whole * (S - 1) // (2 * S)
-    assert B * S * metrics.flops_per_token(c, S) == traced
+def validation(step, loss):
+    """A record of an evaluation."""
+    return {
+        "step": step,
+        "num_steps": 10,
+        "validation_loss": loss,
+        "validation_perplexity": perplexity(loss),
+        "validation_bits_per_byte": loss / 3,
+        "validation_tokens": 1024,
+    }
 
 
-def test_flops_of_the_3b():
-    config = ModelConfig(
-        d_model=2048, num_layers=40, num_iterations=15, d_ff=8192, max_seq_len=4096
-    )
-    assert 3 * metrics.flops_per_token(config, 4096) == pytest.approx(15.3e9, rel=0.01)
-
-
-def test_records_are_read_in_order_once_each_and_without_a_torn_line(tmp_path):
-    assert metrics.read_metrics(tmp_path) == []
-    log = metrics.MetricsLog(tmp_path)
-    for step, loss in [(1, 5.0), (2, 4.0), (3, 3.5)]:
-        log.write({"step": step, "loss": loss}, "")
-    log.write({"step": 3, "validation_loss": 3.6}, "")
+def write(run_dir, *records, resume_from=None):
+    log = MetricsLog(run_dir)
+    if resume_from is not None:
+        log.resume_from(resume_from)
+    for record in records:
+        log.write(record)
     log.close()
-    log = metrics.MetricsLog(tmp_path)  # resumed from 1: 2 and 3 are written again
-    for step, loss in [(2, 4.5), (3, 3.25)]:
-        log.write({"step": step, "loss": loss}, "")
-    log.close()
+
+
+def test_read_metrics_gives_each_record_once_in_order_and_ignores_a_torn_line(tmp_path):
+    assert read_metrics(tmp_path) == []
+    write(tmp_path, update(1, 5.0), update(2, 4.0), update(3, 3.5), validation(3, 3.6))
+    write(tmp_path, update(2, 4.5), update(3, 3.25), validation(3, 3.3), resume_from=1)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    expected = [
-        {"step": 1, "loss": 5.0},
-        {"step": 2, "loss": 4.5},
-        {"step": 3, "loss": 3.25},
-        {"step": 3, "validation_loss": 3.6},
-    ]
-    assert metrics.read_metrics(tmp_path) == expected
-    assert metrics.read_metrics(tmp_path, up_to=2) == expected[:2]
+    expected = [update(1, 5.0), update(2, 4.5), update(3, 3.25), validation(3, 3.3)]
+    assert read_metrics(tmp_path) == expected
+    assert read_metrics(tmp_path, up_to=2) == expected[:2]
 
 
-def test_a_run_resumed_after_a_torn_line_loses_no_record(tmp_path):
+def test_read_metrics_drops_the_branch_that_a_resumed_run_abandoned(tmp_path):
+    """Records above the step resumed from, also those that the new branch never reaches again."""
+    write(tmp_path, update(1, 5.0), update(2, 4.0), validation(2, 4.1), update(7, 3.0))
+    write(tmp_path, update(2, 4.2), update(3, 3.9), resume_from=1)
+    assert read_metrics(tmp_path) == [update(1, 5.0), update(2, 4.2), update(3, 3.9)]
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    assert "3.0" in kept  # nothing is lost from the file
+
+
+def test_resume_from_leaves_the_file_alone_if_nothing_is_abandoned(tmp_path):
+    write(tmp_path, update(1, 5.0), update(2, 4.0))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    write(tmp_path, resume_from=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_metrics_log_loses_no_record_after_a_torn_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
-    log = metrics.MetricsLog(tmp_path)
-    log.write({"step": 2, "loss": 4.0}, "")
-    log.close()
-    steps = [record["step"] for record in metrics.read_metrics(tmp_path)]
-    assert steps == [1, 2]
+    write(tmp_path, update(2, 4.0))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_records_are_on_disk_at_once_and_hold_what_is_not_finite(tmp_path, capsys):
-    log = metrics.MetricsLog(tmp_path)
-    log.write({"step": 1, "loss": math.inf}, "the line")
+def test_metrics_log_writes_at_once_what_it_says_and_calls_the_hook(tmp_path, capsys):
+    heard = []
+    log = MetricsLog(tmp_path, on_record=heard.append)
+    log.write(update(1, math.inf))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 1, "loss": math.inf}
+    assert json.loads(line) == update(1, math.inf) and heard == [update(1, math.inf)]
     log.close()
-    assert capsys.readouterr().out == "the line\n"  # no control characters outside a terminal
+    shown = capsys.readouterr()  # no control characters outside a terminal
+    assert shown.out == console_line(update(1, math.inf)) + "\n" and shown.err == ""
+
+
+def test_console_line_is_made_from_the_record():
+    assert console_line(update(4, 2.0)) == (
+        "update 4/10  loss 2.0000  ppl 7.39  lr 1.00e-03  grad 0.500  250 ms  1.50k tok/s  1s left"
+    )
+    busy = console_line(update(4, 2.0, mfu=0.31, input_wait=0.75, skipped=2))
+    assert "MFU 31.0%  75% waiting for data  2 skipped" in busy
+    assert console_line(validation(4, 3.0)) == (
+        "update 4/10  validation loss 3.0000  ppl 20.09  1.0000 bits/byte  (1,024 tokens)"
+    )
 
 
 def test_perplexity_does_not_overflow():
-    assert metrics.perplexity(2.0) == pytest.approx(math.exp(2))
-    assert metrics.perplexity(1e4) == math.inf
-    assert math.isnan(metrics.perplexity(math.nan))
-
-
-@pytest.mark.parametrize(
-    "seconds, shown",
-    [
-        (0, "0s"),
-        (59.9, "59s"),
-        (60, "1m 00s"),
-        (306, "5m 06s"),
-        (3600, "1h 00m"),
-        (11_045, "3h 04m"),
-        (86_399, "23h 59m"),
-        (93_700, "1d 02h"),
-    ],
-)
-def test_durations_for_people(seconds, shown):
-    assert metrics.duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
-    "number, shown",
-    [(999, "999"), (1000, "1.00k"), (43_087_872, "43.09M"), (1_698_414_592, "1.70B")],
-)
-def test_counts_for_people(number, shown):
-    assert metrics.count(number) == shown
+    assert perplexity(2.0) == pytest.approx(math.exp(2))
+    assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))

@@ -10,7 +10,7 @@ from inl_jax.training.optim import (
     apply_gradients,
     decay_mask,
     init_optimizer,
-    learning_rate_schedule,
+    learning_rates,
     make_optimizer,
     stochastic_round,
     with_bfloat16_state,
@@ -18,20 +18,25 @@ from inl_jax.training.optim import (
 )
 
 
-def test_the_schedule_warms_up_to_the_peak_and_ends_at_its_fraction(train_config):
-    config = train_config(
-        optim={"learning_rate": 4e-3, "warmup_steps": 10, "final_lr_fraction": 0.25},
-        num_steps=110,
-    )
-    schedule = learning_rate_schedule(config, 110)
+def test_learning_rates_warm_up_from_the_first_update_and_end_at_their_fraction():
+    config = OptimConfig(learning_rate=4e-3, warmup_steps=10, final_lr_fraction=0.25)
+    rates = learning_rates(config, 110)
+    assert rates.shape == (110,) and rates.dtype == np.float32
     # The cosine runs over the 100 updates after the warmup: its middle is at 60.
-    steps = {0: 0, 5: 2e-3, 10: 4e-3, 60: 2.5e-3, 110: 1e-3, 200: 1e-3}
-    for step, value in steps.items():
-        assert schedule(step) == pytest.approx(value, rel=1e-5, abs=1e-12), step
+    by_update = {1: 4e-4, 5: 2e-3, 10: 4e-3, 60: 2.5e-3, 110: 1e-3}
+    for update, rate in by_update.items():
+        assert rates[update - 1] == pytest.approx(rate, rel=1e-5), update
+
+
+def test_learning_rates_are_those_of_optax():
+    config = OptimConfig(learning_rate=2e-3, warmup_steps=7, final_lr_fraction=0.1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 7, 50, 2e-4)
+    expected = [schedule(update) for update in range(1, 51)]
+    np.testing.assert_allclose(learning_rates(config, 50), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("context", ["mean", "decay", "attention"])
-def test_weight_decay_applies_to_kernels_and_the_embedding_only(model_config, context):
+def test_decay_mask_selects_kernels_and_the_embedding_only(model_config, context):
     params = abstract_params(model_config(context=context))
     decayed = {
         path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(params)) if on
@@ -47,14 +52,17 @@ def test_weight_decay_applies_to_kernels_and_the_embedding_only(model_config, co
     }
 
 
-def test_undecayed_weights_stay_without_a_gradient(train_config):
-    optimizer = make_optimizer(train_config(optim={"warmup_steps": 0}), 10)
+def test_make_optimizer_leaves_undecayed_weights_alone_if_their_gradient_is_zero(train_config):
+    optimizer = make_optimizer(train_config())
     params = {"up_kernel": jnp.ones(3), "up_bias": jnp.ones(3), "mu": jnp.ones(3)}
     updates, _ = optimizer.update(
-        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, learning_rate=1e-2
     )
     np.testing.assert_allclose(updates["up_kernel"], -1e-2 * 0.1, rtol=1e-5)
     assert not updates["up_bias"].any() and not updates["mu"].any()
+
+
+RATE = 3e-5  # at which updates are far below a unit in the last place of bfloat16
 
 
 def descend(optimizer, params, *, steps, dtype=jnp.float32):
@@ -63,7 +71,7 @@ def descend(optimizer, params, *, steps, dtype=jnp.float32):
     @jax.jit
     def step(params, state, key):
         grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, dtype), params)
-        updates, state = optimizer.update(grads, state, params, key=key)
+        updates, state = optimizer.update(grads, state, params, learning_rate=RATE, key=key)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
@@ -74,14 +82,10 @@ def descend(optimizer, params, *, steps, dtype=jnp.float32):
 
 @pytest.fixture
 def small_steps(train_config):
-    """Makes the optimizer of a run at learning rate 3e-5 from its first update on."""
+    """Makes the optimizer of a run."""
 
     def make(param_dtype, **optim):
-        config = train_config(
-            model={"param_dtype": param_dtype},
-            optim={"learning_rate": 3e-5, "warmup_steps": 0} | optim,
-        )
-        return make_optimizer(config, 10_000)
+        return make_optimizer(train_config(model={"param_dtype": param_dtype}, optim=optim))
 
     return make
 
@@ -107,7 +111,7 @@ def test_float32_masters_let_bfloat16_weights_follow_float32_training(small_step
     assert np.all(followed["up_kernel"] < start["up_kernel"])
 
 
-def test_a_landing_is_exact_from_and_to_any_bfloat16():
+def test_float32_masters_move_any_bfloat16_exactly_onto_their_rounding():
     """Across magnitudes and signs, also where param and master are far apart."""
     rng = np.random.default_rng(0)
     start, target = (
@@ -124,7 +128,7 @@ def test_a_landing_is_exact_from_and_to_any_bfloat16():
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_the_optimizer_state_is_float32(small_steps, model_config, param_dtype):
+def test_optimizer_state_is_float32(small_steps, model_config, param_dtype):
     params = abstract_params(model_config(param_dtype=param_dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
     state = jax.eval_shape(small_steps(param_dtype).init, params)
@@ -135,7 +139,7 @@ def test_the_optimizer_state_is_float32(small_steps, model_config, param_dtype):
     assert sum(leaf.size for leaf in arrays) == trees * size
 
 
-def test_stochastic_rounding_takes_a_neighbour_and_is_right_in_the_mean():
+def test_stochastic_round_takes_a_neighbour_and_has_the_right_mean():
     x = jnp.array([1.0, 1.001, -3.3, 1e-20, 0.02 + 3e-5, -0.0, jnp.inf, jnp.nan], jnp.float32)
     draws = jax.vmap(lambda key: stochastic_round(key, x))(
         jax.random.split(jax.random.key(0), 4096)
@@ -168,7 +172,7 @@ def test_stochastic_rounding_lets_bfloat16_weights_follow_float32_training(small
     assert sizes == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_bfloat16_second_moment_decays_where_rounding_to_nearest_stands_still():
+def test_bfloat16_state_decays_although_rounding_to_nearest_would_freeze_it():
     inner = optax.scale_by_adam(b2=0.999)
     params = jnp.zeros(4096)
     optimizer = with_bfloat16_state(inner)
@@ -193,20 +197,23 @@ STACK = {
     ids=["adamw", "adafactor", "bfloat16"],
 )
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_layer_by_layer_equals_each_layer_by_itself(small_steps, optim, param_dtype):
+def test_apply_gradients_updates_each_layer_as_if_it_were_alone(small_steps, optim, param_dtype):
     if param_dtype == "float32":
         optim = {name: value for name, value in optim.items() if name != "rounding"}
-    optimizer = small_steps(param_dtype, learning_rate=1e-2, **optim)
+    optimizer = small_steps(param_dtype, **optim)
     params = optax.tree.cast(STACK, param_dtype)
     grads = jax.tree.map(lambda p: jnp.sin(7 * p.astype(jnp.float32)), params)
     state, key = init_optimizer(optimizer, params), jax.random.key(3)
-    apply = jax.jit(lambda g, s, p: apply_gradients(optimizer, g, s, p, scale=0.5, key=key))
+    settings = {"learning_rate": 1e-2, "scale": 0.5, "key": key}
+    apply = jax.jit(lambda g, s, p: apply_gradients(optimizer, g, s, p, **settings))
     new, new_state = apply(grads, state, params)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
 
     def alone(params, grads, key):
         half = jax.tree.map(lambda g: 0.5 * g, grads)
-        updates, _ = optimizer.update(half, optimizer.init(params), params, key=key)
+        updates, _ = optimizer.update(
+            half, optimizer.init(params), params, learning_rate=1e-2, key=key
+        )
         return optax.apply_updates(params, updates)
 
     for i in range(4):
@@ -223,16 +230,16 @@ def test_layer_by_layer_equals_each_layer_by_itself(small_steps, optim, param_dt
     assert not jnp.array_equal(new["embedding"], params["embedding"])
 
 
-def test_what_is_to_be_kept_is_kept(small_steps):
+def test_apply_gradients_skips_an_update_bit_for_bit(small_steps):
     optimizer = small_steps("bfloat16")
     params = optax.tree.cast(STACK, jnp.bfloat16)
     state = init_optimizer(optimizer, params)
     nan = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
-    kept = apply_gradients(optimizer, nan, state, params, keep=jnp.array(True))
+    kept = apply_gradients(optimizer, nan, state, params, learning_rate=RATE, skip=jnp.array(True))
     jax.tree.map(np.testing.assert_array_equal, kept, (params, state))
 
 
-def test_state_in_host_memory_computes_the_same_and_stays_there(small_steps):
+def test_apply_gradients_returns_host_state_to_the_host_with_the_same_values(small_steps):
     optimizer = small_steps("bfloat16")
     params = optax.tree.cast(STACK, jnp.bfloat16)
     grads = jax.tree.map(lambda p: jnp.cos(9 * p.astype(jnp.float32)), params)
@@ -244,7 +251,7 @@ def test_state_in_host_memory_computes_the_same_and_stays_there(small_steps):
 
     def run(state, places):
         step = jax.jit(
-            lambda s, g, p: apply_gradients(optimizer, g, s, p),
+            lambda s, g, p: apply_gradients(optimizer, g, s, p, learning_rate=RATE),
             donate_argnums=(0, 2),
             out_shardings=(here, places),
         )
@@ -260,7 +267,18 @@ def test_state_in_host_memory_computes_the_same_and_stays_there(small_steps):
     assert "S(5)" in text and "S(5)" not in plain  # XLA's name of host memory
 
 
-def test_a_recipe_of_16_bits_needs_16_bit_parameters(train_config):
+def test_stochastic_rounding_is_refused_for_float32_parameters(train_config):
     assert OptimConfig().rounding == "masters"
     with pytest.raises(ValueError, match="optim.rounding=stochastic.*model.param_dtype=bfloat16"):
         train_config(optim={"rounding": "stochastic"})
+
+
+def test_make_optimizer_does_not_know_the_length_of_the_run(train_config):
+    """Only the learning rate depends on it, and that is an argument of `update`."""
+    params = {"up_kernel": jnp.ones(3)}
+    states = [make_optimizer(train_config(num_steps=n)).init(params) for n in (8, 80)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    update = make_optimizer(train_config()).update
+    for rate in (1e-2, 1e-3):
+        moved, _ = update(params, states[0], params, learning_rate=rate)
+        np.testing.assert_allclose(moved["up_kernel"], -rate * 1.1, rtol=1e-5)

@@ -1,0 +1,164 @@
+"""Rows and files to documents, and which documents are held out.
+
+A document is a text file, or a row of a jsonl, parquet or Hugging Face source. Its text travels in
+pieces of about PIECE_SIZE, so memory does not grow with the corpus.
+"""
+
+import codecs
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from inl_jax.config import DataConfig, InputError
+from inl_jax.data.sources import Entry, Rows, decode, file_rows, hf_rows, is_rows, text_columns
+
+PIECE_SIZE = 2**18
+"""Bytes of one read, and the fewest characters of a piece but the last. Small, so that each batch
+of the tokenizer has a piece for every core of a large machine."""
+
+Pieces = Iterator[tuple[str, int]]
+"""Text in pieces, each with the number of invalid UTF-8 sequences replaced in it."""
+
+
+class Document(NamedTuple):
+    """One text."""
+
+    pieces: Callable[[], Pieces]
+    """Reads the text; may be called again."""
+    split: str = ""
+    """train or validation; empty if a hash of the text decides."""
+
+
+def read_documents(entries: Iterable[Entry], data: DataConfig) -> Iterator[Document]:
+    """The documents of all entries in order, at most `data.max_documents` of each."""
+    for entry in entries:
+        yield from itertools.islice(_entry_documents(entry, data), data.max_documents or None)
+
+
+def _entry_documents(entry: Entry, data: DataConfig) -> Iterator[Document]:
+    if entry.spec.startswith("hf:"):
+        yield from _row_documents(hf_rows(entry.spec, data), data)
+        return
+    for file in entry.files:
+        if is_rows(file):
+            yield from _row_documents(file_rows(file, data), data)
+            continue
+        size = file.stat().st_size
+        pieces = functools.partial(_read_span, file, 0, size, data.bad_utf8)
+        if size <= PIECE_SIZE:  # read once, to hash and to encode
+            pieces = functools.partial(iter, list(pieces()))
+        if size:
+            yield Document(pieces)
+
+
+def _read_span(file: Path, start: int, end: int, bad_utf8: str) -> Pieces:
+    """Bytes `start:end` of a file. Keeps line ends as they are, drops a byte order mark."""
+
+    def texts() -> Pieces:
+        with open(file, "rb") as handle:
+            handle.seek(start)
+            if start == 0 and handle.read(3) != codecs.BOM_UTF8:
+                handle.seek(0)
+            position, data = handle.tell(), b""  # data: bytes before position, not yet decoded
+            while position < end and (fresh := handle.read(min(PIECE_SIZE, end - position))):
+                data += fresh
+                position += len(fresh)
+                final = position >= end
+                text, used, bad = decode(data, final, bad_utf8, file, position - len(data))
+                data = data[used:]
+                yield text, bad
+
+    return _pieces(texts())
+
+
+# The last place that no token of GPT-2's pre-tokenizer crosses. Its tokens are (space?)(letters |
+# digits | other) or white space, and only white space looks ahead.
+_SAFE_CUT = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
+
+
+def _pieces(texts: Iterable[tuple[str, int]]) -> Pieces:
+    """Cuts `texts` anew, where the tokens stay the same; the last piece may be short."""
+    held, bad = "", 0
+    for text, more_bad in texts:
+        held, bad = held + text, bad + more_bad
+        if len(held) >= PIECE_SIZE:
+            safe = _SAFE_CUT.match(held)
+            cut = safe.end() if safe else len(held)
+            yield held[:cut], bad
+            held, bad = held[cut:], 0
+    if held:
+        yield held, bad
+
+
+def _row_documents(rows: Rows, data: DataConfig) -> Iterator[Document]:
+    columns: list[str] = []
+    for row, where, bad in rows:
+        columns = columns or text_columns(list(row), data.column, where)
+        if not any(column in row for column in columns):
+            raise InputError(
+                f"{where}: no column {' or '.join(columns)}, which the rows before it have (this "
+                f"one: {', '.join(row)}); give every row the same columns"
+            )
+        text = ""
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, bytes):
+                value, _, more_bad = decode(value, True, data.bad_utf8, f"{where}, {column}", 0)
+                bad += more_bad
+            if not isinstance(value, str | None):
+                raise InputError(
+                    f"{where}: column {column} holds {type(value).__name__}, not text; name "
+                    f"another by data.column (there are {', '.join(row)})"
+                )
+            text += value or ""
+        # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
+        text, lone = re.subn("[\ud800-\udfff]", "\ufffd", text)
+        if lone and data.bad_utf8 == "error":
+            raise InputError(
+                f"{where}: half of a surrogate pair; mend the row, or set data.bad_utf8=replace"
+            )
+        if text:
+            yield Document(functools.partial(_cut_text, text, bad + lone))
+
+
+def _cut_text(text: str, bad: int) -> Pieces:
+    starts = range(0, len(text), PIECE_SIZE)
+    return _pieces((text[i : i + PIECE_SIZE], 0 if i else bad) for i in starts)
+
+
+def split_file(file: Path, fraction: float, bad_utf8: str) -> Iterator[Document]:
+    """One text file as a document to train on and one to validate on.
+
+    The cut is a line break near `1 - fraction` of its bytes, or lies between two characters if no
+    break is within PIECE_SIZE.
+    """
+    size = file.stat().st_size
+    middle = int(size * (1 - fraction))
+    start = max(0, middle - PIECE_SIZE)
+    with open(file, "rb") as handle:
+        handle.seek(start)
+        window = handle.read(2 * PIECE_SIZE)
+    after = start + window.find(b"\n", middle - start) + 1
+    before = start + window.rfind(b"\n", 0, middle - start) + 1
+    if start < after < size:
+        cut = after
+    elif start < before:
+        cut = before
+    else:  # one long line
+        cut = middle
+        while cut < min(size, middle + 3) and window[cut - start] & 0xC0 == 0x80:
+            cut += 1
+    for split, span in (("train", (0, cut)), ("validation", (cut, size))):
+        yield Document(functools.partial(_read_span, file, *span, bad_utf8), split)
+
+
+def hash_fraction(document: Document) -> float:
+    """A number in [0, 1) that depends on the document's text and on nothing else."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text, _ in document.pieces():
+        digest.update(text.encode())
+    return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53

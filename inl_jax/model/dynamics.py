@@ -1,0 +1,138 @@
+"""One step of the integrator neuron layer as its equations, and the plain scan over T steps.
+
+Every token has a state `x` and a velocity `v`. A step pulls the state towards a learned equilibrium
+`mu`. Four controllers, small networks that read the context `h`, `x` and `v`, choose how much
+velocity is kept (`alpha`), how strong the pull is (`beta`), how far the state moves (`gate`) and
+which velocity is blended in (the candidate `c`). A harmonic excites the system.
+
+    r_k    = relu(h Wh_k + x Wx_k + v Wv_k + b_k)         k: alpha, beta, gate, candidate
+    o_k    = r_k Wo_k + bo_k
+    e      = x - mu
+    alpha  = sigmoid(o_alpha) (1 - exp(-kappa rms(e)))    rms over the D channels
+    beta   = min(softplus(o_beta), 2 / dt)
+    gate   = sigmoid(o_gate)
+    c      = o_candidate
+    v'     = alpha v + (1 - alpha) c - beta e + A sin(gamma t + phi)
+    x'     = x + dt gate v'
+
+To change an equation, change it here and train with `integrator_gradient="autodiff"`, which
+differentiates this file. The default gradient is written out by hand: `step_backward` in
+`dynamics_vjp.py` must follow, and `tests/model/test_dynamics_vjp.py` fails until it does. New
+parameters are declared in `integrator.py`.
+
+Shapes: B batch, S sequence, D width, C controller width, Q the four controllers, T steps.
+Parameters: Wh `context_kernel` [D, Q, C], Wx and Wv `state_kernel` [2, D, Q, C], b `hidden_bias`
+[Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D].
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CONTROLLERS = ("alpha", "beta", "gate", "candidate")  # their order on the axis Q
+
+
+class Dynamics(NamedTuple):
+    """The constants of a step, static under jit."""
+
+    dt: float  # time step
+    kappa: float  # how sharply alpha falls to 0 near the equilibrium; inf: not at all
+    dtype: Any  # of the matrix products; the state has its own, wider type
+
+
+def excitation(gamma_D, phi_D, *, amplitude, num_iterations: int) -> jax.Array:
+    """`s_t = A sin(gamma t + phi)` for t = 0 .. T-1, [T, D]."""
+    t_T1 = jnp.arange(num_iterations, dtype=gamma_D.dtype)[:, None]
+    return amplitude * jnp.sin(gamma_D * t_T1 + phi_D)
+
+
+def hidden_from_context(params, h_BSD, *, dtype) -> jax.Array:
+    """`h Wh + b`, [B, S, Q, C]: the part of the controllers' input that no step changes."""
+    Wh_DQC, b_QC = params["context_kernel"].astype(dtype), params["hidden_bias"].astype(dtype)
+    return jnp.einsum("bsd,dqc->bsqc", h_BSD.astype(dtype), Wh_DQC) + b_QC
+
+
+def hidden(params, from_context_BSQC, x_BSD, v_BSD) -> jax.Array:
+    """`r = relu(h Wh + x Wx + v Wv + b)`, [B, S, Q, C], in the type of `from_context_BSQC`."""
+    dtype = from_context_BSQC.dtype
+    state = [x_BSD] if v_BSD is None else [x_BSD, v_BSD]
+    W_EDQC = params["state_kernel"][: len(state)].astype(dtype)
+    # One product for x and v. E stands beside D, because D may be sharded over devices.
+    xv_BSED = jnp.stack(state, axis=-2).astype(dtype)
+    return jax.nn.relu(jnp.einsum("bsed,edqc->bsqc", xv_BSED, W_EDQC) + from_context_BSQC)
+
+
+def outputs(params, r_BSQC) -> list[jax.Array]:
+    """`o_k = r_k Wo_k + bo_k` of each controller, [B, S, D] in the type of the state."""
+    Wo_QCD, bo_QD = params["output_kernel"].astype(r_BSQC.dtype), params["output_bias"]
+    return [r_BSQC[..., q, :] @ Wo_QCD[q] + bo_QD[q] for q in range(len(CONTROLLERS))]
+
+
+def distance(x_BSD, mu_D) -> jax.Array:
+    """`rms(e)` with `e = x - mu`, over D: [B, S, 1]."""
+    e_BSD = x_BSD - mu_D
+    tiny = jnp.finfo(x_BSD.dtype).tiny  # without it the gradient at e = 0 is NaN
+    return jnp.sqrt(jnp.mean(e_BSD * e_BSD, axis=-1, keepdims=True) + tiny)
+
+
+def coefficients(o, rms_BS1, *, dt: float, kappa: float):
+    """The coefficients (alpha, beta, gate, c) of one step.
+
+    alpha = sigmoid(o_alpha) (1 - exp(-kappa rms(e)))
+    beta  = min(softplus(o_beta), 2 / dt)
+    gate  = sigmoid(o_gate)
+    c     = o_candidate
+
+    A step is stable if and only if `dt gate beta < 2 (1 + alpha)`, and alpha can be 0: hence the
+    bound on beta.
+    """
+    o_alpha, o_beta, o_gate, o_candidate = o
+    alpha = jax.nn.sigmoid(o_alpha)
+    if not math.isinf(kappa):  # at inf the factor is 1, but its derivative would be inf * 0
+        alpha = alpha * -jnp.expm1(-kappa * rms_BS1)
+    beta = jnp.minimum(_softplus(o_beta), 2 / dt)
+    gate = jax.nn.sigmoid(o_gate)
+    return alpha, beta, gate, o_candidate
+
+
+def _softplus(o):
+    # XLA's log1p takes half as long again, for digits that `beta e` does not need.
+    return jnp.maximum(o, 0) + jnp.log(1 + jnp.exp(-jnp.abs(o)))
+
+
+def move(params, r_BSQC, rms_BS1, x_BSD, v_BSD, s_D, *, dynamics: Dynamics):
+    """(x, v) to (x', v'), given what the controllers made of (x, v).
+
+    v' = alpha v + (1 - alpha) c - beta e + s
+    x' = x + dt gate v'
+    """
+    o = outputs(params, r_BSQC)
+    alpha, beta, gate, c = coefficients(o, rms_BS1, dt=dynamics.dt, kappa=dynamics.kappa)
+    v = 0 if v_BSD is None else v_BSD
+    e = x_BSD - params["mu"]
+    new_v = c + alpha * (v - c) - beta * e + s_D
+    return x_BSD + dynamics.dt * gate * new_v, new_v
+
+
+def step(params, from_context_BSQC, x_BSD, v_BSD, s_D, *, dynamics: Dynamics):
+    """One step. Returns (x', v'), and (r, rms(e)), which `dynamics_vjp` keeps for the gradient.
+
+    A velocity of None is zero, and leaves out the product `v Wv`.
+    """
+    r_BSQC = hidden(params, from_context_BSQC, x_BSD, v_BSD)
+    rms_BS1 = distance(x_BSD, params["mu"])
+    new = move(params, r_BSQC, rms_BS1, x_BSD, v_BSD, s_D, dynamics=dynamics)
+    return new, (r_BSQC, rms_BS1)
+
+
+def run(params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics) -> jax.Array:
+    """The state `x_T` after T steps from the state `x_0 = x` and the velocity `v_0 = 0`."""
+
+    def body(xv, s_D):
+        return step(params, from_context_BSQC, *xv, s_D, dynamics=dynamics)[0], None
+
+    xv, _ = step(params, from_context_BSQC, x_BSD, None, s_TD[0], dynamics=dynamics)
+    (x_BSD, _), _ = jax.lax.scan(body, xv, s_TD[1:])
+    return x_BSD

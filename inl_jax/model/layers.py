@@ -1,0 +1,217 @@
+"""What blocks are built from: types, norms, positions, attention, feed-forward, embedding.
+
+Shapes: B batch, S tokens, D width, F feed-forward width, H query heads, G key-value heads, K head
+width, N entries of a key-value cache, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from inl_jax.config import InputError, ModelConfig
+from inl_jax.model.params import declare, gathered
+
+# --- types
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of matrix products: the configured one, or the default of parameters and device.
+
+    Raises:
+      InputError: float64 parameters, and JAX does not have 64-bit types enabled.
+    """
+    if config.param_dtype == "float64":
+        if not jax.config.jax_enable_x64:
+            raise InputError(
+                "model.param_dtype=float64: JAX's 64-bit types are off; set jax_enable_x64 to True"
+            )
+        return jnp.dtype("float64")
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def at_least_float32(x_or_dtype) -> jnp.dtype:
+    """The type for norms, sums and states: float32, or float64 if the array or type given is."""
+    return jnp.promote_types(jnp.float32, getattr(x_or_dtype, "dtype", x_or_dtype))
+
+
+# --- norms
+
+
+@jax.checkpoint  # the backward pass keeps x alone, and recomputes the steps to its norm
+def layer_norm(x_D, scale_D, bias_D) -> jax.Array:
+    """Layer normalisation over the last axis, eps 1e-5, computed in float32."""
+    x = x_D.astype(at_least_float32(x_D))
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+    return (x * scale_D + bias_D).astype(x_D.dtype)
+
+
+def rms_norm(x_K, scale_K) -> jax.Array:
+    """RMS normalisation over the last axis, eps 1e-6, computed in float32."""
+    x = x_K.astype(at_least_float32(x_K))
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return (x * scale_K).astype(x_K.dtype)
+
+
+# --- positions
+
+
+def sinusoid(position_BS, d_model: int, dtype) -> jax.Array:
+    """Sinusoidal positions, [B, S, D]: sin on even, cos on odd columns, base 10000."""
+    frequency = jnp.exp(jnp.arange(0, d_model, 2, dtype=dtype) * (-math.log(10000.0) / d_model))
+    angle = position_BS[..., None].astype(dtype) * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position_BS.shape, d_model)
+
+
+def rotate(x_BSHK, position_BS) -> jax.Array:
+    """Rotary positions, base 10000, pairing column i with column i + K/2 (Su et al., 2021)."""
+    half = x_BSHK.shape[-1] // 2
+    dtype = at_least_float32(x_BSHK)
+    frequency = jnp.exp(jnp.arange(half, dtype=dtype) * (-math.log(10000.0) / half))
+    angle = position_BS[..., None, None].astype(dtype) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x_BSHK.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHK.dtype)
+
+
+# --- attention
+
+
+def cuda_capability() -> tuple[int, ...] | None:
+    """The compute capability of the CUDA devices that JAX runs on; None on other devices."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    return tuple(map(int, device.compute_capability.split(".")))
+
+
+def attention_kernel(config: ModelConfig) -> str:
+    """The kernel for attention over whole sequences: "cudnn" or "xla".
+
+    Raises:
+      InputError: cuDNN is wanted, but not available on this device, in this type or at this head
+        width.
+    """
+    capability = cuda_capability()
+    if config.attention_kernel == "xla" or (config.attention_kernel == "auto" and not capability):
+        return "xla"
+    if not capability:
+        raise InputError(
+            f"model.attention_kernel=cudnn: JAX runs on {jax.default_backend()} here, without "
+            "CUDA; use auto or xla, or install inl_jax[cuda]"
+        )
+    dtype, widest = compute_dtype(config), 256 if capability >= (9, 0) else 128
+    if dtype != jnp.bfloat16:
+        raise InputError(
+            f"model.compute_dtype={dtype}: cuDNN attention takes bfloat16; set "
+            "model.compute_dtype=bfloat16 or model.attention_kernel=xla"
+        )
+    if config.head_dim % 8 != 0 or config.head_dim > widest:
+        raise InputError(
+            f"model.num_heads={config.num_heads} makes heads of width {config.head_dim}: cuDNN "
+            f"attention takes multiples of 8 up to {widest} on this GPU; change model.num_heads "
+            "or set model.attention_kernel=xla"
+        )
+    return "cudnn"
+
+
+def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None, kernel: str = "xla") -> jax.Array:
+    """Causal softmax attention over grouped key-value heads, [B, S, H, K].
+
+    Without `position_BS`, queries and keys are of the same tokens. JAX is asked for `kernel` (from
+    `attention_kernel`) by name, so that it raises if the kernel is missing. With `position_BS`, the
+    keys are a cache: token i of row b sees the entries up to `position_BS[b, i]`, in XLA.
+    """
+    if position_BS is None:
+        return jax.nn.dot_product_attention(
+            q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation=kernel
+        )
+    seen_B1SN = jnp.arange(k_BNGK.shape[1]) <= position_BS[:, None, :, None]
+    return jax.nn.dot_product_attention(
+        q_BSHK, k_BNGK, v_BNGK, mask=seen_B1SN, implementation="xla"
+    )
+
+
+# --- feed-forward
+
+
+def feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D) -> jax.Array:
+    """`W2 gelu(W1 x + b1) + b2` with the exact (erf) GELU."""
+    hidden_BSF = jax.nn.gelu(x_BSD @ up_kernel_DF + up_bias_F, approximate=False)
+    return hidden_BSF @ down_kernel_FD + down_bias_D
+
+
+# --- embedding
+
+
+def whole(x_BSD) -> jax.Array:
+    """The stream with D on every device of the tensor axis, as norms and products need it."""
+    return nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
+
+
+def look_up(embedding_VD, ids_BS) -> jax.Array:
+    """Rows of the embedding, [B, S, D]. Each device looks up the columns that it stores.
+
+    Devices exchange ids and the vectors found, which is less than the table and its gradient.
+    """
+    ids_BS = nn.with_logical_constraint(ids_BS, ("replicas", "sequence"))
+    x_BSD = embedding_VD[ids_BS]
+    for width in ("table", "embed"):  # first over the tensor axis, then over fsdp
+        x_BSD = nn.with_logical_constraint(x_BSD, ("replicas", "sequence", width))
+    return whole(x_BSD)
+
+
+def embedding_rows(embedding_VD) -> jax.Array:
+    """The embedding for `project`: whole rows, sharded over the tensor axis by vocabulary.
+
+    It is stored sharded by width alone: a stored axis must divide evenly, and vocabularies have few
+    divisors (50257 = 29 * 1733).
+    """
+    return gathered(
+        nn.with_logical_constraint(embedding_VD, ("vocab", "embed")), ("vocab", "embed")
+    )
+
+
+def project(embedding_VD, hidden_D) -> jax.Array:
+    """`hidden E^T` from `embedding_rows`: float32 (float64 for float64 hidden), [..., V].
+
+    A loop calls `embedding_rows` once, before it starts: inside, devices would gather every time.
+    """
+    return jnp.einsum(
+        "...d,vd->...v",
+        hidden_D,
+        embedding_VD.astype(hidden_D.dtype),
+        preferred_element_type=at_least_float32(hidden_D),
+    )
+
+
+# --- the base of the modules
+
+
+class Layer(nn.Module):
+    """Declares parameters as the config says: stored in its type, used in the compute type."""
+
+    config: ModelConfig
+
+    def declare(self, name, initializer, shape, axes, dtype=None) -> jax.Array:
+        """A parameter with a logical name for each axis, in `dtype` (the compute type)."""
+        return declare(
+            self,
+            name,
+            initializer,
+            shape,
+            axes,
+            param_dtype=self.config.param_dtype,
+            dtype=dtype or compute_dtype(self.config),
+        )
+
+    def norm(self, name: str, x_BSD) -> jax.Array:
+        """`layer_norm` with the parameters `<name>_scale` and `<name>_bias`."""
+        shape, dtype = (x_BSD.shape[-1],), at_least_float32(x_BSD)
+        scale_D = self.declare(f"{name}_scale", nn.initializers.ones, shape, ("norm",), dtype)
+        bias_D = self.declare(f"{name}_bias", nn.initializers.zeros, shape, ("norm",), dtype)
+        return whole(layer_norm(x_BSD, scale_D, bias_D))

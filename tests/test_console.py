@@ -1,0 +1,125 @@
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from inl_jax import console
+
+
+def test_say_prints_whole_lines_to_the_current_stdout(capsys):
+    console.say("one")
+    console.say("two")
+    assert capsys.readouterr() == ("one\ntwo\n", "")
+
+
+def test_say_can_be_muted_and_sent_elsewhere(capsys):
+    stream = io.StringIO()
+    try:
+        console.mute(True)
+        console.say("nobody hears this")
+        console.mute(False)
+        console.speak_to(stream)
+        console.say("over there")
+    finally:
+        console.mute(False)
+        console.speak_to(None)
+    assert capsys.readouterr().out == "" and stream.getvalue() == "over there\n"
+
+
+PROGRAM = """
+from inl_jax import console
+bar = console.progress_bar(4, unit="update")
+for i in range(4):
+    bar.update()
+    console.say(f"line {i}")
+bar.close()
+"""
+
+
+def test_progress_bar_is_silent_off_a_terminal():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.stdout == "line 0\nline 1\nline 2\nline 3\n" and done.stderr == ""
+
+
+def test_progress_bar_on_a_terminal_keeps_lines_whole():
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    done = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the terminal is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert done.wait() == 0
+    text = shown.decode()
+    assert "update" in text
+    for i in range(4):  # at the start of a line, and nothing behind it
+        assert f"\rline {i}\r\n" in text.replace("\x1b[K", "").replace("\x1b[A", "")
+
+
+@pytest.mark.parametrize(
+    "number, noun, shown",
+    [
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (1, "micro-batch", "1 micro-batch"),
+        (64, "micro-batch", "64 micro-batches"),
+        (1000, "update", "1,000 updates"),
+    ],
+)
+def test_plural(number, noun, shown):
+    assert console.plural(number, noun) == shown
+
+
+@pytest.mark.parametrize(
+    "num_bytes, shown",
+    [
+        (0, "0 bytes"),
+        (3, "3 bytes"),
+        (2000, "1.95 KiB"),
+        (5_550_000, "5.29 MiB"),
+        (30.6e9, "28.50 GiB"),
+        (0.1 * 2**30, "0.10 GiB"),
+    ],
+)
+def test_size_is_never_zero_for_something(num_bytes, shown):
+    assert console.size(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m 00s"),
+        (306, "5m 06s"),
+        (3600, "1h 00m"),
+        (11_045, "3h 04m"),
+        (86_399, "23h 59m"),
+        (93_700, "1d 02h"),
+    ],
+)
+def test_duration(seconds, shown):
+    assert console.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    "number, shown",
+    [(999, "999"), (1000, "1.00k"), (43_087_872, "43.09M"), (1_698_414_592, "1.70B")],
+)
+def test_count(number, shown):
+    assert console.count(number) == shown
+
+
+def test_first_line_falls_back_to_the_type():
+    assert console.first_line(ValueError("one\ntwo")) == "one"
+    assert console.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
