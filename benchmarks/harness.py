@@ -131,7 +131,8 @@ def check_positive(flags: argparse.Namespace) -> argparse.Namespace:
 
 def config_and_flags(parser, argv) -> tuple[TrainConfig, argparse.Namespace]:
     """The config with its overrides and XLA flags applied, and the verb's own flags."""
-    config, flags = from_command_line(parser, argv)
+    with exit_on_input_error():
+        config, flags = from_command_line(parser, argv)
     speak_to(sys.stderr)  # stdout is for the record
     apply_flags(config.xla_flags)
     speak_to(None)

@@ -31,7 +31,8 @@ def main() -> int:
     parser.add_argument("--tokens_per_second", type=float, default=18400, help="of one GPU alone")
     parser.add_argument("--compile", choices=("cpu", "cuda"), default="cuda", help="by which XLA")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    config, flags = from_command_line(parser)
+    with exit_on_input_error():
+        config, flags = from_command_line(parser)
     import jax
 
     from inl_jax.planning.xla import use_no_device

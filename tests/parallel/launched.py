@@ -19,14 +19,13 @@ from inl_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240  # seconds after which a launch counts as hung, on a busy machine too
 
-# scripts/train.py. It also notes, in FOLDER, the rows it reads and its shards of each saved and
+# `inl train`. It also notes, in FOLDER, the rows it reads and its shards of each saved and
 # restored array.
-WORKER = f"""
+WORKER = """
 import json, os, pickle, sys
-sys.path.insert(0, {str(ROOT / "scripts")!r})
 import jax
 import numpy as np
-import train as script
+from inl_jax.cli.main import main
 from inl_jax.data import batches
 from inl_jax.training import checkpoint
 
@@ -47,7 +46,7 @@ def note(name, tree):
         pickle.dump([(leaf.shape, part) for leaf, part in zip(jax.tree.leaves(tree), parts)], file)
 
 def spying_save(self, step, params, optimizer=None, **fields):
-    note(f"saved-{{step}}", [params, optimizer])
+    note(f"saved-{step}", [params, optimizer])
     save(self, step, params, optimizer, **fields)
 
 def spying_restore(self, *args, **fields):
@@ -58,7 +57,7 @@ def spying_restore(self, *args, **fields):
 
 batches.training_batches = spying_read
 Checkpoints.save, Checkpoints.restore = spying_save, spying_restore
-sys.exit(script.main())
+main("train")
 """
 
 
