@@ -1,13 +1,12 @@
-"""What a run is: frozen dataclasses and their checks, and a config as JSON.
+"""What a run is: frozen dataclasses and their checks.
 
 Every mistake is an `InputError` of one line that names the field, the value found and what to do.
-`config_file.py` reads configs from files and command lines.
+`config_file.py` reads and writes configs as text.
 """
 
 import dataclasses
-import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
@@ -375,41 +374,6 @@ class TrainConfig:
                 flag.startswith("--xla_"),
                 f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
             )
-
-
-def to_json(config: TrainConfig) -> str:
-    """`config` as a JSON object, sections as nested objects."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(text: str) -> TrainConfig:
-    """The inverse of `to_json`. Unknown fields are an error that names them."""
-
-    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = [f"{prefix}{name}" for name in values if name not in fields]
-        _require(not unknown, f"unknown config fields {', '.join(unknown)}: remove them")
-        kwargs = {}
-        for name, value in values.items():
-            field_type = fields[name].type
-            if dataclasses.is_dataclass(field_type):
-                value = build(field_type, value, f"{prefix}{name}.")
-            kwargs[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**kwargs)
-
-    values = json.loads(text)
-    _require(isinstance(values, dict) and "model" in values, "this is not the JSON of a config")
-    return build(TrainConfig, values, "")
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted field, old value, new value) wherever two configs of one type differ."""
-    for field in dataclasses.fields(old):
-        a, b = getattr(old, field.name), getattr(new, field.name)
-        if dataclasses.is_dataclass(a):
-            yield from differences(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            yield f"{prefix}{field.name}", a, b
 
 
 def with_fields(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:

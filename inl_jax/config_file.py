@@ -1,4 +1,4 @@
-"""Configs from files and command lines.
+"""Configs as text: files, command lines, JSON.
 
 A config file is a Python file that assigns one value, `config = TrainConfig(...)`. Its docstring is
 a lab note. Single fields are overridden as `--section.field value`.
@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import runpy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inl_jax.config import InputError, TrainConfig
 
@@ -129,3 +130,44 @@ def _one_line(boxed: str) -> str:
     text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
     text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
     return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+def to_json(config: TrainConfig) -> str:
+    """`config` as a JSON object, sections as nested objects."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: the JSON is not of a config, or has fields that do not exist; they are named.
+    """
+
+    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [f"{prefix}{name}" for name in values if name not in fields]
+        if unknown:
+            raise InputError(f"unknown config fields {', '.join(unknown)}: remove them")
+        kwargs = {}
+        for name, value in values.items():
+            field_type = fields[name].type
+            if dataclasses.is_dataclass(field_type):
+                value = build(field_type, value, f"{prefix}{name}.")
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    values = json.loads(text)
+    if not (isinstance(values, dict) and "model" in values):
+        raise InputError("this is not the JSON of a config")
+    return build(TrainConfig, values, "")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted field, old value, new value) for each field in which two configs differ."""
+    for field in dataclasses.fields(old):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            yield f"{prefix}{field.name}", a, b

@@ -3,15 +3,8 @@ import math
 
 import pytest
 
-from inl_jax.config import (
-    InputError,
-    ModelConfig,
-    TrainConfig,
-    differences,
-    from_json,
-    to_json,
-    with_fields,
-)
+from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
+from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.config_file import override
 
 

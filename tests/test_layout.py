@@ -90,29 +90,27 @@ def test_files_and_folders_stay_small():
 
 
 def test_tests_mirror_the_folders():
+    of_the_whole = {"test_layout.py", "test_package.py"}
     stray = [
         path.relative_to(ROOT)
         for room in {path.parent for path in MODULES.values()}
         for path in (ROOT / "tests" / room.relative_to(PACKAGE)).glob("test_*.py")
-        if not (room / path.name.removeprefix("test_")).exists() and path != Path(__file__)
+        if not (room / path.name.removeprefix("test_")).exists() and path.name not in of_the_whole
     ]
     assert not stray
 
 
 @pytest.mark.parametrize(
-    "pattern, home",
+    "pattern, homes",
     [
-        (r"jax\._src|jax\.experimental|jaxlib|\._manager\b", "internals.py"),
-        (r"fmt: skip", None),
-        (r"\bprint\(", "console.py"),
+        (r"jax\._src|jax\.experimental|jaxlib|\._manager\b", ["internals"]),
+        (r"fmt: skip", []),
+        (r"\bprint\(", ["console", "cli", "processes"]),
     ],
-    ids=["private names", "formatter", "channel"],
+    ids=["private names of JAX and Orbax", "layout of the formatter", "say, the one channel"],
 )
-def test_what_has_one_home_stands_nowhere_else(pattern, home):
-    """Private names of JAX and Orbax; and `say` is how the library speaks (verbs print results)."""
+def test_what_has_one_home_stands_nowhere_else(pattern, homes):
     for module, path in MODULES.items():
-        if path.name != home and not (
-            home == "console.py" and room_of(module) in ("cli", "parallel")
-        ):
+        if not set(module.split(".")) & set(homes):
             found = re.search(pattern, path.read_text())
-            assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+            assert not found, f"{module}: {found[0]}"

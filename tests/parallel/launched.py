@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inl_jax.config import to_json
+from inl_jax.config_file import to_json
 from inl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ class Processes:
             own.mkdir(parents=True)
             path = own / "config.py"
             path.write_text(
-                f"from inl_jax.config import from_json\nconfig = from_json({to_json(config)!r})"
+                f"from inl_jax.config_file import from_json\nconfig = from_json({to_json(config)!r})"
             )
             flags = ["--config", path, *args, *each(i)]
             if n > 1:  # last, so that code in `before` finds its process id in sys.argv[-1]
