@@ -4,8 +4,7 @@ import math
 import pytest
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
-from inl_jax.config_file import differences, from_json, to_json
-from inl_jax.config_file import override
+from inl_jax.config_file import differences, from_json, override, to_json
 
 
 def test_a_config_goes_round_through_json():

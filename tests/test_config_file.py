@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from inl_jax.config import InputError, TrainConfig, with_fields
-from inl_jax.config_file import differences
-from inl_jax.config_file import load_config, override, presets, read_lab_note
+from inl_jax.config_file import differences, load_config, override, presets, read_lab_note
 from inl_jax.model.language_model import param_count
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import memory_needed

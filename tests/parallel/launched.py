@@ -84,7 +84,8 @@ class Processes:
             own.mkdir(parents=True)
             path = own / "config.py"
             path.write_text(
-                f"from inl_jax.config_file import from_json\nconfig = from_json({to_json(config)!r})"
+                "from inl_jax.config_file import from_json\n"
+                f"config = from_json({to_json(config)!r})\n"
             )
             flags = ["--config", path, *args, *each(i)]
             if n > 1:  # last, so that code in `before` finds its process id in sys.argv[-1]
