@@ -14,7 +14,7 @@ from inl_jax.model.dynamics import (
 )
 
 
-@pytest.mark.parametrize("kappa", [1.0, 0.3, float("inf")])
+@pytest.mark.parametrize("kappa", [0.3, float("inf"), pytest.param(1.0, marks=pytest.mark.slow)])
 def test_run_follows_the_equations(model_config, kappa):
     config, T = model_config(d_model=12), 4
 
