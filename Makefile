@@ -2,36 +2,40 @@
 PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
+DEV := $(VENV)/.dev
 
 .PHONY: demo test test-slow lint format clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/python scripts/train.py --config configs/tiny.py
 	$(BIN)/python scripts/plot.py runs/tiny
 	$(BIN)/python scripts/evaluate.py --checkpoint runs/tiny
 	$(BIN)/python scripts/generate.py --checkpoint runs/tiny --temperature 0.7 \
 		--prompt "def fibonacci(n):" "class Stack:"
 
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml
+# The demo needs neither PyTorch nor the tools of the tests.
+$(DEMO): EXTRAS := plot
+$(DEV): EXTRAS := dev
+$(DEMO) $(DEV): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -1,18 +1,21 @@
-"""3b: 1,698,414,592 parameters (1.70B), "3B" in the published guide with the decay context.
+"""3b: 1,698,414,592 parameters (1.70B), called "3B" in the published guide; decay context.
 
-    python scripts/train.py --config configs/3b.py --data.paths YOUR_TEXT --run_dir runs/3b
+    inl train --config 3b --data.paths YOUR_TEXT --run_dir runs/3b
 
 Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens. The published
            mean context (--model.context mean) has 1,698,168,832 parameters, attention
            (--model.context attention) 1,949,919,232.
-Hardware   One GPU of 80 GB, or several, as 8 with --mesh.fsdp 8.
-Memory     28.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: 34.4 GiB in all, 6.8 GiB on
-           each of 8 under fsdp (docs/memory.md, in GB).
-           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU not measured yet.
-Time, loss not measured yet for this size; 130,000 updates of 262,144 tokens are about
+Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
+Memory     34.3 GiB, estimated for one GPU (inl estimate --config 3b). Of these, 28.5 GiB are state,
+           which is exact from shapes: bfloat16 weights and float32 masters, two moments,
+           accumulator.
+           XLA's CUDA compiler says 34.4 GiB in all, and 6.8 GiB on each of 8 devices under fsdp
+           (docs/memory.md, in GB).
+           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU this is not measured yet.
+Time       Not measured yet for this size; 130,000 updates of 262,144 tokens are about
            20 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,46 +1,34 @@
-"""3b_16gb: the 3b, 1,698,414,592 parameters (1.70B), on one GPU of 16 GB.
+"""3b_16gb: 1,698,414,592 parameters (1.70B), the 3b on one GPU of 16 GB.
 
     export XLA_PYTHON_CLIENT_MEM_FRACTION=.95
-    python scripts/train.py --config configs/3b_16gb.py --data.paths YOUR_TEXT --run_dir runs/3b
+    inl train --config 3b_16gb --data.paths YOUR_TEXT --run_dir runs/3b_16gb
 
-Recipe     As 3b, but masters and moments live in host memory and pass through the device one layer
-           at a time; the mean over micro-batches is kept in bfloat16, rounded stochastically; the
-           integrator keeps two segments and works on half a sequence at a time.
-Hardware   One CUDA GPU of 16 GB, 24 GB of free host memory, which stays pinned.
-Memory     13.6 GB on the device, 20.4 GB pinned on the host, by XLA's CUDA compiler; no GPU was at
-           hand to see it: python scripts/estimate.py --config configs/3b_16gb.py --compile cuda
-           docs/memory.md compares it with recipes that need less.
-Time, loss not measured. Each update moves 41 GB over PCIe, 1.6 s at 25 GB/s, and computes on
-           262,144 tokens, about 100 s at an assumed 40 TFLOP/s.
+Recipe     The 3b, with three changes. Masters and moments live in host memory and pass through the
+           device one layer at a time. The mean over micro-batches is kept in bfloat16, rounded
+           stochastically. The integrator keeps two segments and works on half a sequence at a time.
+Shape      As the 3b: D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens.
+Hardware   One CUDA GPU of 16 GB; 24 GB of free host memory, of which 20.4 GB stay pinned.
+Memory     12.6 GiB and 19.0 GiB of host memory, estimated. XLA's CUDA compiler says 12.7 GiB and
+           19.0 GiB: inl estimate --config 3b_16gb --compile cuda. No GPU was at hand to see it.
+           docs/memory.md compares this recipe with recipes that need less.
+Time       Not measured yet. Each update moves 41 GB over PCIe, which takes 1.6 s at 25 GB/s, and
+           computes on 262,144 tokens, which takes about 100 s at an assumed 40 TFLOP/s.
+Loss       Not measured yet.
 """
 
-from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from pathlib import Path
 
-config = TrainConfig(
-    name="3b_16gb",
-    model=ModelConfig(
-        d_model=2048,
-        num_layers=40,
-        num_iterations=15,
-        d_ff=8192,
-        max_seq_len=4096,
-        num_heads=16,
-        num_kv_heads=4,
-        param_dtype="bfloat16",
-        integrator_segment=8,
-        integrator_chunk=2048,
-    ),
-    data=DataConfig(tokenizer="gpt2", seq_len=4096),
-    optim=OptimConfig(
-        learning_rate=2e-4,
-        warmup_steps=2000,
-        state_memory="pinned_host",
-        accumulator_dtype="bfloat16",
-    ),
-    run_dir="runs/3b_16gb",
-    num_steps=130000,
-    batch_size=64,
-    accumulate_steps=64,
-    eval_every=500,
-    save_every=500,
+from inl_jax.config import with_fields
+from inl_jax.config_file import load_config
+
+config = with_fields(
+    load_config(Path(__file__).with_name("3b.py")),
+    {
+        "name": "3b_16gb",
+        "model.integrator_segment": 8,
+        "model.integrator_chunk": 2048,
+        "optim.state_memory": "pinned_host",
+        "optim.accumulator_dtype": "bfloat16",
+        "run_dir": "runs/3b_16gb",
+    },
 )

@@ -1,18 +1,21 @@
-"""4b: 2,524,502,784 parameters (2.52B), "4B" in the published guide with the decay context.
+"""4b: 2,524,502,784 parameters (2.52B), called "4B" in the published guide; decay context.
 
-    python scripts/train.py --config configs/4b.py --data.paths YOUR_TEXT --run_dir runs/4b
+    inl train --config 4b --data.paths YOUR_TEXT --run_dir runs/4b
 
 Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 tokens. The published
            mean context (--model.context mean) has 2,524,171,008 parameters, attention
            (--model.context attention) 2,948,967,168.
-Hardware   One GPU of 80 GB, or several, as 8 with --mesh.fsdp 8.
-Memory     42.3 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: 50.3 GiB in all, 9.3 GiB on
-           each of 8 under fsdp (docs/memory.md, in GB).
-           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU not measured yet.
-Time, loss not measured yet for this size; 190,000 updates of 262,144 tokens are about
+Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
+Memory     50.5 GiB, estimated for one GPU (inl estimate --config 4b). Of these, 42.3 GiB are state,
+           which is exact from shapes: bfloat16 weights and float32 masters, two moments,
+           accumulator.
+           XLA's CUDA compiler says 50.3 GiB in all, and 9.3 GiB on each of 8 devices under fsdp
+           (docs/memory.md, in GB).
+           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU this is not measured yet.
+Time       Not measured yet for this size; 190,000 updates of 262,144 tokens are about
            20 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

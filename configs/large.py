@@ -1,15 +1,16 @@
 """large: 303,621,120 parameters (303.62M), the published large size with the decay context.
 
-    python scripts/train.py --config configs/large.py --data.paths YOUR_TEXT --run_dir runs/large
+    inl train --config large --data.paths YOUR_TEXT --run_dir runs/large
 
 Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens. The published
            mean context (--model.context mean) has 303,547,392 parameters, attention
            (--model.context attention) 341,326,848.
 Hardware   One GPU of 40 GB or more.
-Memory     4.5 GiB of state (float32 weights, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
-Time, loss not measured yet for this size; 50,000 updates of 131,072 tokens are about
+Memory     7.4 GiB, estimated for one GPU (inl estimate --config large). Of these, 4.5 GiB are
+           state, which is exact from shapes: float32 weights, two moments, accumulator.
+Time       Not measured yet for this size; 50,000 updates of 131,072 tokens are about
            22 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

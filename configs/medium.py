@@ -1,15 +1,16 @@
 """medium: 111,924,480 parameters (111.92M), the published medium size with the decay context.
 
-    python scripts/train.py --config configs/medium.py --data.paths YOUR_TEXT --run_dir runs/medium
+    inl train --config medium --data.paths YOUR_TEXT --run_dir runs/medium
 
 Shape      D 768, 12 layers x 7 iterations, F 3072, sequences of up to 1024 tokens. The published
            mean context (--model.context mean) has 111,896,832 parameters, attention
            (--model.context attention) 123,705,600.
 Hardware   One GPU of 16 GB or more.
-Memory     1.7 GiB of state (float32 weights, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
-Time, loss not measured yet for this size; 40,000 updates of 65,536 tokens are about
+Memory     4.1 GiB, estimated for one GPU (inl estimate --config medium). Of these, 1.7 GiB are
+           state, which is exact from shapes: float32 weights, two moments, accumulator.
+Time       Not measured yet for this size; 40,000 updates of 65,536 tokens are about
            23 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

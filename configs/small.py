@@ -1,15 +1,16 @@
 """small: 43,097,088 parameters (43.10M), the published small size with the decay context.
 
-    python scripts/train.py --config configs/small.py --data.paths YOUR_TEXT --run_dir runs/small
+    inl train --config small --data.paths YOUR_TEXT --run_dir runs/small
 
 Shape      D 512, 6 layers x 5 iterations, F 2048, sequences of up to 512 tokens. The published
            mean context (--model.context mean) has 43,087,872 parameters, attention
            (--model.context attention) 46,238,208.
 Hardware   One GPU of 8 GB or more; a CPU, slowly.
-Memory     0.6 GiB of state (float32 weights, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
-Time, loss not measured yet for this size; 20,000 updates of 32,768 tokens are about
+Memory     1.5 GiB, estimated for one GPU (inl estimate --config small). Of these, 0.6 GiB are
+           state, which is exact from shapes: float32 weights, two moments, accumulator.
+Time       Not measured yet for this size; 20,000 updates of 32,768 tokens are about
            15 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,11 +1,14 @@
 """tiny: 1,387,776 parameters (1.39M), a model to see everything work on a laptop.
 
-    python scripts/train.py --config configs/tiny.py
+    inl train --config tiny
 
 Shape      D 128, 4 layers x 3 iterations, F 512, sequences of 128 tokens, decay context.
-Data       the running interpreter's standard library, its own byte-level BPE of 2048 entries.
-Hardware   two CPU cores. 450 updates take 3.5 minutes and 0.3 GiB on 2 cores of an AMD EPYC.
-Loss       8.35 at the start, 3.81 on the validation split at the end: 1.75 bits per byte.
+Data       The standard library of the running Python; a byte-level BPE of 2,048 entries, trained on
+           it.
+Hardware   Two CPU cores.
+Memory     0.1 GiB, estimated for bfloat16 products on one GPU; 0.3 GiB measured on the CPU.
+Time       450 updates take 3.5 minutes on 2 cores of an AMD EPYC.
+Loss       8.35 at the start, 3.81 on the validation split at the end, which is 1.75 bits per byte.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

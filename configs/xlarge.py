@@ -1,17 +1,19 @@
 """xlarge: 807,997,952 parameters (808.00M), the published xlarge size with the decay context.
 
-    python scripts/train.py --config configs/xlarge.py --data.paths YOUR_TEXT --run_dir runs/xlarge
+    inl train --config xlarge --data.paths YOUR_TEXT --run_dir runs/xlarge
 
 Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 tokens. The published
            mean context (--model.context mean) has 807,850,496 parameters, attention
            (--model.context attention) 933,736,960.
-Hardware   One GPU of 80 GB, or several with --mesh.fsdp.
-Memory     13.5 GiB of state (bfloat16 weights and float32 masters, two moments, accumulator),
-           exact from shapes; gradients and activations come on top: see --dry_run.
-           Remat "block" saves 45% of two 3b blocks' memory for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU not measured yet.
-Time, loss not measured yet for this size; 60,000 updates of 262,144 tokens are about
+Hardware   One GPU of 80 GB, or several with --mesh.fsdp N.
+Memory     16.9 GiB, estimated for one GPU (inl estimate --config xlarge). Of these, 13.5 GiB are
+           state, which is exact from shapes: bfloat16 weights and float32 masters, two moments,
+           accumulator.
+           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
+           (docs/benchmarks.md); on a GPU this is not measured yet.
+Time       Not measured yet for this size; 60,000 updates of 262,144 tokens are about
            19 tokens per parameter.
+Loss       Not measured yet for this size.
 """
 
 from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,20 +1,19 @@
-"""What a run is: frozen dataclasses and their checks, and a config as JSON.
+"""What a run is: frozen dataclasses and their checks.
 
 Every mistake is an `InputError` of one line that names the field, the value found and what to do.
-`config_file.py` reads configs from files and command lines.
+`config_file.py` reads and writes configs as text.
 """
 
 import dataclasses
-import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: one line that names it, the value found and what to do."""
+    """A mistake in the input: one line that names the thing, the value found and what to do."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -23,7 +22,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_types(section: Any, prefix: str) -> None:
-    """Config files are not checked by the command line's parser, so values are checked here."""
+    """Checks the types of fields: a config file does not go through the command line's parser."""
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), f"{prefix}{field.name}"
         kind = field.type
@@ -42,67 +41,72 @@ def _check_types(section: Any, prefix: str) -> None:
             )
 
 
-def _require_positive(section: Any, prefix: str, *names: str) -> None:
-    for name in names:
+def _require_positive(section: Any, prefix: str, names: str) -> None:
+    for name in names.split():
         value = getattr(section, name)
         _require(value > 0, f"{prefix}{name}={value}: must be positive")
 
 
-def _require_not_negative(section: Any, prefix: str, *names: str) -> None:
-    for name in names:
+def _require_not_negative(section: Any, prefix: str, names: str) -> None:
+    for name in names.split():
         value = getattr(section, name)
         _require(value >= 0, f"{prefix}{name}={value}: must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture: everything that decides the parameters and the function they compute."""
+    """The architecture: every field that changes the parameters, or how the model is computed."""
 
     vocab_size: int = 50257
-    """Rows of the embedding, V. At least the tokenizer's size."""
+    """Number of tokens in the vocabulary, V; at least the tokenizer's."""
     d_model: int = 128
-    """Width of the residual stream, D."""
+    """Width of the residual stream, D, in channels."""
     num_layers: int = 4
-    """Blocks, L."""
+    """Number of blocks, L."""
     num_iterations: int = 3
-    """Integrator iterations per block, T. 0 drops the integrator."""
+    """Integrator steps per block, T. With 0 the model is built without the integrator."""
     d_ff: int = 512
-    """Feed-forward width, F."""
+    """Width of the feed-forward layer, F, in hidden units."""
     max_seq_len: int = 256
-    """Longest sequence the model is built for."""
+    """Length of the longest sequence, in tokens."""
     controller_width: int = 64
-    """Hidden units of each of the four controllers, C."""
+    """Width of each of the integrator's four controllers, C, in hidden units."""
     context: Literal["mean", "decay", "attention"] = "decay"
-    """How a block brings in the earlier positions."""
+    """How a block reads the earlier positions. mean: running mean, the published model. decay:
+    exponential decay with a learned rate per channel. attention: causal softmax attention."""
     num_heads: int = 1
-    """Query heads (attention context only). The head width is d_model / num_heads."""
+    """Number of query heads, each of width d_model / num_heads. For attention only."""
     num_kv_heads: int = 1
-    """Key and value heads (attention context only), shared by groups of query heads."""
+    """Number of key and value heads, each shared by num_heads / num_kv_heads query heads. For
+    attention only."""
     dt: float = 0.1
-    """Integrator time step."""
+    """Time step of the integrator, in the units of its own time."""
     excitation_amplitude: float = 0.03
-    """Amplitude A of the harmonic excitation."""
+    """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0
-    """How sharply alpha falls to 0 near equilibrium; inf keeps alpha = alpha0."""
+    """How sharply alpha falls to 0 near the equilibrium, per unit of distance. With inf it does not
+    fall: alpha = alpha0."""
     dropout: float = 0.0
-    """Dropout rate on the embedding, the integrator's output and the feed-forward's output."""
+    """Probability of dropping a value of the embedding, of the integrator's output or of the
+    feed-forward layer's output."""
     param_dtype: DType = "float32"
-    """Storage type of the parameters. bfloat16 adds float32 master weights to the optimizer."""
+    """Type in which parameters are stored. With bfloat16 the optimizer keeps float32 masters."""
     compute_dtype: DType = "auto"
     """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
     attention_kernel: Literal["auto", "cudnn", "xla"] = "auto"
-    """What computes attention over whole sequences (attention context only). cudnn: flash
-    attention of 16-bit types on CUDA. auto: cudnn on CUDA, xla elsewhere."""
+    """Kernel for attention over whole sequences. cudnn: flash attention, bfloat16 on CUDA only.
+    auto: cudnn on CUDA, xla elsewhere. For attention only."""
     remat: Literal["none", "integrator", "all_but_integrator", "block"] = "block"
-    """What the backward pass computes again instead of keeping it: nothing; the integrator's
-    iterations; all of a block but those; or the whole block, of which only the input is kept."""
+    """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
+    iterations. all_but_integrator: the rest of a block. block: all of a block; only its input is
+    kept."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
-    """lean: written out, keeps 2 vectors per token and iteration. autodiff: of the plain loop,
-    about 15 vectors, to compare with."""
+    """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
+    iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
     integrator_segment: int = 1
-    """Iterations between the integrator states that are kept; those between are computed again."""
+    """Iterations per segment. lean keeps the state before each segment, and recomputes the rest."""
     integrator_chunk: int = 0
-    """Positions that go through all iterations together; 0 takes the whole sequence."""
+    """Positions that go through all iterations together. With 0: the whole sequence."""
 
     def __post_init__(self):
         _check_types(self, "model.")
@@ -110,20 +114,11 @@ class ModelConfig:
         _require_positive(
             self,
             "model.",
-            "vocab_size",
-            "d_model",
-            "num_layers",
-            "d_ff",
-            "max_seq_len",
-            "controller_width",
-            "num_heads",
-            "num_kv_heads",
-            "dt",
-            "kappa",
-            "integrator_segment",
+            "vocab_size d_model num_layers d_ff max_seq_len controller_width num_heads "
+            "num_kv_heads dt kappa integrator_segment",
         )
         _require_not_negative(
-            self, "model.", "num_iterations", "excitation_amplitude", "integrator_chunk"
+            self, "model.", "num_iterations excitation_amplitude integrator_chunk"
         )
         _require(
             0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1"
@@ -212,23 +207,23 @@ class OptimConfig:
     """AdamW under a warmup-cosine schedule, counted in optimizer updates."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps a row and a column of second moments for each matrix, and no first ones."""
+    """adafactor keeps no first moments, and second moments only of rows and columns."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of the moments. bfloat16 is rounded stochastically."""
     rounding: Literal["masters", "stochastic"] = "masters"
-    """How updates reach bfloat16 parameters: by float32 master weights in the optimizer, or by
-    rounding each new weight up or down at random, right in the mean, which needs no memory."""
+    """How updates reach bfloat16 parameters: through float32 master weights in the optimizer, or by
+    rounding each new weight up or down at random, without bias, which needs no memory."""
     accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage type of gradients added over micro-batches. bfloat16 is rounded stochastically."""
+    """Storage type of the mean gradient over micro-batches. bfloat16 is rounded stochastically."""
     state_memory: Literal["device", "pinned_host"] = "device"
-    """Where masters and moments live. pinned_host: on the host, and through the device one layer
-    at a time."""
+    """Where masters and moments are stored. pinned_host: in host memory; they pass through the
+    device one layer at a time."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warmup."""
     warmup_steps: int = 100
-    """Updates of linear warmup from 0 to the peak."""
+    """Updates of linear warmup. The first one has 1 / warmup_steps of the peak."""
     final_lr_fraction: float = 0.1
-    """Learning rate at the end of the run, as a fraction of the peak."""
+    """Learning rate of the last update, as a fraction of the peak."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
@@ -236,17 +231,17 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of kernels and the embedding; nothing else is decayed."""
+    """Decoupled weight decay of kernels and the embedding. Nothing else is decayed."""
     clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    """Gradients with a larger global norm are scaled down to this norm."""
 
     def __post_init__(self):
         _check_types(self, "optim.")
-        _require_positive(self, "optim.", "learning_rate", "eps", "clip_norm")
+        _require_positive(self, "optim.", "learning_rate eps clip_norm")
         for name in ("learning_rate", "eps", "weight_decay"):
             value = getattr(self, name)
             _require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
-        _require_not_negative(self, "optim.", "warmup_steps", "weight_decay")
+        _require_not_negative(self, "optim.", "warmup_steps weight_decay")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optim.{name}={value}: must be at least 0, below 1")
@@ -258,17 +253,17 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per mesh axis. The product is the number of devices; one axis may be the "rest"."""
+    """Devices along each mesh axis; their product is the number of devices."""
 
     data: int | Literal["rest"] = "rest"
-    """Replicas that each read their own rows. rest: all devices the other axes leave."""
+    """Replicas, each with its own rows of a batch. rest: the devices that the other axes leave."""
     fsdp: int | Literal["rest"] = 1
-    """Devices that share parameters and optimizer state, and also split the rows."""
+    """Devices that parameters, optimizer state and the rows of a batch are sharded over."""
     tensor: int | Literal["rest"] = 1
-    """Devices that split the feed-forward, attention heads, and the integrator's channels."""
+    """Devices that share the feed-forward, the attention heads and the integrator's channels."""
     fsdp_shards: Literal["all", "optimizer"] = "all"
-    """What the fsdp axis splits: parameters and optimizer state (ZeRO-3), or only the optimizer
-    state and the accumulated gradients, while each device keeps all parameters (ZeRO-1 and 2)."""
+    """What is sharded over fsdp. all: parameters, gradients and optimizer state (ZeRO-3).
+    optimizer: gradients and optimizer state; each device holds all parameters (ZeRO-2)."""
 
     def __post_init__(self):
         _check_types(self, "mesh.")
@@ -284,76 +279,66 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. Steps are optimizer updates everywhere."""
+    """A whole run. Every step in it is an optimizer update."""
 
     name: str = "custom"
-    """Shown beside the true parameter count."""
+    """Name of the run, shown beside the true parameter count."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     run_dir: str = "runs/custom"
-    """Checkpoints, metrics and the config of this run. A second start resumes from it."""
+    """Directory of the run: config, checkpoints, metrics. Starting again resumes from it."""
     init_from: str = ""
-    """Run directory whose weights (only) start this run. Empty: random weights."""
+    """Run directory whose weights, and nothing else, start this run. Empty: random weights."""
     seed: int = 0
     """Decides the initial weights, the order of the data and dropout."""
     num_steps: int = 1000
-    """Updates in the run; 0 where num_epochs decides."""
+    """Updates in the run; 0 if num_epochs decides."""
     num_epochs: float = 0.0
-    """Passes over the training tokens; 0 where num_steps decides."""
+    """Passes over the training tokens; 0 if num_steps decides."""
     batch_size: int = 16
-    """Sequences per update, over all devices and micro-batches."""
+    """Sequences of an update, over all devices and micro-batches."""
     accumulate_steps: int = 1
-    """Micro-batches an update is split into, or as many of them as have a row for every device.
-    More of them need less memory; results are equal."""
+    """Micro-batches of an update. More of them need less memory and give the same update. On more
+    devices than a micro-batch has rows, as many are made as have a row for every device."""
     loss_chunk: int = 256
-    """Tokens of one device whose logits exist at once; 0 takes all. Results are equal."""
+    """Tokens of one device whose logits exist at once, in training and evaluation; 0 takes all.
+    The loss does not depend on it."""
     log_every: int = 10
-    """Updates between log lines."""
+    """Updates between records of the training loss."""
     eval_every: int = 250
-    """Updates between validation losses; 0: only at the end."""
+    """Updates between evaluations; 0 evaluates only at the end."""
     eval_sequences: int = 256
-    """Validation sequences read each time, always the same; 0 reads the whole split."""
+    """Validation sequences of an evaluation, always the same ones; 0 takes the whole split."""
     save_every: int = 250
-    """Updates between checkpoints; 0: only at the end. The last update is always saved."""
+    """Updates between checkpoints; 0 saves only at the end. The last update is always saved."""
     keep_last: int = 2
-    """Newest checkpoints kept, beside the best by validation loss."""
+    """Newest checkpoints that are kept, beside the best by validation loss."""
     sample_every: int = 0
-    """Updates between printed samples; 0: none."""
+    """Updates between printed samples; 0 prints none."""
     sample_prompt: str = "The"
-    """Prompt of those samples."""
+    """Prompt of the samples."""
     sample_tokens: int = 64
-    """New tokens in each sample."""
+    """New tokens of a sample."""
     max_nonfinite_steps: int = 10
-    """Updates in a row with a non-finite loss or gradient that end the run."""
+    """The run ends after so many updates in a row with a loss or gradient that is not finite."""
     xla_flags: tuple[str, ...] = ()
-    """Flags of the XLA compiler, such as --xla_gpu_enable_latency_hiding_scheduler=true, that
-    scripts/train.py adds to XLA_FLAGS. Those that this version of XLA does not know are left out
-    with a warning. One element may hold several: --xla_flags='--xla_a=1 --xla_b=2'."""
+    """Flags of the XLA compiler that `inl train` adds to XLA_FLAGS, as in
+    --xla_flags='--xla_a=1 --xla_b=2'. A flag that this version of XLA does not know is left out
+    with a warning."""
 
     def __post_init__(self):
         _check_types(self, "")
         _require_positive(
             self,
             "",
-            "batch_size",
-            "accumulate_steps",
-            "log_every",
-            "keep_last",
-            "sample_tokens",
-            "max_nonfinite_steps",
+            "batch_size accumulate_steps log_every keep_last sample_tokens max_nonfinite_steps",
         )
         _require_not_negative(
             self,
             "",
-            "loss_chunk",
-            "num_steps",
-            "num_epochs",
-            "eval_every",
-            "eval_sequences",
-            "save_every",
-            "sample_every",
+            "loss_chunk num_steps num_epochs eval_every eval_sequences save_every sample_every "
             "seed",
         )
         _require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
@@ -389,41 +374,6 @@ class TrainConfig:
                 flag.startswith("--xla_"),
                 f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
             )
-
-
-def to_json(config: TrainConfig) -> str:
-    """`config` as a JSON object, sections as nested objects."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(text: str) -> TrainConfig:
-    """The inverse of `to_json`. Unknown fields are an error that names them."""
-
-    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = [f"{prefix}{name}" for name in values if name not in fields]
-        _require(not unknown, f"unknown config fields {', '.join(unknown)}: remove them")
-        kwargs = {}
-        for name, value in values.items():
-            field_type = fields[name].type
-            if dataclasses.is_dataclass(field_type):
-                value = build(field_type, value, f"{prefix}{name}.")
-            kwargs[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**kwargs)
-
-    values = json.loads(text)
-    _require(isinstance(values, dict) and "model" in values, "this is not the JSON of a config")
-    return build(TrainConfig, values, "")
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted field, old value, new value) wherever two configs of one type differ."""
-    for field in dataclasses.fields(old):
-        a, b = getattr(old, field.name), getattr(new, field.name)
-        if dataclasses.is_dataclass(a):
-            yield from differences(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            yield f"{prefix}{field.name}", a, b
 
 
 def with_fields(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:

@@ -1,21 +1,35 @@
-"""Configs from files and command lines.
+"""Configs as text: files, command lines, JSON.
 
-A config file is a Python file that assigns one value, `config = TrainConfig(...)`. Single fields
-are overridden as `--section.field value`.
+A config file is a Python file that assigns one value, `config = TrainConfig(...)`. Its docstring is
+a lab note. Single fields are overridden as `--section.field value`.
 """
 
+import ast
 import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import runpy
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import tyro
+from typing import Any, NamedTuple
 
 from inl_jax.config import InputError, TrainConfig
+
+# Held while a file runs and a command line is parsed: both change what the whole process shares
+# (`redirect_stderr` swaps sys.stderr, `run_path` sys.argv). A config file may load another one.
+_lock = threading.RLock()
+
+
+class LabNote(NamedTuple):
+    """What a config file says of itself; read, not computed."""
+
+    num_params: int
+    count: str  # the same for people: 1.70B
+    memory: str  # of training on one device, in GiB
 
 
 def presets() -> dict[str, Path]:
@@ -25,29 +39,43 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
+def read_lab_note(path: Path) -> LabNote:
+    """The figures in the docstring of a config file, without running the file.
+
+    Its first line is `NAME: 1,698,414,592 parameters (1.70B), ...`; a line below begins with
+    `Memory     34.3 GiB`, or `Memory     12.6 GiB and 19.0 GiB of host memory`.
+    """
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    size = re.match(r"\w+: ([\d,]+) parameters \(([^)]+)\)", text)
+    memory = re.search(r"^Memory +([\d.]+ GiB(?: and [\d.]+ GiB of host memory)?)", text, re.M)
+    assert size and memory, f"{path}: the lab note does not give parameters and memory"
+    return LabNote(int(size[1].replace(",", "")), size[2], memory[1])
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a config file and applies overrides.
 
     Args:
-      path: a Python file that assigns `config = TrainConfig(...)`, or the name of one that comes
-        with the project ("3b").
+      path: a Python file that assigns `config = TrainConfig(...)`, or the name of a config that
+        comes with the project ("3b").
       overrides: `["--optim.learning_rate", "3e-5"]`, `["optim.learning_rate=3e-5"]`, or both mixed.
 
     Raises:
-      InputError: one line, for a file that cannot be read or a field that is unknown, of the wrong
-        type or impossible.
+      InputError: one line; the file cannot be read, or a field is unknown, of the wrong type or
+        impossible.
     """
     file = Path(path)
     if not file.is_file():
         known = presets()
         if str(path) not in known:
             raise InputError(
-                f"config {path}: no such file, and no config of that name "
-                f"(there are {', '.join(known)})"
+                f"config {path}: no such file, and no config has that name; choose one of "
+                f"{', '.join(known)}"
             )
         file = known[str(path)]
     try:
-        values = runpy.run_path(str(file))
+        with _lock:
+            values = runpy.run_path(str(file))
     except InputError:
         raise
     except Exception as error:
@@ -59,14 +87,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """`config` with the fields named on a command line replaced. Raises as `load` does."""
+    """`config` with the fields named on a command line replaced.
+
+    Raises:
+      InputError: as `load_config` does.
+      SystemExit: after `--help`, which prints every field.
+    """
+    import tyro  # late: listing the configs needs none of it
+
     args = [
-        f"--{arg}" if _assigns(arg, after) else arg
-        for after, arg in itertools.pairwise(["", *overrides])
+        f"--{arg}" if _assigns(arg, previous) else arg
+        for previous, arg in itertools.pairwise(["", *overrides])
     ]
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with _lock, contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 TrainConfig,
                 default=config,
@@ -81,12 +116,12 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         raise InputError(_one_line(complaint.getvalue())) from None
 
 
-def _assigns(arg: str, after: str) -> bool:
-    """Whether `arg` is field=value, and not a value of the flag `after` that has a = in it."""
+def _assigns(arg: str, previous: str) -> bool:
+    """Whether `arg` is field=value, and not the value of the flag `previous` with a = in it."""
     field, equals, _ = arg.partition("=")
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     known = re.fullmatch(r"\w+(\.\w+)?", field) and field.partition(".")[0] in names
-    return bool(equals and known and not (after.startswith("--") and "=" not in after))
+    return bool(equals and known and not (previous.startswith("--") and "=" not in previous))
 
 
 def _one_line(boxed: str) -> str:
@@ -95,3 +130,44 @@ def _one_line(boxed: str) -> str:
     text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
     text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
     return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+def to_json(config: TrainConfig) -> str:
+    """`config` as a JSON object, sections as nested objects."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: the JSON is not of a config, or has fields that do not exist; they are named.
+    """
+
+    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [f"{prefix}{name}" for name in values if name not in fields]
+        if unknown:
+            raise InputError(f"unknown config fields {', '.join(unknown)}: remove them")
+        kwargs = {}
+        for name, value in values.items():
+            field_type = fields[name].type
+            if dataclasses.is_dataclass(field_type):
+                value = build(field_type, value, f"{prefix}{name}.")
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    values = json.loads(text)
+    if not (isinstance(values, dict) and "model" in values):
+        raise InputError("this is not the JSON of a config")
+    return build(TrainConfig, values, "")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted field, old value, new value) for each field in which two configs differ."""
+    for field in dataclasses.fields(old):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            yield f"{prefix}{field.name}", a, b

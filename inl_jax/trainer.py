@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig, with_fields
-from inl_jax.console import count, plural, say
+from inl_jax.console import count, mute, plural, say
 from inl_jax.data import batches
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.tokenizer import Tokenizer
@@ -68,8 +68,9 @@ class TrainResult:
 
     @property
     def model(self) -> LanguageModel:
-        """The trained model, ready to generate."""
-        return LanguageModel(self.config.model, self.params, self.tokenizer)
+        """The trained model, ready to generate, on the mesh of the run."""
+        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
+        return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
 def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = None) -> TrainResult:
@@ -77,8 +78,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
 
     Args:
       config: the run, as asked for. It is recorded so, and fitted to the mesh here.
-      on_record: called with each record (docs: README, "Records") on process 0. What it raises
-        ends the run.
+      on_record: called on process 0 with each record, a dict of numbers, once it is written. What
+        it raises ends the run.
 
     Raises:
       InputError: the config, the data, the machine or the run directory does not fit.
@@ -86,6 +87,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
       Stopped: SIGTERM came before the first update.
     """
     with StopRequest() as stop:
+        mute(not processes.first())
         check_same_config(config)
         mesh = make_mesh(config.mesh)
         fitted = fit_to_mesh(config, mesh)

@@ -18,6 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # before any other use of JAX
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from inl_jax.cli.main import run as run_inl  # noqa: E402
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from inl_jax.data.corpus import prepare  # noqa: E402
 from inl_jax.parallel.sharding import make_mesh  # noqa: E402
@@ -121,3 +122,51 @@ def make_corpus(tmp_path):
         return prepare(data, tokenizer=using)
 
     return make
+
+
+@pytest.fixture
+def inl(capsys):
+    """Runs `inl` with a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            code = run_inl([str(word) for word in argv])
+        except SystemExit as stop:  # --help
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+TINY_RUN = """
+from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+config = TrainConfig(
+    model=ModelConfig(vocab_size=300, d_model=16, num_layers=2, num_iterations=3, d_ff=32,
+                      max_seq_len=32, controller_width=8, num_heads=2, num_kv_heads=1,
+                      remat="none"),
+    data=DataConfig(paths=({text!r},), tokenizer="bytes", seq_len=32, validation_fraction=0.1,
+                    cache_dir={cache!r}),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+    mesh=MeshConfig(data=1),
+    run_dir={run_dir!r},
+    num_steps=4, batch_size=8, log_every=1, eval_every=4, eval_sequences=16, save_every=4,
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A config file and the run directory that `inl train` made of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = "the quick brown fox jumps over the lazy dog while seven wizards brew potions".split()
+    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(700)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    config = folder / "config.py"
+    config.write_text(
+        TINY_RUN.format(
+            text=str(folder / "text.txt"), cache=str(folder / "cache"), run_dir=str(folder / "run")
+        )
+    )
+    assert run_inl(["train", "--config", str(config)]) == 0
+    return config, folder / "run"

@@ -18,7 +18,8 @@ from conftest import assert_same
 
 import inl_jax
 from inl_jax import trainer
-from inl_jax.config import InputError, MeshConfig, to_json
+from inl_jax.config import InputError, MeshConfig
+from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
 from inl_jax.training import checkpoint, metrics, state
@@ -375,7 +376,7 @@ def run_script(name, *args, **kwargs):
 
 def write_config(config, path):
     path.write_text(
-        f"from inl_jax.config import from_json\nconfig = from_json({to_json(config)!r})\n"
+        f"from inl_jax.config_file import from_json\nconfig = from_json({to_json(config)!r})\n"
     )
     return ["--config", str(path)]
 

@@ -1,44 +1,130 @@
-"""Flags of a verb beside those of the config."""
+"""Command lines: a parser whose mistakes are one line, and the config that a line names."""
 
 import argparse
 import contextlib
+import difflib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from inl_jax.config import InputError, TrainConfig
-from inl_jax.config_file import load_config
+from inl_jax import console
+from inl_jax.cli.other_names import check_names
+from inl_jax.config import InputError, MeshConfig, TrainConfig
+from inl_jax.config_file import load_config, presets
 
 
-@contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """For scripts: an `InputError` becomes one line on stderr and exit code 2."""
-    try:
-        yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+class Parser(argparse.ArgumentParser):
+    """Flags in full, with underscores or dashes; a mistake raises `InputError`."""
+
+    def __init__(self, verb: str, doc: str | None, **settings):
+        super().__init__(
+            prog=f"inl {verb}",
+            description=doc,
+            allow_abbrev=False,  # --num would be --num_processes
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage and exit."""
+        raise InputError(message)
+
+    def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The values of the flags.
+
+        Raises:
+          InputError: one flag is unknown or missing, or its value is not of its type.
+        """
+        flags, unknown = self.parse_known_args(with_underscores(argv))
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = sorted(self._option_string_actions)
+            closest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise InputError(f"{name}: no such flag; the closest is {closest}")
+        return flags
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """The same command line with `--run-dir` written as `--run_dir`; values stay as they are."""
+
+    def spell(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return f"--{name[2:].replace('-', '_')}{equals}{value}" if name[:2] == "--" else word
+
+    return [spell(word) for word in argv]
 
 
 def from_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[TrainConfig, argparse.Namespace]:
-    """The config that `--config FILE --section.field value ...` names, and the script's own flags.
+    """The config of `--config FILE --section.field value ...`, and the verb's own flags.
 
     Args:
-      parser: made with `add_help=False`, holding the flags of the script itself.
+      parser: made with `add_help=False`; holds the flags of the verb itself.
       argv: the command line; the process's own by default.
+
+    Raises:
+      InputError: a flag, a field or a value is wrong.
     """
-    parser.add_argument("--config", required=True, help="config file, or a name such as tiny")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and every field")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    asked_for_help = "-h" in argv or "--help" in argv
-    if asked_for_help:
+    parser.add_argument("--config", help=f"a config file, or one of {', '.join(presets())}")
+    parser.add_argument("-h", "--help", action="store_true", help="show these and every field")
+    argv = with_underscores(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
         parser.print_help()
-        print("\nevery other flag overrides a field of the config:")
-        with_file = "--config" in argv or any(arg.startswith("--config=") for arg in argv)
-        argv = argv if with_file else ["--config", "tiny", *argv]
+        print("\nevery other flag replaces a field of the config:")
+        flags, overrides = parser.parse_known_args(argv)
+        return load_config(flags.config or "tiny", [*overrides, "--help"]), flags
+    check_names(argv, own=parser._option_string_actions)
     flags, overrides = parser.parse_known_args(argv)
-    with exit_on_input_error():
-        return load_config(
-            flags.config, [*overrides, "--help"] if asked_for_help else overrides
-        ), flags
+    if flags.config is None:
+        raise InputError(f"--config is missing: name a file, or one of {', '.join(presets())}")
+    return load_config(flags.config, overrides), flags
+
+
+def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, for `mesh_from`."""
+    for axis, what in (
+        ("data", "devices that each take other rows"),
+        ("fsdp", "devices that share the parameters and also split the rows"),
+        ("tensor", "devices that split each layer"),
+    ):
+        parser.add_argument(f"--mesh.{axis}", type=_axis, metavar="N", help=f"{what}, or rest")
+
+
+def mesh_from(flags: argparse.Namespace):
+    """The mesh that the flags name; None, which is a single device, if they name none.
+
+    Raises:
+      InputError: the devices are not as many.
+    """
+    given = {key.removeprefix("mesh."): n for key, n in vars(flags).items() if key[:5] == "mesh."}
+    given = {axis: n for axis, n in given.items() if n is not None}
+    if not given:
+        return None
+    from inl_jax.parallel.sharding import make_mesh
+
+    return make_mesh(MeshConfig(**given))
+
+
+def _axis(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+@contextlib.contextmanager
+def lines_on_stderr() -> Iterator[None]:
+    """Keeps the lines of `say` apart from the result on stdout."""
+    console.speak_to(sys.stderr)
+    try:
+        yield
+    finally:
+        console.speak_to(None)
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """For programs beside `inl`: an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

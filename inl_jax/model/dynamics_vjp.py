@@ -1,17 +1,18 @@
 """The gradient of `dynamics.run`, written out.
 
-Automatic differentiation of the plain scan keeps about 15 vectors of width D per token and step.
-This gradient keeps at most 2. Going forward, it keeps of every step the hidden activations `r` (Q C
-values per token) and `rms(e)`; and of every segment of K steps the state and the velocity (2 D
-values) before its first step. Going backward, it recomputes the other states of a segment from
-these, without the products with Wx and Wv.
+It exists to save memory. At the 3b's shapes, automatic differentiation of the plain scan keeps 17.3
+vectors of width D per token and step, this gradient 2.1, or 0.53 in segments of 7 steps
+(docs/benchmarks.md). In float64 the two agree within 1e-10 (tests/model/test_dynamics_vjp.py).
 
-`step_backward` is the gradient of the equations in `dynamics.py`; the rest is bookkeeping. The
-gradients are equal to automatic differentiation within 1e-10 in float64
-(tests/model/test_dynamics_vjp.py).
+The forward pass keeps, of every step, the hidden activations `r` (Q C values per token) and
+`rms(e)`; and of every segment of K steps, the state and the velocity (2 D values) before its first
+step. From these the backward pass recomputes the other states of the segment, without the products
+with Wx and Wv.
+
+`step_backward` is the gradient of the equations in `dynamics.py`; the rest is bookkeeping.
 
 Shapes: as in `dynamics.py`; K steps of one segment, n segments, E the two inputs (x, v) of
-`state_kernel`. `dx` is the gradient by `x`. Sums over tokens and steps have the state's type.
+`state_kernel`. `dx` is the gradient by `x`. Gradients are added up in the type of the state.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
-Tokens go through the tied embedding in chunks. Training computes the gradient in the same pass, so
-that logits are made once, and neither they nor their gradient are kept.
+Tokens go through the tied embedding in chunks. In training, the forward pass also computes the
+gradient: the logits are computed once, and neither they nor their gradient are kept.
 
-Shapes: B batch, S sequence, K positions of one chunk, D width, V vocabulary, N parts the rows of a
-batch are split into over devices.
+Shapes: B batch, S sequence, K positions of one chunk, n chunks, D width, V vocabulary, N shards of
+the batch axis.
 """
 
 import functools
@@ -21,38 +21,41 @@ from inl_jax.model.params import (
     split_positions,
 )
 
-CHUNK = 256  # tokens of one device whose logits exist at once
-COLUMNS = 512  # of the embedding's gradient that are added at once
+CHUNK = 256  # tokens of each device whose logits exist at once
+COLUMNS = 512  # columns of the embedding's gradient that are added at once
 
 
 def token_losses(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.Array:
-    """Negative log-likelihood of every target, in nats, float32 [B, S].
+    """Negative log-likelihood of every target, in nats, at least float32, [B, S].
 
     Args:
-      params: the model's parameters, for the tied embedding.
-      hidden_BSD: from `model.hidden_states`.
+      params: the model's parameters; only the tied embedding is read.
+      hidden_BSD: from `language_model.hidden_states`.
       targets_BS: the token that follows each position.
-      chunk: tokens of one device whose logits exist at once; 0 takes all.
+      chunk: tokens of each device whose logits exist at once; 0 takes all.
     """
     return _token_losses(embedding_rows(params["embedding"]), hidden_BSD, targets_BS, chunk)
 
 
 def _token_losses(embedding_VD, hidden_BSD, targets_BS, chunk):
-    # Recomputed in a backward pass, which would otherwise keep the logits of every chunk.
+    # Without this checkpoint a backward pass would keep the logits of every chunk.
     losses = jax.checkpoint(lambda inputs: _negative_log_likelihood(embedding_VD, *inputs)[0])
     parts = _chunks((hidden_BSD, targets_BS), chunk)
     return join_positions(jax.lax.map(losses, parts), targets_BS.shape[1])
 
 
 def mean_loss(params, hidden_BSD, targets_BS, *, chunk: int = CHUNK) -> jax.Array:
-    """The mean of `token_losses`, with a gradient that makes the logits once. For training."""
+    """The mean of `token_losses`, whose gradient computes the logits once. For training.
+
+    `chunk` counts tokens, as in `token_losses`.
+    """
     weight_BS = jnp.full(targets_BS.shape, 1 / targets_BS.size, at_least_float32(hidden_BSD))
     embedding_VD = embedding_rows(params["embedding"])
     return _weighted_loss(embedding_VD, hidden_BSD, targets_BS, weight_BS, chunk)
 
 
 def _negative_log_likelihood(embedding_VD, hidden_BKD, targets_BK):
-    """The losses, and the softmax as `exp(logits - max)` with its sum."""
+    """The losses [B, K]; and the softmax as `exp(logits - max)` [B, K, V] and its sum [B, K, 1]."""
     logits_BKV = project(embedding_VD, hidden_BKD)
     top_BK1 = logits_BKV.max(axis=-1, keepdims=True)
     exp_BKV = jnp.exp(logits_BKV - top_BK1)
@@ -83,7 +86,7 @@ def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chun
         d_hidden_BKD = d_logits_BKV @ kernel_VD
         by_shard = by_row_shard((d_logits_BKV, hidden_BKD), N)
 
-        def add_columns(i, total_NVD):  # fewer at a time: their product is an array of its own
+        def add_columns(i, total_NVD):  # few at a time, because XLA allocates their product
             d_logits_NBKV, hidden_NBKD = by_shard
             columns = jax.lax.dynamic_slice_in_dim(hidden_NBKD, i * width, width, axis=-1)
             new = jnp.einsum("nbkv,nbkd->nvd", d_logits_NBKV, columns, preferred_element_type=wide)
@@ -93,7 +96,7 @@ def _weighted_loss_forward(embedding_VD, hidden_BSD, targets_BS, weight_BS, chun
         d_embedding_NVD = jax.lax.fori_loop(0, D // width, add_columns, d_embedding_NVD)
         return (loss_B + jnp.sum(losses_BK * weight_BK, axis=1), d_embedding_NVD), d_hidden_BKD
 
-    # One sum for each row or part of the rows: devices exchange theirs once, after the last chunk.
+    # A sum for each row, and one for each shard: devices exchange them once, after the last chunk.
     zero_B = jnp.zeros(len(targets_BS), wide)
     zero_NVD = nn.with_logical_constraint(
         jnp.zeros((N, V, D), wide), ("batch", "vocab", "activation")
@@ -115,9 +118,9 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 def _chunks(arrays, chunk: int):
-    """Arrays [B, S, ...] as [n, B, K, ...]: about `chunk` tokens of each device at a time.
+    """Arrays [B, S, ...] as [n, B, K, ...], with about `chunk` tokens of each device in a chunk.
 
-    What is added at the end to fill the last chunk is zero, and so is its weight.
+    The last chunk is zero-padded; padding has weight 0.
     """
     B, S = arrays[0].shape[:2]
     num_chunks = 1 if chunk == 0 else min(S, -(-B // current_batch_shards(B) * S // chunk))

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
+from inl_jax.config import InputError, TrainConfig
+from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import count, plural, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare

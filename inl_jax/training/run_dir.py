@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inl_jax.config import InputError, TrainConfig, differences, from_json, to_json
+from inl_jax.config import InputError, TrainConfig
+from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import say
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as read_tokenizer

@@ -15,7 +15,8 @@ import optax
 import pytest
 from conftest import assert_same, mesh_of
 
-from inl_jax.config import InputError, MeshConfig, to_json
+from inl_jax.config import InputError, MeshConfig
+from inl_jax.config_file import to_json
 from inl_jax.parallel.sharding import num_bytes
 from inl_jax.training.checkpoint import Checkpoints, read_params
 from inl_jax.training.state import TrainState, make_layout, split_state
@@ -111,7 +112,7 @@ PEAK = """
 import resource, sys
 import jax
 from inl_jax import checkpoint, train
-from inl_jax.config import from_json
+from inl_jax.config_file import from_json
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.training.step import make_layout, split_state
 

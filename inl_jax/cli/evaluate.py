@@ -1,0 +1,81 @@
+"""Computes loss, perplexity and bits per byte of a run, on its validation split or on any text.
+
+inl evaluate --checkpoint runs/tiny [--data PATH ...] [--step best] [--json]
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from inl_jax.cli import signals
+from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.config import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code."""
+    parser = Parser("evaluate", __doc__)
+    parser.add_argument("--checkpoint", required=True, help="run directory")
+    parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
+    parser.add_argument("--data", nargs="+", help="sources as in data.paths; all of their text")
+    parser.add_argument("--seq_len", type=int, help="tokens per window; the run's by default")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_mesh_flags(parser)
+    flags = parser.parse_flags(argv)
+    for name in ("batch_size", "seq_len"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be positive")
+    with lines_on_stderr():
+        result, data = evaluate_run(flags)
+    rate = result.tokens / result.seconds
+    if flags.json:
+        print(json.dumps(result._asdict() | {"tokens_per_second": rate}))
+        return 0
+    text = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
+    print(
+        f"{flags.checkpoint} ({flags.step}) on {text}: loss {result.loss:.6f} nats/token, "
+        f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.6f} bits/byte over "
+        f"{result.tokens:,} tokens; {rate:,.0f} tokens/s"
+    )
+    return 0
+
+
+def evaluate_run(flags):
+    """The `Evaluation`, and the `DataConfig` it was made on."""
+    # Imported late: a mistake on the command line is answered before JAX starts.
+    from inl_jax.data.batches import check, eval_batches
+    from inl_jax.data.corpus import prepare
+    from inl_jax.evaluation import evaluate
+    from inl_jax.parallel.sharding import batch_shards
+    from inl_jax.planning.xla import use_compile_cache
+    from inl_jax.sampling import LanguageModel
+    from inl_jax.training.run_dir import read_config
+
+    signals.unwind()
+    config = read_config(flags.checkpoint)
+    use_compile_cache()
+    mesh = mesh_from(flags)
+    if mesh is not None and flags.batch_size % batch_shards(mesh):
+        raise InputError(
+            f"--batch_size {flags.batch_size}: must be a multiple of the {batch_shards(mesh)} "
+            "devices that split the rows (--mesh.data x --mesh.fsdp)"
+        )
+    model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
+    data = config.data
+    if flags.data:
+        data = dataclasses.replace(
+            data,
+            paths=tuple(flags.data),
+            weights=(),
+            validation_fraction=1.0,
+            column="",
+            max_documents=0,
+        )
+    data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
+    dataclasses.replace(config, data=data)  # checks the length against the model
+    corpus = prepare(data, tokenizer=model.tokenizer)
+    check(corpus, model.config.vocab_size)
+    batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
+    found = evaluate(model.config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
+    return found, data

@@ -1,0 +1,98 @@
+"""The `inl` command: finds the verb, runs it, and ends with its exit code.
+
+Exit codes of every verb: 0 done; 1 failed; 2 a mistake in the input; 75 ended by SIGTERM; 130 ended
+by Ctrl-C. After 75 and 130 the same command may be run again. `inl train` and `inl estimate` say
+more of theirs.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from inl_jax import __version__
+from inl_jax.cli import signals
+from inl_jax.training.stop import EXIT_MISTAKE, Stopped
+
+VERBS = {
+    "train": "trains a model, or resumes its run",
+    "prepare": "turns text into cached tokens, before training does",
+    "evaluate": "computes loss, perplexity and bits per byte of a run",
+    "generate": "continues prompts with a trained model",
+    "estimate": "predicts memory and traffic of a run, without a device",
+    "plot": "draws the loss of a run",
+    "import": "makes a run directory from published PyTorch weights",
+}
+SPELLINGS = {"prepare_data": "prepare", "import_torch": "import"}
+
+
+def main(*words: str) -> NoReturn:
+    """Runs `words` (a door in scripts/ names its verb) and the command line, and exits."""
+    signals.end_at_once()  # before anything heavy is imported
+    try:
+        code = run([*words, *sys.argv[1:]])
+        sys.stdout.flush()
+    except KeyboardInterrupt as stopped:
+        signals.leave(signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT)
+    signals.ignore()
+    sys.exit(code)
+
+
+def run(argv: Sequence[str]) -> int:
+    """`inl` with this command line, in this process; returns the exit code."""
+    # Imported late, as all that is not needed to catch a signal.
+    from inl_jax.config import InputError
+
+    word, *rest = argv or ("--help",)
+    verb = word.replace("-", "_")
+    verb = SPELLINGS.get(verb, verb)
+    try:
+        if word in ("-h", "--help") or (verb == "train" and not rest):
+            print(overview())
+            return 0 if argv and verb != "train" else EXIT_MISTAKE
+        if word == "--version":
+            print(f"inl_jax {__version__}")
+            return 0
+        if word.startswith("-"):
+            raise InputError(f"inl {word}: name a verb first, such as inl train {word}")
+        if verb not in VERBS:
+            raise InputError(f"inl {word}: no such verb; the closest is inl {_closest(verb)}")
+        module = importlib.import_module(f"inl_jax.cli.{'import_' if verb == 'import' else verb}")
+        return module.main(rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+
+
+def overview() -> str:
+    """The verbs, the configs that come with the project, and a command to start with."""
+    from inl_jax.config_file import presets, read_lab_note
+
+    notes = {name: read_lab_note(path) for name, path in presets().items()}
+    rows = [
+        (name, f"{note.num_params:,} parameters ({note.count})", note.memory)
+        for name, note in sorted(notes.items(), key=lambda item: item[1].num_params)
+    ]
+    name_width, size_width = (max(len(row[i]) for row in rows) for i in range(2))
+    lines = [
+        "usage: inl VERB [--flag value ...]; inl VERB --help lists the flags",
+        "",
+        *(f"  inl {verb:10} {what}" for verb, what in VERBS.items()),
+        "",
+        "configs (--config NAME), their parameters, and the estimated memory of one GPU to train:",
+        "",
+        *(f"  {name:{name_width}}  {size:>{size_width}}  {memory}" for name, size, memory in rows),
+        "",
+        "a first run, on the standard library of this Python, in minutes on two CPU cores:",
+        "",
+        "  inl train --config tiny",
+    ]
+    return "\n".join(lines)
+
+
+def _closest(verb: str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(verb, [*VERBS, *SPELLINGS], n=1, cutoff=0)[0]
+    return SPELLINGS.get(found, found)

@@ -1,0 +1,137 @@
+"""What other programs call our flags: an unknown flag is answered with ours."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from inl_jax.config import InputError, TrainConfig
+
+# A word in braces is replaced with the value that was given.
+_RESUME = "give the same command again; a run resumes from its --run_dir"
+_RECORDS = "not needed, the records of a run are in metrics.jsonl of its --run_dir; no tracker yet"
+_ROWS = "write --batch_size N, the sequences of one update over all devices and micro-batches"
+_LENGTH = "write --data.seq_len {N}, and --model.max_seq_len {N} if the model is built for fewer"
+_TYPES = (
+    "write --model.compute_dtype bfloat16 (or float32) for matrix products, "
+    "and --model.param_dtype bfloat16 (or float32) for the parameters"
+)
+_ARCHITECTURE = "write --config NAME for an architecture, and --init_from RUN_DIR for its weights"
+
+_ANSWERS = {
+    ("lr",): "write --optim.learning_rate {RATE}",
+    ("min_lr",): "write --optim.final_lr_fraction F, a fraction of the peak",
+    ("epochs", "num_train_epochs", "max_epochs"): "write --num_epochs {N} --num_steps 0",
+    ("max_steps", "max_iters", "steps", "iters", "train_steps"): "write --num_steps {N}",
+    ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path", "init_from_ckpt"): _RESUME,
+    ("output_dir", "out_dir", "save_dir", "out"): "write --run_dir {DIR}",
+    (
+        "report_to",
+        "wandb",
+        "wandb_log",
+        "wandb_project",
+        "wandb_run_name",
+        "tensorboard",
+        "logger",
+    ): _RECORDS,
+    ("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"): (
+        "write --accumulate_steps {N}; it splits --batch_size, the sequences of one update"
+    ),
+    (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "micro_batch_size",
+        "device_batch_size",
+        "global_batch_size",
+        "total_batch_size",
+    ): _ROWS,
+    (
+        "dataset",
+        "dataset_name",
+        "data",
+        "data_dir",
+        "data_path",
+        "train_data",
+        "train_file",
+        "input_file",
+    ): "write --data.paths {PATH}",
+    ("tokenizer_name", "tokenizer_path"): "write --data.tokenizer {NAME}",
+    (
+        "block_size",
+        "max_seq_length",
+        "max_length",
+        "context_length",
+        "sequence_length",
+        "seq_length",
+    ): _LENGTH,
+    ("n_layer", "n_layers", "num_hidden_layers"): "write --model.num_layers {N}",
+    ("n_embd", "hidden_size", "embed_dim", "dim"): "write --model.d_model {N}",
+    ("n_head", "n_heads", "num_attention_heads"): "write --model.num_heads {N}",
+    ("n_kv_heads", "num_key_value_heads"): "write --model.num_kv_heads {N}",
+    ("intermediate_size", "ffn_dim"): "write --model.d_ff {N}",
+    ("dtype", "bf16", "fp16", "precision", "mixed_precision", "torch_dtype"): _TYPES,
+    ("gradient_checkpointing", "activation_checkpointing", "checkpoint_activations"): (
+        "write --model.remat block"
+    ),
+    ("wd",): "write --optim.weight_decay {RATE}",
+    ("warmup", "warmup_iters", "lr_warmup_steps", "num_warmup_steps"): (
+        "write --optim.warmup_steps {N}"
+    ),
+    ("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"): (
+        "write --optim.clip_norm {NORM}"
+    ),
+    ("beta1", "adam_beta1"): "write --optim.b1 {B}",
+    ("beta2", "adam_beta2"): "write --optim.b2 {B}",
+    ("adam_epsilon", "epsilon"): "write --optim.eps {EPS}",
+    ("eval_interval", "eval_steps"): "write --eval_every {N}",
+    ("log_interval", "logging_steps"): "write --log_every {N}",
+    ("save_interval", "save_steps"): "write --save_every {N}",
+    ("save_total_limit",): "write --keep_last {N}",
+    ("model", "model_name", "model_name_or_path", "pretrained"): _ARCHITECTURE,
+    ("deepspeed",): (
+        "write --mesh.fsdp N for ZeRO-3, with --mesh.fsdp_shards optimizer for ZeRO-1 and 2"
+    ),
+    ("fsdp",): "write --mesh.fsdp N, the number of devices that share the parameters",
+    ("tensor_parallel", "tensor_parallel_size", "tensor_model_parallel_size"): (
+        "write --mesh.tensor {N}"
+    ),
+    ("device",): "not needed, JAX takes the GPUs it finds; JAX_PLATFORMS=cpu chooses the CPU",
+}
+ANSWERS = {name: answer for names, answer in _ANSWERS.items() for name in names}
+
+
+def check_names(argv: Sequence[str], *, own: Iterable[str]) -> None:
+    """Raises `InputError` for the first flag that is not ours, with the one to write instead.
+
+    Args:
+      argv: the command line, with underscores in the names.
+      own: the flags that the verb has beside the fields of the config.
+    """
+    known = {*own, *(f"--{field}" for field in _fields())}
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in known:
+            continue
+        if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            value = argv[i + 1]
+        if answer := answer_to(flag[2:], value):
+            raise InputError(f"{flag}: {answer}")
+        closest = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0)[0]
+        raise InputError(f"{flag}: no such flag; the closest is {closest}")
+
+
+def answer_to(name: str, value: str = "") -> str:
+    """What to write instead of `--name value`; empty if nobody calls a flag so."""
+    if name in ANSWERS:
+        return re.sub(r"{(\w+)}", lambda word: value or word[1], ANSWERS[name])
+    full = [f"--{field}" for field in _fields() if field.endswith(f".{name}")]
+    return f"write {' or '.join(full)} {value}".rstrip() if full else ""
+
+
+def _fields() -> Iterator[str]:
+    """The dotted names of all fields that a command line can set."""
+    for field in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(field.type):
+            yield from (f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type))
+        else:
+            yield field.name

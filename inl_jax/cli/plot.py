@@ -1,0 +1,43 @@
+"""Draws the training and validation loss of a run: inl plot runs/tiny [OUT.png]."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from inl_jax.cli import signals
+from inl_jax.cli.command_line import Parser
+from inl_jax.config import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code."""
+    parser = Parser("plot", __doc__)
+    parser.add_argument("run_dir")
+    parser.add_argument("out", nargs="?", help="the picture; RUN_DIR/loss.png by default")
+    flags = parser.parse_flags(argv)
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("inl plot needs matplotlib: pip install 'inl_jax[plot]'") from None
+    from inl_jax.training.metrics import read_metrics
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    signals.unwind()
+    out = Path(flags.out or Path(flags.run_dir) / "loss.png")
+    records = read_metrics(flags.run_dir)
+    if not records:
+        raise InputError(f"{flags.run_dir}: no metrics.jsonl with records in it; name a run_dir")
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        found = [(r["step"], r[key]) for r in records if key in r]
+        if found:
+            axis.plot(*zip(*found, strict=True), style, label=label, markersize=4)
+    axis.set(xlabel="updates", ylabel="loss (nats per token)", title=Path(flags.run_dir).name)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    print(f"loss picture: {out}")
+    return 0

@@ -1,0 +1,31 @@
+"""Turns the text of a config into cached tokens, before training does, and says where they are.
+
+inl prepare --config tiny --data.paths a.txt b/ --data.tokenizer bytes
+"""
+
+from collections.abc import Sequence
+
+from inl_jax.cli import signals
+from inl_jax.cli.command_line import Parser, from_command_line
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code."""
+    config, _ = from_command_line(Parser("prepare", __doc__, add_help=False), argv)
+    from inl_jax.data.corpus import prepare
+
+    signals.unwind()
+    corpus = prepare(config.data)
+    name, vocab_size = corpus.tokenizer.name, corpus.tokenizer.vocab_size
+    print(f"tokenizer {name}: {vocab_size:,} ids, end token {corpus.tokenizer.end_id}")
+    for source, weight in zip(corpus.sources, corpus.weights, strict=True):
+        print(
+            f"{source.directory}: {source.documents:,} documents, weight {weight:g}, {source.dtype}"
+        )
+        print(f"  train      {source.train_tokens:>15,} tokens {source.train_bytes:>16,} bytes")
+        print(
+            f"  validation {source.validation_tokens:>15,} tokens "
+            f"{source.validation_bytes:>16,} bytes"
+        )
+    print(f"data fingerprint {corpus.fingerprint}")
+    return 0

@@ -1,0 +1,89 @@
+"""SIGTERM and Ctrl-C outside the training loop: one line and a documented exit code."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+from inl_jax.training.stop import EXIT_CTRL_C, EXIT_INTERRUPTED, Stopped
+
+PATIENCE = 5  # seconds for a verb to remove its temporary files
+
+_started = False
+
+
+def end_at_once() -> None:
+    """From here on a signal ends the process at once, with one line.
+
+    For imports: an exception in the middle of one leaves modules half made, and C++ crashes.
+    """
+    global _started
+    _started = True
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+
+
+def unwind(*, patience: float | None = PATIENCE) -> None:
+    """From here on, after the imports, the first signal raises; a second one ends at once.
+
+    Raises `Stopped` for SIGTERM and KeyboardInterrupt for Ctrl-C, so that temporary files are
+    removed on the way out. Without `end_at_once` before, as in a test, this does nothing.
+
+    Args:
+      patience: seconds after which the process ends even if nothing has been raised: Python runs a
+        handler only after a call into C++, such as a compilation. None waits for ever.
+    """
+    if not _started:
+        return
+
+    def stop(number, frame):
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, leave)
+        raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    sys.unraisablehook = _dropped
+    if patience is None:
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)  # written by C, at once, whatever Python is doing
+
+    def watch():
+        number = os.read(read_end, 1)[0]
+        while number not in (signal.SIGTERM, signal.SIGINT):
+            number = os.read(read_end, 1)[0]
+        time.sleep(patience)
+        leave(number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _dropped(error) -> None:
+    """Ends the process if Python dropped what `stop` raised, as in XLA's callback for the GC.
+
+    Once `train` catches signals itself, it has noted the signal and needs no exception.
+    """
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
+    elif signal.getsignal(signal.SIGTERM) is leave:
+        leave(signal.SIGTERM if issubclass(error.exc_type, Stopped) else signal.SIGINT)
+
+
+def leave(number: int, frame=None) -> None:
+    """Ends the process because signal `number` came: one line on stderr and the exit code."""
+    terminated = number == signal.SIGTERM
+    with contextlib.suppress(Exception):  # the signal may have come in the middle of a flush
+        sys.stdout.flush()
+    line = "terminated" if terminated else "interrupted"
+    os.write(2, f"{line}; nothing was saved, the same command may be run again\n".encode())
+    os._exit(EXIT_INTERRUPTED if terminated else EXIT_CTRL_C)
+
+
+def ignore() -> None:
+    """From here on a signal changes nothing: the exit code is decided."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,94 @@
+"""Trains a model, or resumes its run: inl train --config tiny.
+
+Exit codes: 0 done; 1 failed; 2 a mistake in the input; 3 diverged; 75 ended by SIGTERM, or by
+Ctrl-C after it saved: the same command resumes the run; 130 ended by Ctrl-C with nothing more to
+save. Several processes (docs/cluster.md) all end with the same code.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from inl_jax.cli import signals
+from inl_jax.cli.command_line import Parser, from_command_line
+from inl_jax.config import InputError
+from inl_jax.training.stop import (
+    EXIT_CTRL_C,
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    Stopped,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code, the same on every process."""
+    parser = Parser("train", __doc__, add_help=False)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what the run needs and stop; allocates nothing"
+    )
+    parser.add_argument("--coordinator", default="", help="host:port of process 0 of several")
+    parser.add_argument("--num_processes", type=int, help="how many; 1 ignores any launcher")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    parser.add_argument(
+        "--start_timeout", type=int, default=300, help="seconds for all processes to start"
+    )
+    parser.add_argument(
+        "--peer_timeout",
+        type=int,
+        default=60,
+        help="seconds without a sign of life after which a process counts as dead and all end",
+    )
+    config, flags = from_command_line(parser, argv)
+    # Imported late: a mistake on the command line is answered before JAX starts.
+    from inl_jax.parallel import processes
+    from inl_jax.trainer import Diverged
+
+    signals.unwind(patience=None)  # until `train` catches signals itself
+    try:
+        return processes.end(run(config, flags))
+    except InputError as error:
+        return processes.end(EXIT_MISTAKE, f"error: {error}")
+    except processes.PeersMissing as error:
+        return processes.end(EXIT_FAILED, f"error: {error}")
+    except KeyboardInterrupt as stopped:  # before the first update, or a second Ctrl-C
+        terminated = isinstance(stopped, Stopped)
+        code = EXIT_INTERRUPTED if terminated else EXIT_CTRL_C
+        what = "terminated" if terminated else "interrupted"
+        processes.end(code, f"{what}; nothing more was saved")
+        sys.stdout.flush()
+        os._exit(code)  # XLA may still compile in its threads: a slower exit would crash
+    except Diverged as error:
+        return processes.end(EXIT_DIVERGED, f"error: {error}")
+    except Exception:  # of several processes, also because another one died
+        return processes.end(EXIT_FAILED, traceback.format_exc().rstrip())
+
+
+def run(config, flags) -> int:
+    """Trains; returns the exit code of this process."""
+    from inl_jax.parallel import processes
+    from inl_jax.parallel.launch import find_launch
+    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
+    from inl_jax.planning.preflight import check_machine, check_same_config
+    from inl_jax.planning.xla import apply_flags, use_compile_cache
+    from inl_jax.trainer import train
+    from inl_jax.training.state import make_layout
+
+    launch = find_launch(
+        os.environ,
+        coordinator=flags.coordinator,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+    )
+    processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
+    apply_flags(config.xla_flags)
+    if flags.dry_run:
+        check_same_config(config)
+        mesh = make_mesh(config.mesh)
+        fitted = fit_to_mesh(config, mesh)
+        check_machine(config, fitted, mesh, make_layout(fitted, mesh))
+        return 0
+    use_compile_cache()
+    return EXIT_INTERRUPTED if train(config).interrupted else 0

@@ -1,0 +1,99 @@
+import importlib
+import inspect
+
+import pytest
+
+from inl_jax.cli import main
+from inl_jax.cli.command_line import Parser, with_underscores
+from inl_jax.config import InputError
+
+REQUIRED = {
+    "train": ["--config", "tiny"],
+    "prepare": ["--config", "tiny"],
+    "estimate": ["--config", "tiny"],
+    "evaluate": ["--checkpoint", "nowhere"],
+    "generate": ["--checkpoint", "nowhere"],
+    "plot": ["nowhere"],
+    "import": ["--weights", "w.pt", "--num_iterations", "3", "--out", "nowhere"],
+}
+
+
+@pytest.fixture
+def flags_of(monkeypatch):
+    """The flags in full of each verb, as its parser holds them."""
+
+    def find(verb):
+        made, old = [], Parser.__init__
+
+        def init(self, *args, **settings):
+            old(self, *args, **settings)
+            made.append(self)
+
+        with monkeypatch.context() as patch, pytest.raises((InputError, SystemExit)):
+            patch.setattr(Parser, "__init__", init)
+            module = importlib.import_module(
+                f"inl_jax.cli.{'import_' * (verb == 'import') or verb}"
+            )
+            module.main(["--help"])
+        return [flag for flag in made[0]._option_string_actions if flag.startswith("--")]
+
+    return find
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_no_verb_takes_an_abbreviated_flag(inl, flags_of, verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(verb)
+    assert flags
+    if verb in ("train", "prepare", "estimate"):
+        flags += ["--optim.learning_rate", "--data.paths", "--num_steps"]
+    for flag in flags:
+        code, _, err = inl(verb, *REQUIRED[verb], flag[:-1], "1")
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (flag, err)
+        if flag[:-1] not in flags:
+            assert flag[:-1] in err, (flag, err)
+
+
+def test_every_verb_of_the_list_has_one_file():
+    for verb in main.VERBS:
+        module = importlib.import_module(f"inl_jax.cli.{'import_' * (verb == 'import') or verb}")
+        assert list(inspect.signature(module.main).parameters) == ["argv"]
+
+
+def test_dashes_in_a_flag_are_underscores_and_values_stay():
+    words = ["--run-dir", "a-b", "--data.seq-len=3", "--xla-flags=--xla-a=1", "-x-y", "c-d=e-f"]
+    assert with_underscores(words) == [
+        "--run_dir",
+        "a-b",
+        "--data.seq_len=3",
+        "--xla_flags=--xla-a=1",
+        "-x-y",
+        "c-d=e-f",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["train", "--confg", "tiny"], "--confg: no such flag; the closest is --config"),
+        (["train", "--dry_run"], "--config is missing: name a file, or one of 3b,"),
+        (["train", "--config", "tiny", "--dry-ru"], "--dry_ru: no such flag; the closest is --dry"),
+        (["train", "--config", "tiny", "--num", "5"], "--num: no such flag; "),
+        (["evaluate"], "required: --checkpoint"),
+        (["evaluate", "--checkpoint", "x", "--steps", "1"], "the closest is --step"),
+        (["evaluate", "--checkpoint", "x", "--batch_size", "0"], "--batch_size 0: must be posit"),
+        (["generate", "--checkpoint", "x", "--top-k", "many"], "--top_k: invalid int value"),
+        (["plot"], "required: run_dir"),
+        (["import", "--weights", "w"], "required: --num_iterations, --out"),
+        (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be positive"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
+    code, out, err = inl(*argv)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert named in err
+
+
+def test_help_of_a_verb_lists_its_flags_and_every_field(inl):
+    code, out, _ = inl("train", "--help")
+    assert code == 0 and "--num_processes" in out and "--optim.learning_rate" in out
