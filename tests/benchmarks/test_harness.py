@@ -47,6 +47,7 @@ def measure(benchmark, capsys):
 SMALL = "--d_model 16 --d_ff 32 --num_iterations 3 --tokens 8 --rounds 2 --skip_compile".split()
 
 
+@pytest.mark.slow
 def test_integrator_and_block_are_timed_beside_torch(measure):
     pytest.importorskip("torch", reason="torch is not installed")
     found = measure("integrator", *SMALL)
@@ -75,18 +76,35 @@ def test_integrator_without_torch_says_so_in_its_rows(measure, monkeypatch):
     assert notes == ["torch not installed"] * 4
 
 
-def test_train_measures_a_config_with_and_without_the_integrator(measure):
-    found = measure("train", *TINY, "--updates", "2", "--warmup", "1", "--tax")
-    assert [row["num_iterations"] for row in found["rows"]] == [4, 0]
-    assert found["integrator_tax"] > 0 and found["compile_seconds"] > 0
+def test_train_measures_updates_of_a_config(measure):
+    found = measure("train", *TINY, "--updates", "2", "--warmup", "1")
+    assert found["compile_seconds"] > 0 and "integrator_tax" not in found
     assert found["share_of_matmul"] > 0 and found["peak_bytes"] > 1e6
     per_update = found["tokens_per_second"] * found["seconds_per_update"]
     np.testing.assert_allclose(per_update, 2 * 16)
 
 
+def test_train_divides_by_the_time_without_the_integrator(measure, benchmark, monkeypatch):
+    def training(config, flags):
+        T = config.model.num_iterations
+        return {"num_iterations": T, "seconds_per_update": 1.0 + T}
+
+    monkeypatch.setattr(benchmark("train"), "training", training)
+    found = measure("train", *TINY, "--tax")
+    assert [row["num_iterations"] for row in found["rows"]] == [4, 0]
+    assert found["integrator_tax"] == 5
+
+
+@pytest.mark.slow
+def test_train_measures_a_config_with_and_without_the_integrator(measure):
+    found = measure("train", *TINY, "--updates", "2", "--warmup", "1", "--tax")
+    assert [row["num_iterations"] for row in found["rows"]] == [4, 0]
+    assert found["integrator_tax"] > 0 and found["compile_seconds"] > 0
+
+
 def test_generate_measures_each_batch_size_and_position_once(measure):
     sizes = "--batch_sizes 3 --positions 5 99 100 --new_tokens 4 --rounds 1".split()
-    rows = measure("generate", *TINY, *sizes)["rows"]
+    rows = measure("generate", *TINY, "--model.context", "mean", *sizes)["rows"]
     assert [(r["batch_size"], r["position"]) for r in rows] == [(3, 5), (3, 28)]
     assert all(r[f"{w}_tokens_per_second"] > 0 for r in rows for w in ("prefill", "decode"))
 
