@@ -1,7 +1,9 @@
-"""The integrator and the published block in plain PyTorch, to measure and to check ours against.
+"""The integrator and the published block in plain PyTorch, to time and to check ours against.
 
-Written after the same equations (README), one line for each, with the published names of the
-weights, so that `interop.params_to_torch` fills them.
+Each equation of the README is one line here. The weights have their published names, so that
+`interop.params_to_torch` fills them.
+
+Shapes: B batch, S sequence, D width, C controller width.
 """
 
 import functools
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from inl_jax.config import ModelConfig
-from inl_jax.interop import published as interop
+from inl_jax.console import first_line, say
+from inl_jax.interop import params_to_torch
 
 
 class Integrator(nn.Module):
-    """Context and initial state to the state after all iterations, [B, S, D]."""
+    """Maps the context and the initial state to the state after all iterations, [B, S, D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -33,7 +36,7 @@ class Integrator(nn.Module):
             setattr(self, f"mlp_{name}", controller)
 
     def forward(self, h, x):
-        """Runs the iterations from state `x` and velocity 0."""
+        """Runs all iterations from the state `x` and velocity 0."""
         v = torch.zeros_like(x)
         for t in range(self.num_iterations):
             inputs = torch.cat([h, x, v], dim=-1)
@@ -51,7 +54,7 @@ class Integrator(nn.Module):
 
 
 class Block(nn.Module):
-    """The published block, with the mean context: x to x, [B, S, D]."""
+    """The published block, which has the mean context."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -59,13 +62,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
         self.context_projection = nn.Linear(D, D)
         self.inl = Integrator(config)
-        # The published dropout, index 2, is kept for the names; without training it does nothing.
+        # nn.Identity stands for the published dropout, so that the last layer is named ff.3.
         self.ff = nn.Sequential(
             nn.Linear(D, config.d_ff), nn.GELU(), nn.Identity(), nn.Linear(config.d_ff, D)
         )
 
     def forward(self, x):
-        """Refines the stream."""
+        """The stream after this block, [B, S, D]."""
         n = self.norm1(x)
         count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)[:, None]
         h = self.context_projection(n).cumsum(dim=1) / count
@@ -74,14 +77,14 @@ class Block(nn.Module):
 
 
 def block_weights(params, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The first block's weights by the names used here.
+    """The first block's weights by their names in `Block`.
 
     Args:
-      params: the parameters of a model, or a tree of that shape, such as their gradients.
-      config: the architecture, with the mean context.
+      params: the parameters of a model, or a tree of the same structure, such as their gradients.
+      config: of that model; its context is the mean.
     """
     prefix = "layers.0."
-    published = interop.params_to_torch(params, config)
+    published = params_to_torch(params, config)
     return {
         name.removeprefix(prefix): torch.from_numpy(array.copy())
         for name, array in published.items()
@@ -90,7 +93,7 @@ def block_weights(params, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def load_block(params, config: ModelConfig) -> Block:
-    """A block that computes what our model's first one does, in the type of its parameters."""
+    """A copy of our model's first block, in the type of its parameters."""
     weights = block_weights(params, config)
     block = Block(config).to(weights["norm1.weight"].dtype)
     block.load_state_dict(weights)
@@ -98,15 +101,14 @@ def load_block(params, config: ModelConfig) -> Block:
 
 
 class TorchSide:
-    """What scripts/benchmark.py measures of PyTorch: the modules above, eager and compiled.
+    """What integrator.py times of PyTorch: the modules above, eager and compiled.
 
     Args:
-      params: the parameters of our model, of which the first block is taken.
-      config: the architecture; products are in its `compute_dtype`.
+      params: the parameters of our model; its first block is measured.
+      config: of that model; products are computed in its `compute_dtype`.
       skip_compile: leave out torch.compile.
       num_threads: CPU threads.
-      want_gpu: run on CUDA if torch can.
-      report: where warnings go.
+      want_gpu: run on CUDA if torch finds a GPU.
     """
 
     def __init__(
@@ -117,14 +119,13 @@ class TorchSide:
         skip_compile: bool,
         num_threads: int,
         want_gpu: bool,
-        report: Callable[[str], None],
     ):
         torch.set_num_threads(num_threads)
         self.device = "cuda" if want_gpu and torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as XLA does
+            torch.set_float32_matmul_precision("high")  # TF32, which XLA uses by default
         elif want_gpu:
-            report("WARNING: JAX runs on the GPU and torch sees none: torch is on the CPU")
+            say("WARNING: JAX runs on the GPU, but torch finds no GPU and runs on the CPU")
         self.version = f"{torch.__version__} on {self.device}, {num_threads} threads"
         self.dtype = getattr(torch, config.compute_dtype)
         block = load_block(params, config).to(self.device)
@@ -132,7 +133,6 @@ class TorchSide:
         self.ways = {"torch eager": lambda module: module}
         if not skip_compile:
             self.ways["torch.compile"] = functools.cache(torch.compile)
-        self.report = report
 
     def matmul(self, *factors: np.ndarray) -> Callable[[], Any]:
         """A call that multiplies two matrices."""
@@ -142,12 +142,12 @@ class TorchSide:
     def contenders(
         self, piece: str, arrays: list[np.ndarray], *, backward: bool
     ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-        """Calls by name, and by name why one is missing.
+        """The calls that work, by name, and for those that fail the reason, by name.
 
         Args:
           piece: "block" or "integrator".
-          arrays: its inputs, and the gradient by its output.
-          backward: also compute the gradients by the inputs and all parameters.
+          arrays: its inputs, then the gradient by its output.
+          backward: also compute the gradients by the inputs and by all parameters.
         """
         *inputs, dy = (torch.from_numpy(a).to(self.device) for a in arrays)
         inputs = [tensor.requires_grad_(backward) for tensor in inputs]
@@ -166,11 +166,11 @@ class TorchSide:
             try:
                 call()
                 working[name] = call
-            except Exception as error:  # torch.compile needs a C++ compiler, among other things
+            except Exception as error:  # torch.compile needs a C++ compiler, for example
                 if name == "torch eager":
                     raise
-                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
-                self.report(f"WARNING: {name} failed: {error}")
+                failed[name] = f"{type(error).__name__}: {first_line(error)[:60]}"
+                say(f"WARNING: {name} failed: {error}")
         return working, failed
 
     def _waiting(self, call: Callable) -> Callable[[], Any]:

@@ -1,0 +1,87 @@
+"""How fast are prefill and decoding?
+
+python benchmarks/generate.py --config C [--section.field value ...] [--checkpoint RUN] [--json]
+
+A row is one batch size and one position: prefill of prompts of that length, then greedy decoding.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from harness import Report, config_and_flags, interleaved, main, number
+
+from inl_jax.cli.command_line import Parser
+from inl_jax.config import InputError, ModelConfig
+from inl_jax.console import say
+from inl_jax.model.language_model import init_params
+from inl_jax.sampling import decode_loop, prefill
+from inl_jax.training.checkpoint import read_params
+
+
+def generate(parser: Parser, argv: Sequence[str]) -> Report:
+    parser.add_argument("--checkpoint", help="run directory; random weights without it")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--positions", type=int, nargs="+", default=[100, 4000])
+    number(parser, "--new_tokens", 64, "tokens to decode after each prompt")
+    number(parser, "--rounds", 3, "measurements of each")
+    config, flags = config_and_flags(parser, argv)
+    c, new = config.model, flags.new_tokens
+    last = c.max_seq_len - new
+    if last < 1:
+        raise InputError(f"--new_tokens {new}: must be below model.max_seq_len={c.max_seq_len}")
+    if max(flags.positions) > last:
+        say(f"positions are lowered to {last}, because model.max_seq_len is {c.max_seq_len}")
+    if flags.checkpoint:
+        params = read_params(flags.checkpoint, c)[1]
+    else:
+        params = init_params(c, jax.random.key(config.seed))
+    rows = []
+    for batch_size in flags.batch_sizes:
+        for position in dict.fromkeys(min(p, last) for p in flags.positions):
+            seconds = generating(c, params, batch_size, position, new, flags.rounds)
+            row = {"batch_size": batch_size, "position": position}
+            for what, tokens in {"prefill": position, "decode": new}.items():
+                rate = batch_size * tokens / statistics.median(seconds[what])
+                row[f"{what}_tokens_per_second"] = rate
+            rows.append(row)
+    weights = flags.checkpoint or "random weights"
+    return Report({}, rows, [f"{config.name}, {weights}, {new} new tokens, decoded greedily"])
+
+
+def generating(
+    config: ModelConfig, params, batch_size: int, position: int, new_tokens: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of prefill and of decoding after it."""
+    shape = (batch_size, position)
+    ids_BP = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
+    length_B = np.full(batch_size, position)
+    keys_B = jax.random.split(jax.random.key(0), batch_size)
+    ready = []
+
+    def read():
+        found = prefill(config, params, ids_BP, length_B, max_len=position + new_tokens)
+        ready[:] = jax.block_until_ready(found)
+
+    def decode():  # donates the state, so a prefill must come before each call
+        found = decode_loop(
+            config,
+            params,
+            *ready,
+            keys_B,
+            np.int32(-1),
+            np.float32(0),
+            None,
+            max_new_tokens=new_tokens,
+            greedy=True,
+            top_k=0,
+            num_ids=config.vocab_size,
+        )
+        jax.block_until_ready(found)
+
+    return interleaved({"prefill": read, "decode": decode}, rounds)
+
+
+if __name__ == "__main__":
+    main(generate)
