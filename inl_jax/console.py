@@ -1,6 +1,7 @@
-"""How the library speaks: lines, a progress bar on a terminal, and numbers for people.
+"""What a user sees: lines, a progress bar on a terminal, and numbers in readable units.
 
-`say` is the one channel. The processes of one run speak once: all but process 0 are muted.
+`say` is the only channel for lines. Of several processes only process 0 prints; the others are
+muted.
 """
 
 import sys

@@ -220,7 +220,7 @@ def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config
 
 @pytest.mark.slow  # its halves, resuming and splitting, are tested by default
 def test_train_resumes_with_another_number_of_micro_batches(train_config):
-    """Between updates the accumulator is empty, so any split of the batch goes on exactly."""
+    """Between updates the accumulator is empty, so a run resumes with any number of micro-batches."""
     ends = []
     for splits in ((2, 4), (4, 1)):
         run_dir = f"{train_config().run_dir}-{splits[1]}"
@@ -454,7 +454,7 @@ def test_train_calls_on_record_with_each_record_and_lets_it_end_the_run(train_co
 
 
 def test_train_marks_the_branch_that_it_abandons(train_config):
-    """A run whose checkpoints are lost starts anew, and its history is not that of two runs."""
+    """A run whose checkpoints are lost starts again, and its history is that of one run."""
     config = train_config(num_steps=8, log_every=1, eval_every=0)
     trainer.train(config)
     shutil.rmtree(Path(config.run_dir) / "checkpoints")

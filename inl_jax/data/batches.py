@@ -1,8 +1,8 @@
 """Token files to batches. A batch is a pure function of (seed, index).
 
-Windows of `seq_len + 1` tokens are shuffled anew each epoch; grain's threads read them. Sample i of
-a run depends neither on the number of processes nor on the batch size nor on where a run resumed,
-so a position in the data is one integer: the number of samples consumed.
+Windows of `seq_len + 1` tokens are reshuffled in each epoch and read by grain's threads. Sample i
+of a run depends neither on the number of processes nor on the batch size nor on where a run
+resumed, so a position in the data is one integer: the number of samples consumed.
 
 B is the batch, S the sequence length.
 """

@@ -81,7 +81,7 @@ _SAFE_CUT = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
 
 
 def _pieces(texts: Iterable[tuple[str, int]]) -> Pieces:
-    """Cuts `texts` anew, where the tokens stay the same; the last piece may be short."""
+    """Joins `texts` and cuts them at places that no token spans; the last piece may be short."""
     held, bad = "", 0
     for text, more_bad in texts:
         held, bad = held + text, bad + more_bad

@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, d
     assert len(said) == 1 and "checkpoint 3" in said[0] and str(aside) in said[0]
     assert "\n" not in said[0]
 
-    # The run goes on and saves that step again.
+    # The run continues, and saves that step again.
     assert checkpoints.latest_step() == 2
     checkpoints.save(3, **filled(abstract, 33), position={"data": ""})
     checkpoints.close()

@@ -81,7 +81,7 @@ def test_train_step_skips_a_nonfinite_update_bit_for_bit(train_config, accumulat
     assert not results["finite"] and results["skipped"] == 1 and after.step == state.step + 1
     assert_same((after.params, after.opt_state), (poisoned.params, poisoned.opt_state))
     # Batches that do not touch the bad row of the embedding still see it in the logits; a good
-    # state goes on as if nothing had happened.
+    # state continues as if nothing had happened.
     after, results = step(after._replace(params=state.params), batches(1)[0])
     assert results["finite"] and results["skipped"] == 1
     assert good["finite"] and not jnp.array_equal(after.params["embedding"], params["embedding"])
@@ -173,7 +173,7 @@ def test_compile_step_looks_for_the_kernel_that_was_asked_for(train_config, monk
 
 
 def test_train_step_compiles_once_for_any_length_of_run_and_learning_rate(train_config):
-    """The learning rate is data: another num_steps compiles nothing anew."""
+    """The learning rate is data: another num_steps compiles nothing."""
     texts = [traced(train_config(num_steps=n)).lower().as_text() for n in (8, 80)]
     assert texts[0] == texts[1]
     config = train_config()
