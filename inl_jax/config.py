@@ -84,8 +84,8 @@ class ModelConfig:
     excitation_amplitude: float = 0.03
     """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0
-    """How sharply alpha falls to 0 near the equilibrium, per unit of distance. With inf it does not
-    fall: alpha = alpha0."""
+    """How sharply alpha falls to 0 near the equilibrium, per unit of rms(x - mu). With inf it does
+    not fall, as in the published model: alpha = sigmoid(o_alpha)."""
     dropout: float = 0.0
     """Probability of dropping a value of the embedding, of the integrator's output or of the
     feed-forward layer's output."""
@@ -104,7 +104,7 @@ class ModelConfig:
     """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
     integrator_segment: int = 1
-    """Iterations per segment. lean keeps the state before each segment, and recomputes the rest."""
+    """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
 
@@ -139,6 +139,11 @@ class ModelConfig:
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
+        )
+        _require(
+            not (self.remat == "all_but_integrator" and self.integrator_gradient == "autodiff"),
+            "model.remat=all_but_integrator with model.integrator_gradient=autodiff: only lean "
+            "marks what is to be kept; use model.integrator_gradient=lean",
         )
         _require(
             not (self.num_iterations == 0 and self.context == "mean"),
@@ -260,7 +265,8 @@ class MeshConfig:
     fsdp: int | Literal["rest"] = 1
     """Devices that parameters, optimizer state and the rows of a batch are sharded over."""
     tensor: int | Literal["rest"] = 1
-    """Devices that share the feed-forward, the attention heads and the integrator's channels."""
+    """Devices that share the feed-forward, the attention heads, the integrator's channels and the
+    vocabulary."""
     fsdp_shards: Literal["all", "optimizer"] = "all"
     """What is sharded over fsdp. all: parameters, gradients and optimizer state (ZeRO-3).
     optimizer: gradients and optimizer state; each device holds all parameters (ZeRO-2)."""
@@ -279,7 +285,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. Every step in it is an optimizer update."""
+    """A whole run. Every step of it is an optimizer update."""
 
     name: str = "custom"
     """Name of the run, shown beside the true parameter count."""
@@ -300,8 +306,8 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences of an update, over all devices and micro-batches."""
     accumulate_steps: int = 1
-    """Micro-batches of an update. More of them need less memory and give the same update. On more
-    devices than a micro-batch has rows, as many are made as have a row for every device."""
+    """Micro-batches of an update. More of them need less memory and give the same mean gradient. If
+    a micro-batch has fewer rows than there are devices, fewer micro-batches are made."""
     loss_chunk: int = 256
     """Tokens of one device whose logits exist at once, in training and evaluation; 0 takes all.
     The loss does not depend on it."""

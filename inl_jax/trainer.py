@@ -83,7 +83,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
 
     Raises:
       InputError: the config, the data, the machine or the run directory does not fit.
-      Diverged: too many updates in a row were not finite. The state before them is saved.
+      Diverged: too many updates in a row were not finite. They changed nothing; the state is
+        saved.
       Stopped: SIGTERM came before the first update.
     """
     with StopRequest() as stop:
@@ -97,9 +98,9 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         batches.check(corpus, config.model.vocab_size)
         samples = batches.training_samples(corpus, config.data, config.seed)
         check_sample(config, corpus.tokenizer)
-        count_steps(config, corpus)
+        count_steps(config, corpus)  # raises if the run is shorter than its warmup
         check_run(config, corpus.tokenizer)
-        stop.hold()
+        stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
             locked(config.run_dir),
             on(mesh),
@@ -121,7 +122,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 state, interrupted = run.loop(step_fn, state, samples, stop)
             else:
                 say(f"the run is complete at update {step}; raise num_steps to continue it")
-            stop.hold()
+            stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
         step = int(state.step)
         history = read_metrics(config.run_dir, up_to=step)
@@ -148,7 +149,11 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh) ->
 def restore_or_init(
     config: TrainConfig, layout: Layout, checkpoints: Checkpoints, corpus: Corpus
 ) -> tuple[TrainState, int]:
-    """The state to start from, and the samples consumed so far. Never two states in memory."""
+    """The state to start from, and the number of samples consumed so far.
+
+    A checkpoint is read straight into its shardings, and given weights are donated: memory never
+    holds two states.
+    """
     found = checkpoints.restore(split_state(layout.state))
     if found is not None:
         say(f"resuming from update {found['step']} in {config.run_dir}")
@@ -210,9 +215,10 @@ class Run:
         self.timer.start(self.start_step)
         for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
             state, metrics = step_fn(state, batch, rates[step - 1])
-            if pending:  # fetched after the next update is dispatched: the device never waits
+            if pending:  # one update late, so that the next one is dispatched before we wait
                 self.look_at(state, *pending)
-            pending, stopping = (step, metrics), any_stop(stop.requested is not None)
+            pending = step, metrics
+            stopping = any_stop(stop.requested is not None)  # of several processes: one late
             save = step == last or stopping or _due(step, c.save_every)
             validate = step == last or _due(step, c.eval_every)
             sample = _due(step, c.sample_every)
@@ -247,13 +253,14 @@ class Run:
                 f"{values['grad_norm']} ({values['skipped']} skipped so far)"
             )
         if self.nonfinite_in_a_row >= c.max_nonfinite_steps:
+            # The state is one update newer than `step`. It is as good: skipped too, or finite.
             self.save(state, int(state.step))
             self.checkpoints.wait()
             raise Diverged(
                 f"{self.nonfinite_in_a_row} updates in a row, up to update {step}, had a "
-                f"non-finite loss or gradient (max_nonfinite_steps={c.max_nonfinite_steps}); the "
-                f"parameters before them are saved in {c.run_dir}. Lower optim.learning_rate or "
-                "look at the data"
+                f"non-finite loss or gradient (max_nonfinite_steps={c.max_nonfinite_steps}); they "
+                f"changed nothing, and the state is saved in {c.run_dir}. Lower "
+                "optim.learning_rate or look at the data"
             )
         self.log.progress(step, self.num_steps, values["loss"])
         if step in (1, self.num_steps) or _due(step, c.log_every):

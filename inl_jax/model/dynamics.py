@@ -5,6 +5,7 @@ Every token has a state `x` and a velocity `v`. A step pulls the state towards a
 velocity is kept (`alpha`), how strong the pull is (`beta`), how far the state moves (`gate`) and
 which velocity is blended in (the candidate `c`). A harmonic excites the system.
 
+    x_0 = n, v_0 = 0;  for t = 0 .. T-1:                  n: the normalised stream
     r_k    = relu(h Wh_k + x Wx_k + v Wv_k + b_k)         k: alpha, beta, gate, candidate
     o_k    = r_k Wo_k + bo_k
     e      = x - mu
@@ -12,7 +13,8 @@ which velocity is blended in (the candidate `c`). A harmonic excites the system.
     beta   = min(softplus(o_beta), 2 / dt)
     gate   = sigmoid(o_gate)
     c      = o_candidate
-    v'     = alpha v + (1 - alpha) c - beta e + A sin(gamma t + phi)
+    s      = A sin(gamma t + phi)                         t: the number of the step
+    v'     = alpha v + (1 - alpha) c - beta e + s
     x'     = x + dt gate v'
 
 To change an equation, change it here and train with `integrator_gradient="autodiff"`, which
@@ -20,7 +22,8 @@ differentiates this file. The default gradient is written out by hand: `step_bac
 `dynamics_vjp.py` must follow, and `tests/model/test_dynamics_vjp.py` fails until it does. New
 parameters are declared in `integrator.py`.
 
-Shapes: B batch, S sequence, D width, C controller width, Q the four controllers, T steps.
+Shapes: B batch, S sequence, D width, C controller width, Q the four controllers, E the two inputs
+(x, v) of `state_kernel`, T steps, at least 1; 1 an axis of size 1.
 Parameters: Wh `context_kernel` [D, Q, C], Wx and Wv `state_kernel` [2, D, Q, C], b `hidden_bias`
 [Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D].
 """
@@ -54,23 +57,23 @@ def hidden_from_context(params, h_BSD, *, dtype) -> jax.Array:
     return jnp.einsum("bsd,dqc->bsqc", h_BSD.astype(dtype), Wh_DQC) + b_QC
 
 
-def hidden(params, from_context_BSQC, x_BSD, v_BSD) -> jax.Array:
+def controller_hidden(params, from_context_BSQC, x_BSD, v_BSD) -> jax.Array:
     """`r = relu(h Wh + x Wx + v Wv + b)`, [B, S, Q, C], in the type of `from_context_BSQC`."""
     dtype = from_context_BSQC.dtype
     state = [x_BSD] if v_BSD is None else [x_BSD, v_BSD]
     W_EDQC = params["state_kernel"][: len(state)].astype(dtype)
-    # One product for x and v. E stands beside D, because D may be sharded over devices.
+    # One product for x and v: stacked on an axis E, because D may be sharded over devices.
     xv_BSED = jnp.stack(state, axis=-2).astype(dtype)
     return jax.nn.relu(jnp.einsum("bsed,edqc->bsqc", xv_BSED, W_EDQC) + from_context_BSQC)
 
 
-def outputs(params, r_BSQC) -> list[jax.Array]:
+def controller_outputs(params, r_BSQC) -> list[jax.Array]:
     """`o_k = r_k Wo_k + bo_k` of each controller, [B, S, D] in the type of the state."""
     Wo_QCD, bo_QD = params["output_kernel"].astype(r_BSQC.dtype), params["output_bias"]
     return [r_BSQC[..., q, :] @ Wo_QCD[q] + bo_QD[q] for q in range(len(CONTROLLERS))]
 
 
-def distance(x_BSD, mu_D) -> jax.Array:
+def rms_error(x_BSD, mu_D) -> jax.Array:
     """`rms(e)` with `e = x - mu`, over D: [B, S, 1]."""
     e_BSD = x_BSD - mu_D
     tiny = jnp.finfo(x_BSD.dtype).tiny  # without it the gradient at e = 0 is NaN
@@ -85,8 +88,8 @@ def coefficients(o, rms_BS1, *, dt: float, kappa: float):
     gate  = sigmoid(o_gate)
     c     = o_candidate
 
-    A step is stable if and only if `dt gate beta < 2 (1 + alpha)`, and alpha can be 0: hence the
-    bound on beta.
+    For fixed coefficients the step is stable if and only if `dt gate beta < 2 (1 + alpha)`, and
+    alpha can be 0: hence the bound on beta. It says nothing of the feedback through c(x, v).
     """
     o_alpha, o_beta, o_gate, o_candidate = o
     alpha = jax.nn.sigmoid(o_alpha)
@@ -98,17 +101,17 @@ def coefficients(o, rms_BS1, *, dt: float, kappa: float):
 
 
 def _softplus(o):
-    # XLA's log1p takes half as long again, for digits that `beta e` does not need.
+    # log(1 + y) for log1p(y): 1.5 times as fast in XLA, and `beta e` does not need its digits.
     return jnp.maximum(o, 0) + jnp.log(1 + jnp.exp(-jnp.abs(o)))
 
 
 def move(params, r_BSQC, rms_BS1, x_BSD, v_BSD, s_D, *, dynamics: Dynamics):
-    """(x, v) to (x', v'), given what the controllers made of (x, v).
+    """(x', v') from (x, v), the hidden activations `r` and `rms(e)`.
 
-    v' = alpha v + (1 - alpha) c - beta e + s
+    v' = alpha v + (1 - alpha) c - beta e + s             computed as c + alpha (v - c) - beta e + s
     x' = x + dt gate v'
     """
-    o = outputs(params, r_BSQC)
+    o = controller_outputs(params, r_BSQC)
     alpha, beta, gate, c = coefficients(o, rms_BS1, dt=dynamics.dt, kappa=dynamics.kappa)
     v = 0 if v_BSD is None else v_BSD
     e = x_BSD - params["mu"]
@@ -121,8 +124,8 @@ def step(params, from_context_BSQC, x_BSD, v_BSD, s_D, *, dynamics: Dynamics):
 
     A velocity of None is zero, and leaves out the product `v Wv`.
     """
-    r_BSQC = hidden(params, from_context_BSQC, x_BSD, v_BSD)
-    rms_BS1 = distance(x_BSD, params["mu"])
+    r_BSQC = controller_hidden(params, from_context_BSQC, x_BSD, v_BSD)
+    rms_BS1 = rms_error(x_BSD, params["mu"])
     new = move(params, r_BSQC, rms_BS1, x_BSD, v_BSD, s_D, dynamics=dynamics)
     return new, (r_BSQC, rms_BS1)
 
@@ -133,6 +136,7 @@ def run(params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics) -> jax.Ar
     def body(xv, s_D):
         return step(params, from_context_BSQC, *xv, s_D, dynamics=dynamics)[0], None
 
+    # The first step stands outside the scan: its velocity of None saves a product.
     xv, _ = step(params, from_context_BSQC, x_BSD, None, s_TD[0], dynamics=dynamics)
     (x_BSD, _), _ = jax.lax.scan(body, xv, s_TD[1:])
     return x_BSD

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from inl_jax.model.dynamics import Dynamics, coefficients, move, outputs, run, step
+from inl_jax.model.dynamics import Dynamics, coefficients, controller_outputs, move, run, step
 
 TRAJECTORY = "trajectory"  # the name by which a remat policy can save what this gradient keeps
 
@@ -154,7 +154,7 @@ def step_backward(params, carry, xv, kept, s_D, *, dynamics: Dynamics):
     dt, kappa, dtype = dynamics
     state_dtype = dx_BSD.dtype
     # Forward once more, from r on.
-    o = outputs(params, r_BSQC)
+    o = controller_outputs(params, r_BSQC)
     alpha, beta, gate, c = coefficients(o, rms_BS1, dt=dt, kappa=kappa)
     alpha0 = jax.nn.sigmoid(o[0])
     e_BSD = x_BSD - params["mu"]

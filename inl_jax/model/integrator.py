@@ -89,7 +89,7 @@ def integrate(
 
 
 def _by_channels(tree, rows):
-    """Arrays [..., S, D] with D sharded as the parameters' is: each device has its channels."""
+    """Constrains arrays [..., S, D] to be sharded along D over the tensor axis."""
     axes = (*rows, "sequence", "channels")
     return jax.tree.map(lambda a: nn.with_logical_constraint(a, axes), tree)
 

@@ -10,8 +10,9 @@
         x = x + W2 gelu(W1 LN2(x) + b1) + b2
     logits = LN_f(x) E^T
 
-The contexts are in `mixers.py`, the steps in `dynamics.py`. Dropout acts on the embedding, on what
-the integrator adds and on what the feed-forward adds.
+`x` is the residual stream; `x_T` is the last state of the integrator. The contexts are in
+`mixers.py` (decay and attention begin with a norm of their own), the steps in `dynamics.py`.
+Dropout acts on the embedding, on what the integrator adds and on what the feed-forward adds.
 
 Training and decoding are one path. A block takes a span of tokens and, when decoding, the state
 that the earlier tokens left. Training is the span that starts at position 0 and keeps no state.
@@ -83,15 +84,15 @@ class Block(Layer):
             self.declare("up_kernel", init.normal(D**-0.5), (D, F), ("embed", "mlp")),
             self.declare("up_bias", init.zeros, (F,), ("mlp",)),
             self.declare("down_kernel", scaled, (F, D), ("mlp", "embed")),
-            self.declare("down_bias", init.zeros, (D,), ("norm",)),
+            self.declare("down_bias", init.zeros, (D,), ("vector",)),
         )
         return x_BSD + self.dropout(out_BSD), state
 
     def integrator(self, h_BSD, n_BSD, amplitude) -> jax.Array:
         """`x_T`, the last state from the initial state `n` with context `h`."""
         layer = Integrator(self.config, name="integrator")
-        x_BSD = layer(h_BSD, n_BSD, amplitude=amplitude, dtype=compute_dtype(self.config))
-        return x_BSD.astype(n_BSD.dtype)
+        last_BSD = layer(h_BSD, n_BSD, amplitude=amplitude, dtype=compute_dtype(self.config))
+        return last_BSD.astype(n_BSD.dtype)
 
     def dropout(self, x_BSD) -> jax.Array:
         """Dropout at the config's rate, unless `deterministic`."""
@@ -123,6 +124,7 @@ class INLModel(Layer):
         if c.remat in ("block", "all_but_integrator"):
             keep = (TRAJECTORY,) if c.remat == "all_but_integrator" else ()
             policy = jax.checkpoint_policies.save_only_these_names(*keep)
+            # prevent_cse is not needed inside a scan (jax.checkpoint), and costs time.
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
@@ -147,7 +149,8 @@ class INLModel(Layer):
 def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters, each in a box with the logical names of its axes."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    state = init_decode_state(config, 1, 1)  # decoding does not depend on `attention_kernel`
+    # Through decoding, because `attention_kernel` raises on machines that cannot run it.
+    state = init_decode_state(config, 1, 1)
     return INLModel(config).init(key, ids, state, None, 0.0)["params"]
 
 
@@ -191,8 +194,8 @@ def hidden_states(config: ModelConfig, params, input_ids, *, amplitude=None, dro
     Args:
       config: the architecture.
       params: from `init_params`.
-      input_ids: [B, S] integers below the vocabulary's size. Check them on the host: JAX clamps
-        others without a word.
+      input_ids: [B, S] integers from 0 up to the vocabulary's size. Check them on the host: JAX
+        replaces others without a word (-1 by the last id, too large ones by the largest).
       amplitude: the excitation's A, a number or a traced scalar; the config's by default.
       dropout_key: from `jax.random.key`; None turns dropout off.
     """

@@ -149,7 +149,7 @@ def feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D) ->
 
 
 def whole(x_BSD) -> jax.Array:
-    """The stream with D on every device of the tensor axis, as norms and products need it."""
+    """Constrains the stream to be whole along D: norms and products read all of it."""
     return nn.with_logical_constraint(x_BSD, ("batch", "sequence", "activation"))
 
 
@@ -212,6 +212,6 @@ class Layer(nn.Module):
     def norm(self, name: str, x_BSD) -> jax.Array:
         """`layer_norm` with the parameters `<name>_scale` and `<name>_bias`."""
         shape, dtype = (x_BSD.shape[-1],), at_least_float32(x_BSD)
-        scale_D = self.declare(f"{name}_scale", nn.initializers.ones, shape, ("norm",), dtype)
-        bias_D = self.declare(f"{name}_bias", nn.initializers.zeros, shape, ("norm",), dtype)
+        scale_D = self.declare(f"{name}_scale", nn.initializers.ones, shape, ("vector",), dtype)
+        bias_D = self.declare(f"{name}_bias", nn.initializers.zeros, shape, ("vector",), dtype)
         return whole(layer_norm(x_BSD, scale_D, bias_D))

@@ -25,21 +25,22 @@ ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are sharded ov
 
 RULES = (
     ("batch", ROWS),
-    ("replicas", "data"),  # rows, where the devices of fsdp look tokens up for each other
+    # Rows inside `look_up`: over data alone, because fsdp shards the columns of the embedding.
+    ("replicas", "data"),
     ("sequence", None),
     ("layers", None),
-    # Width D of activations, of norms, and of kernels where they are stored.
+    # Width D of activations; of norms and biases; of kernels as they are stored.
     ("activation", None),
-    ("norm", None),
+    ("vector", None),
     ("embed", "fsdp"),
     # Width D of contexts and integrator states: each device of the tensor axis computes its own
-    # channels. "state" is the same axis of the integrator's kernels where they are stored.
+    # channels. "state" is the same axis of the integrator's kernels as they are stored.
     ("channels", "tensor"),
     ("state", ("tensor", "fsdp")),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
-    # The embedding where it is used, and where it is stored.
+    # Axes of the embedding as it is used, and as it is stored.
     ("vocab", "tensor"),
     ("table", ("fsdp", "tensor")),
 )
@@ -199,9 +200,10 @@ def _name(path) -> str:
 def fit_to_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     """The config as it runs on `mesh`: `accumulate_steps` lowered until each device has rows.
 
-    A micro-batch needs at least one row per device. The number of micro-batches does not change an
-    update, so a config written for one device runs on many. Call it once, right after the mesh is
-    made: the step, the memory estimate and the checks below take the fitted config.
+    A micro-batch needs at least one row per device. The mean over fewer micro-batches is the same
+    (but for rounding, and for the draws of dropout), so a config for one device runs on many. Call
+    it once, right after the mesh is made: the step, the memory estimate and the checks below take
+    the fitted config.
 
     Raises:
       InputError: `batch_size` is not a multiple of the number of batch shards.

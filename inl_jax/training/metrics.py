@@ -29,7 +29,11 @@ def update_record(
     tokens_per_second: float,
     input_wait: float,
 ) -> Record:
-    """The record of an update, from the metrics of `train_step` as numbers."""
+    """The record of an update, from the metrics of `train_step` as numbers.
+
+    `loss` is that of this update alone. `input_wait` is the share of the time since the last record
+    that the host waited for data. `seconds_left` leaves out evaluations, saves and samples.
+    """
     return {
         "step": step,
         "num_steps": num_steps,

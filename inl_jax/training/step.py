@@ -1,6 +1,7 @@
 """The training step: the pure `train_step`, and how it is compiled.
 
-Shapes: B sequences of an update, S tokens of a sequence, k micro-batches.
+Shapes: B sequences of an update, L tokens of a sequence and the one that follows it, k
+micro-batches.
 """
 
 import functools
@@ -24,21 +25,21 @@ from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_opti
 from inl_jax.training.state import Layout, TrainState
 
 
-def loss_fn(params, batch_BS1, dropout_key, *, config: TrainConfig) -> jax.Array:
-    """Mean next-token loss of sequences [B, S + 1], in nats per token, float32."""
+def loss_fn(params, batch_BL, dropout_key, *, config: TrainConfig) -> jax.Array:
+    """Mean next-token loss of sequences [B, L], in nats per token, float32."""
     dropout_key = dropout_key if config.model.dropout > 0 else None
-    hidden = hidden_states(config.model, params, batch_BS1[:, :-1], dropout_key=dropout_key)
-    return mean_loss(params, hidden, batch_BS1[:, 1:], chunk=config.loss_chunk)
+    hidden = hidden_states(config.model, params, batch_BL[:, :-1], dropout_key=dropout_key)
+    return mean_loss(params, hidden, batch_BL[:, 1:], chunk=config.loss_chunk)
 
 
-def mean_over_micro_batches(params, batch_BS1, key, *, config: TrainConfig, shardings=None):
+def mean_over_micro_batches(params, batch_BL, key, *, config: TrainConfig, shardings=None):
     """Loss and gradients of a batch, computed one micro-batch at a time.
 
     Row `i` goes to micro-batch `i mod k`, so each device keeps its own rows.
 
     Args:
       params: the parameters.
-      batch_BS1: tokens, int32 [B, S + 1].
+      batch_BL: tokens, int32 [B, L].
       key: for dropout and rounding.
       config: the run, fitted to the mesh; k is its `accumulate_steps`.
       shardings: of the gradients, one for each parameter; left to XLA by default.
@@ -50,16 +51,16 @@ def mean_over_micro_batches(params, batch_BS1, key, *, config: TrainConfig, shar
     def place(tree):
         return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
 
-    def one(batch_BS1, i):
+    def one(batch_BL, i):
         loss, grads = jax.value_and_grad(loss_fn)(
-            params, batch_BS1, jax.random.fold_in(key, i), config=config
+            params, batch_BL, jax.random.fold_in(key, i), config=config
         )
         return loss, place(grads)
 
     k = config.accumulate_steps
-    micro_kBS1 = batch_BS1.reshape(-1, k, batch_BS1.shape[-1]).swapaxes(0, 1)
+    micro_kBL = batch_BL.reshape(-1, k, batch_BL.shape[-1]).swapaxes(0, 1)
     if k == 1:
-        return one(micro_kBS1[0], 0)
+        return one(micro_kBL[0], 0)
     wide = at_least_float32(config.model.param_dtype)
     # MultiSteps serves as a running mean alone: it wraps the identity and is set to emit after
     # k + 1 micro-batches, so it never does, and the mean of k is read from its state. Wrapped
@@ -76,12 +77,12 @@ def mean_over_micro_batches(params, batch_BS1, key, *, config: TrainConfig, shar
 
     state = running_mean.init(params)
     state = state._replace(acc_grads=optax.tree.cast(state.acc_grads, accumulator_dtype(config)))
-    state, losses = jax.lax.scan(add, state, (micro_kBS1, jnp.arange(k)))
+    state, losses = jax.lax.scan(add, state, (micro_kBL, jnp.arange(k)))
     return losses.mean(), state.acc_grads
 
 
 def train_step(
-    state: TrainState, batch_BS1, learning_rate, *, config: TrainConfig, optimizer, shardings=None
+    state: TrainState, batch_BL, learning_rate, *, config: TrainConfig, optimizer, shardings=None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer update.
 
@@ -91,7 +92,7 @@ def train_step(
 
     Args:
       state: the state, to be donated.
-      batch_BS1: tokens, int32 [B, S + 1].
+      batch_BL: tokens, int32 [B, L].
       learning_rate: of this update, a float32 scalar.
       config: the run, fitted to the mesh.
       optimizer: from `make_optimizer`.
@@ -102,7 +103,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     loss, grads = mean_over_micro_batches(
-        state.params, batch_BS1, key, config=config, shardings=shardings
+        state.params, batch_BL, key, config=config, shardings=shardings
     )
     grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(loss.dtype), grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

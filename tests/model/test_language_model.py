@@ -96,18 +96,19 @@ def test_hidden_states_read_no_later_token_and_no_other_row(model_config, contex
         weights = jax.random.normal(jax.random.key(1), hidden.shape[-1:])
         return hidden[0, i] @ weights
 
-    reads = jnp.abs(jax.grad(chosen)(params["embedding"])).max(axis=-1)
+    reads = jnp.abs(jax.jit(jax.grad(chosen))(params["embedding"])).max(axis=-1)
     assert (reads[: i + 1] > 0).all(), "an earlier token is not read"
     assert (reads[i + 1 :] == 0).all(), "a later token, or another row, is read"
 
 
 def test_decode_never_needs_cudnn(model_config, monkeypatch):
-    """In float32, for example, where it could not be had."""
+    """On CUDA in float32, which cuDNN attention does not take."""
     monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
     config = model_config(context="attention", compute_dtype="float32")
     params = inl_jax.init_params(config, jax.random.key(0))
     state = model.init_decode_state(config, 1, 8)
-    assert jnp.isfinite(model.decode(config, params, state, jnp.ones((1, 3), int))[0]).all()
+    decode = jax.jit(functools.partial(model.decode, config))
+    assert jnp.isfinite(decode(params, state, jnp.ones((1, 3), int))[0]).all()
 
 
 def loss_and_grad(config, params, ids, dropout_key=None):
@@ -132,7 +133,7 @@ def test_remat_changes_nothing_but_memory(model_config, context):
 
 
 def scans(jaxpr, length):
-    """How many scans of a length a program has, inside other loops and calls too."""
+    """The number of scans of this length in a program, nested ones included."""
     found = 0
     for eqn in jaxpr.eqns:
         found += eqn.primitive.name == "scan" and eqn.params["length"] == length
@@ -144,7 +145,7 @@ def scans(jaxpr, length):
     "remat, runs", [("none", 1), ("integrator", 2), ("all_but_integrator", 1), ("block", 2)]
 )
 def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs):
-    """Forward runs; the backward pass over the iterations is one more scan."""
+    """`runs` counts forward scans; the gradient's own scan is one more."""
     config = model_config(remat=remat, num_iterations=6)  # the first step is not in the scan
     loss = lambda p: model.hidden_states(config, p, jnp.zeros((1, 12), jnp.int32)).sum()  # noqa: E731
     program = jax.make_jaxpr(jax.grad(loss))(model.abstract_params(config))
@@ -152,7 +153,7 @@ def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs
 
 
 def test_remat_saves_memory_in_order(model_config):
-    """Bytes that stay from the forward to the backward pass, by shapes."""
+    """The number of values kept for the backward pass, counted from shapes."""
 
     def kept(remat, segment=1):
         config = model_config(
@@ -182,8 +183,8 @@ def test_program_size_does_not_grow_with_layers_or_iterations(model_config, cont
 
 
 @pytest.mark.parametrize("context", ONE_QUICK)
-def test_gradients_are_finite_in_bfloat16_at_full_depth(model_config, context):
-    """40 layers of 15 iterations, as the 3b, but narrow; every parameter gets a gradient."""
+def test_gradient_is_finite_in_bfloat16_at_full_depth(model_config, context):
+    """40 layers of 15 iterations, as in the 3b, but narrow. Every parameter gets a gradient."""
     config = model_config(
         context=context,
         num_layers=40,
@@ -206,7 +207,8 @@ def test_logits_are_float32_and_close_in_bfloat16(model_config):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
     exact, rough = model_config(), model_config(compute_dtype="bfloat16")
     params = inl_jax.init_params(exact, jax.random.key(0))
-    wanted, found = inl_jax.apply(exact, params, ids), inl_jax.apply(rough, params, ids)
+    apply = jax.jit(inl_jax.apply, static_argnums=0)
+    wanted, found = apply(exact, params, ids), apply(rough, params, ids)
     assert wanted.dtype == found.dtype == jnp.float32
     assert 0 < jnp.abs(wanted - found).max() < 0.1
 
@@ -215,9 +217,13 @@ def test_dropout_acts_only_with_a_key_and_differs_between_keys(model_config):
     config = model_config(dropout=0.5)
     params = inl_jax.init_params(config, jax.random.key(0))
     ids = jnp.arange(8)[None]
-    run = lambda key: model.hidden_states(config, params, ids, dropout_key=key)  # noqa: E731
-    plain = model_config()
-    np.testing.assert_array_equal(run(None), model.hidden_states(plain, params, ids))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def hidden(config, key):
+        return model.hidden_states(config, params, ids, dropout_key=key)
+
+    run = functools.partial(hidden, config)
+    np.testing.assert_array_equal(run(None), hidden(model_config(), None))
     a, b = run(jax.random.key(1)), run(jax.random.key(2))
     assert not jnp.allclose(a, b) and not jnp.allclose(a, run(None))
     np.testing.assert_array_equal(a, run(jax.random.key(1)))
