@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from inl_jax.cli.command_line import Parser
 from inl_jax.config import TrainConfig, with_fields
-from inl_jax.config_file import load_config, override
+from inl_jax.config_file import load_config
 from inl_jax.trainer import train
 from inl_jax.training.metrics import Record
 
@@ -41,13 +41,14 @@ def train_variants(
     Raises:
       InputError: before any training, one of the configs is impossible.
     """
-    base = load_config(flags.config)
-    common = {"num_steps": flags.num_steps, "eval_sequences": 0, "sample_every": 0}
-    configs = [
-        with_fields(base, common | {"run_dir": f"{flags.runs_dir}/{name}"} | fields)
-        for name, fields in variants.items()
-    ]
-    configs = [override(config, flags.overrides) for config in configs]
+    given = [f"num_steps={flags.num_steps}", "eval_sequences=0", "sample_every=0"]
+    base = load_config(flags.config, [*given, *flags.overrides])
+    overridden = {override.partition("=")[0] for override in flags.overrides}
+    configs = []
+    for name, fields in variants.items():
+        fields = {"run_dir": f"{flags.runs_dir}/{name}", **fields}
+        own = {field: value for field, value in fields.items() if field not in overridden}
+        configs.append(with_fields(base, own))
     return [Trained(config, train(config).history) for config in configs]
 
 

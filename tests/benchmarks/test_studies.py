@@ -51,13 +51,17 @@ def test_recipes_trains_bfloat16_parameters_by_each_recipe(study, trained, capsy
 
 
 def test_overrides_have_priority_over_a_variant(study, trained):
-    study("recipes").main(["accumulate_steps=2"])
-    assert {config.accumulate_steps for config in trained} == {2}
+    # The config's own 50 warmup steps would be too many for 20 updates.
+    changes = ["accumulate_steps=2", "optim.warmup_steps=10", "eval_every=5"]
+    study("recipes").main(["--num_steps", "20", *changes])
+    assert {(c.accumulate_steps, c.optim.warmup_steps, c.num_steps) for c in trained} == {
+        (2, 10, 20)
+    }
 
 
 def test_train_variants_checks_all_configs_before_it_trains_one(study, trained, capsys):
     with pytest.raises(SystemExit) as stop:
-        study("recipes").main(["batch_size=6"])  # which 4 micro-batches do not divide
+        study("recipes").main(["batch_size=6"])  # 4 micro-batches do not divide it
     assert stop.value.code == 2 and trained == []
     assert "batch_size" in capsys.readouterr().err
 
@@ -88,7 +92,7 @@ def test_recipes_trains(study, monkeypatch, capsys, tmp_path, text_file):
     small = f"data.paths={text_file} data.tokenizer=bytes data.seq_len=32 data.cache_dir={tmp_path}"
     small += " data.validation_fraction=0.1 model.vocab_size=300 model.d_model=16 model.d_ff=32"
     small += " model.num_layers=2 model.num_iterations=3 model.controller_width=8 batch_size=8"
-    small += " accumulate_steps=1 mesh.data=1"
+    small += " accumulate_steps=1 mesh.data=1 optim.warmup_steps=2"
     recipes.main(["--runs_dir", str(tmp_path / "r"), "--num_steps", "4", *small.split()])
     assert len(capsys.readouterr().out.split("+0.00% |")) == 2
     assert (tmp_path / "r/1/metrics.jsonl").is_file()
