@@ -18,21 +18,13 @@ from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import (
     any_process,
-    fit_to_mesh,
     local_rows,
-    make_mesh,
     on,
     place,
     shardings_of,
 )
 from inl_jax.planning.cost import utilization
-from inl_jax.planning.preflight import (
-    check_machine,
-    check_same_config,
-    check_sample,
-    count_steps,
-    prepare_everywhere,
-)
+from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.training.checkpoint import Checkpoints, read_params
 from inl_jax.training.metrics import MetricsLog, Record, StepTimer, read_metrics, update_record
@@ -43,7 +35,6 @@ from inl_jax.training.state import (
     TrainState,
     init_state,
     join_state,
-    make_layout,
     split_state,
     state_from_params,
 )
@@ -89,16 +80,9 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
     """
     with StopRequest() as stop:
         mute(not processes.first())
-        check_same_config(config)
-        mesh = make_mesh(config.mesh)
-        fitted = fit_to_mesh(config, mesh)
-        layout = make_layout(fitted, mesh)
-        check_machine(config, fitted, mesh, layout)
-        corpus = prepare_everywhere(config)
-        batches.check(corpus, config.model.vocab_size)
+        fitted, mesh, layout = plan_run(config)
+        corpus = prepare_data(config)
         samples = batches.training_samples(corpus, config.data, config.seed)
-        check_sample(config, corpus.tokenizer)
-        count_steps(config, corpus)  # raises if the run is shorter than its warmup
         check_run(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
@@ -115,7 +99,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             num_steps = count_steps(config, corpus, step=step, position=position)
             announce(fitted, corpus, num_steps, mesh)
             run = Run(fitted, mesh, corpus, num_steps, saved, log, step=step, position=position)
-            run.evaluate_if_missing(state)
+            if evaluation_is_missing(config, step, num_steps):
+                run.evaluate(state, step)
             interrupted = False
             if step < num_steps:
                 step_fn = compile_step(fitted, mesh, layout)
@@ -188,6 +173,14 @@ def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus)
         "tokens, in an order of their own"
     )
     return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
+
+
+def evaluation_is_missing(config: TrainConfig, step: int, num_steps: int) -> bool:
+    """Whether a run that resumes was stopped between the save of `step` and its evaluation."""
+    due = step > 0 and (step == num_steps or _due(step, config.eval_every))
+    records = read_metrics(config.run_dir, up_to=step)
+    missing = not any(r["step"] == step and "validation_loss" in r for r in records)
+    return due and processes.gather(str(missing))[0] == "True"  # process 0 reads for all
 
 
 class Run:
@@ -301,15 +294,6 @@ class Run:
         if self.checkpoints.latest_step() == step:
             basis = f"{self.corpus.fingerprint}/{c.data.seq_len}/{c.eval_sequences}"
             self.checkpoints.note_validation(step, result.loss, basis=basis)
-
-    def evaluate_if_missing(self, state: TrainState) -> None:
-        """On resuming: evaluates the saved update if a stop or a crash came before that."""
-        step = self.start_step
-        due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
-        records = read_metrics(self.config.run_dir, up_to=step)
-        missing = not any(r["step"] == step and "validation_loss" in r for r in records)
-        if due and processes.gather(str(missing))[0] == "True":  # process 0 reads for all
-            self.evaluate(state, step)
 
     def sample(self, state: TrainState, step: int) -> None:
         """Prints a continuation of the sample prompt."""

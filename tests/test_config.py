@@ -7,7 +7,7 @@ from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
 from inl_jax.config_file import differences, from_json, override, to_json
 
 
-def test_a_config_goes_round_through_json():
+def test_config_goes_round_through_json():
     config = override(
         TrainConfig(model=ModelConfig(kappa=math.inf)),
         ["--data.paths", "a", "b", "--data.weights", "1", "2", "--mesh.data", "2"],

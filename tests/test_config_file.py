@@ -19,7 +19,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_loads_by_path_and_by_name(path):
+def test_load_config_takes_a_path_or_a_name(path):
     assert load_config(path) == load_config(path.stem)
     assert load_config(path).name == path.stem
 
@@ -90,7 +90,7 @@ def test_overrides_reach_every_type_of_field():
         ("xla_flags=fast", ["xla_flags=fast", "--xla_name=value"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_field_and_value(overrides, named):
+def test_load_config_names_field_and_value_of_a_mistake(overrides, named):
     with pytest.raises(InputError) as caught:
         load_config("tiny", overrides.split())
     message = str(caught.value)
@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line_that_names_field_and_value(overrides, named):
         ("config = (", "SyntaxError"),
     ],
 )
-def test_a_config_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text, named):
+def test_load_config_names_a_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text, named):
     path = tmp_path / "mine.py"
     if text is not None:
         path.write_text(text)
@@ -118,7 +118,7 @@ def test_a_config_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text,
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_value_may_hold_an_equals_sign():
+def test_override_takes_a_value_with_an_equals_sign():
     config = override(
         TrainConfig(),
         [
@@ -156,7 +156,7 @@ def test_help_lists_every_field(capsys):
 
 
 @pytest.mark.parametrize("name", presets())
-def test_the_figures_of_a_lab_note_are_those_of_its_config(name):
+def test_lab_notes_hold_the_figures_of_their_configs(name):
     note, config = read_lab_note(presets()[name]), load_config(name)
     assert note.num_params == param_count(config.model)
     millions = note.num_params / 1e6
@@ -172,14 +172,14 @@ def test_the_figures_of_a_lab_note_are_those_of_its_config(name):
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_lab_note_names_its_command_hardware_time_and_loss(name):
+def test_lab_notes_name_command_hardware_time_and_loss(name):
     text = presets()[name].read_text().split('"""')[1]
     assert text.startswith(f"{name}: ") and f"\n    inl train --config {name}" in text
     for heading in ("Shape", "Hardware", "Memory", "Time", "Loss"):
         assert f"\n{heading:11}" in text
 
 
-def test_a_config_that_differs_in_a_few_fields_says_only_those():
+def test_3b_16gb_says_only_what_differs_from_the_3b():
     names = [name for name, _, _ in differences(load_config("3b"), load_config("3b_16gb"))]
     assert names == [
         "name",

@@ -21,6 +21,7 @@ def test_train_inl_llm_trains_as_the_guide_says(text_file, tmp_path, monkeypatch
             "data.tokenizer=bytes",
             "model.num_heads=1",
             "model.num_kv_heads=1",
+            "mesh.data=1",
         ],
     )
     monkeypatch.setattr(guide, "load_config", lambda name: {"tiny": small}[name])

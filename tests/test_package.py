@@ -43,7 +43,7 @@ def run(*command):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_wheel_works_in_a_clean_environment_outside_the_repository(installed):
+def test_wheel_works_in_a_clean_environment_outside_the_repository(installed):
     where = "import inl_jax; print(inl_jax.__file__)"
     assert str(installed.parent) in run(installed / "python", "-c", where)[1]
     assert run(installed / "inl", "--version") == (0, f"inl_jax {inl_jax.__version__}\n", "")
@@ -53,13 +53,13 @@ def test_the_wheel_works_in_a_clean_environment_outside_the_repository(installed
 
 
 @pytest.mark.slow
-def test_the_wheel_plans_a_run_with_the_config_that_it_brings(installed):
+def test_wheel_plans_a_run_with_the_config_that_it_brings(installed):
     code, out, err = run(installed / "inl", "train", "--config", "tiny", "--dry_run")
     assert code == 0 and "1,387,776 parameters" in out, err
 
 
 @pytest.mark.slow
-def test_the_source_distribution_holds_configs_docs_tests_and_license(tmp_path):
+def test_source_distribution_holds_configs_docs_tests_and_license(tmp_path):
     pytest.importorskip("hatchling", reason="the dev extra is not installed")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -71,14 +71,14 @@ def test_the_source_distribution_holds_configs_docs_tests_and_license(tmp_path):
     assert not any("__pycache__" in name for name in files)
 
 
-def test_the_version_is_written_once():
+def test_version_is_written_once():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
     assert project["tool"]["hatch"]["version"]["path"] == "inl_jax/__init__.py"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_the_demo_does_not_install_what_only_the_tests_need():
+def test_demo_does_not_install_what_only_the_tests_need():
     plan = subprocess.run(
         ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True
     ).stdout

@@ -85,13 +85,13 @@ def test_incremental_logits_equal_full_logits(language_model):
     assert at.tolist() == [12, 12, 12]
 
 
-def test_a_sampled_row_does_not_depend_on_its_neighbours(decay_model):
+def test_generate_samples_a_row_whatever_its_neighbours(decay_model):
     alone = generate(*decay_model, PROMPTS[2:], **SAMPLING)[0]
     together = generate(*decay_model, [PROMPTS[2], [1], [2, 3, 4, 5]], **SAMPLING)[0]
     assert together.tolist() == alone.tolist()
 
 
-def test_the_end_token_stops_its_row_and_is_not_returned(decay_model):
+def test_generate_stops_a_row_at_its_end_token_and_leaves_it_out(decay_model):
     free = [row.tolist() for row in generate(*decay_model, PROMPTS, max_new_tokens=8)]
     end_id = next(token for token in free[0][2:] if token not in free[1])
     produced = generate(*decay_model, PROMPTS, max_new_tokens=8, end_id=end_id)
@@ -100,7 +100,7 @@ def test_the_end_token_stops_its_row_and_is_not_returned(decay_model):
     assert len(produced[0]) < 8 == len(produced[1])
 
 
-def test_the_seed_decides_the_sample(decay_model):
+def test_generate_draws_by_the_seed(decay_model):
     def sample(seed, prompts=PROMPTS):
         return [
             row.tolist() for row in generate(*decay_model, prompts, **SAMPLING | {"seed": seed})
@@ -112,7 +112,7 @@ def test_the_seed_decides_the_sample(decay_model):
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
-def test_the_narrowest_sampling_is_greedy(decay_model, narrow):
+def test_choose_at_its_narrowest_is_greedy(decay_model, narrow):
     greedy = generate(*decay_model, PROMPTS, max_new_tokens=8)
     narrowed = generate(*decay_model, PROMPTS, **SAMPLING | narrow)
     np.testing.assert_array_equal(greedy, narrowed)

@@ -70,11 +70,9 @@ def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
     from inl_jax.parallel import processes
     from inl_jax.parallel.launch import find_launch
-    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
-    from inl_jax.planning.preflight import check_machine, check_same_config
+    from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
-    from inl_jax.training.state import make_layout
 
     launch = find_launch(
         os.environ,
@@ -85,10 +83,7 @@ def run(config, flags) -> int:
     processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
     apply_flags(config.xla_flags)
     if flags.dry_run:
-        check_same_config(config)
-        mesh = make_mesh(config.mesh)
-        fitted = fit_to_mesh(config, mesh)
-        check_machine(config, fitted, mesh, make_layout(fitted, mesh))
+        plan_run(config)
         return 0
     use_compile_cache()
     return EXIT_INTERRUPTED if train(config).interrupted else 0

@@ -1,10 +1,11 @@
-"""Checks before anything is allocated: config, machine, data, length of the run."""
+"""Before anything is allocated: the config fitted to its mesh, and checks of machine and data."""
 
 import contextlib
 import hashlib
 import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -18,7 +19,7 @@ from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import batch_shards
+from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
 from inl_jax.planning.memory import (
     as_flags,
     host_memory,
@@ -26,7 +27,30 @@ from inl_jax.planning.memory import (
     memory_needed,
     smallest_change,
 )
-from inl_jax.training.state import Layout
+from inl_jax.training.state import Layout, make_layout
+
+
+class Plan(NamedTuple):
+    """How a run will be laid out on this machine."""
+
+    config: TrainConfig  # fitted to the mesh
+    mesh: Mesh
+    layout: Layout
+
+
+def plan_run(config: TrainConfig) -> Plan:
+    """Fits a run to its mesh, says what it needs and what this machine has. Nothing is allocated.
+
+    Raises:
+      InputError: the processes have different configs, or the mesh, the memory, the disk or the
+        attention kernel that the run needs is not here.
+    """
+    check_same_config(config)
+    mesh = make_mesh(config.mesh)
+    fitted = fit_to_mesh(config, mesh)
+    layout = make_layout(fitted, mesh)
+    check_machine(config, fitted, mesh, layout)
+    return Plan(fitted, mesh, layout)
 
 
 def check_same_config(config: TrainConfig) -> None:
@@ -139,11 +163,14 @@ def describe_model(config: TrainConfig) -> str:
     )
 
 
-def prepare_everywhere(config: TrainConfig) -> Corpus:
-    """The corpus, the same on every process, whether or not their hosts share the cache.
+def prepare_data(config: TrainConfig) -> Corpus:
+    """The corpus of a run, checked, and the same on every process.
+
+    The hosts may share the cache or have one each.
 
     Raises:
-      InputError: as `prepare`, or the processes found different data.
+      InputError: as `prepare`; or the processes found different data, the model has too few ids,
+        the sample prompt is too long, or the epochs are shorter than the warmup.
     """
     corpus = processes.one_process_first(
         make_cache(config.data.cache_dir), lambda: prepare(config.data)
@@ -153,6 +180,9 @@ def prepare_everywhere(config: TrainConfig) -> Corpus:
         f"{corpus.fingerprint}/{corpus.tokenizer.fingerprint}",
         "data.paths and data.tokenizer must name the same files on every host",
     )
+    data.check(corpus, config.model.vocab_size)
+    check_sample(config, corpus.tokenizer)
+    count_steps(config, corpus)
     return corpus
 
 

@@ -88,7 +88,7 @@ def test_dashes_in_a_flag_are_underscores_and_values_stay():
         (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be positive"),
     ],
 )
-def test_a_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
+def test_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
     code, out, err = inl(*argv)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert named in err

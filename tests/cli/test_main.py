@@ -55,7 +55,7 @@ def test_version_is_the_one_of_the_package(inl):
         (["--config", "tiny"], "inl --config: name a verb first, such as inl train --config\n"),
     ],
 )
-def test_an_unknown_verb_is_answered_with_the_closest_one(inl, argv, named):
+def test_unknown_verb_is_answered_with_the_closest_one(inl, argv, named):
     code, out, err = inl(*argv)
     assert code == 2 and out == "" and err.startswith("error: ") and err.endswith(named)
     assert err.count("\n") == 1
@@ -81,13 +81,13 @@ def test_every_spelling_of_a_verb_reaches_it(inl, word):
 
 
 @pytest.mark.parametrize("door", doors(), ids=lambda door: door.name)
-def test_a_door_is_the_verb(door, tmp_path):
+def test_door_is_the_verb(door, tmp_path):
     code, out, err, cpu = run(sys.executable, door, "--nonsense", "1", cwd=tmp_path)
     assert code == 2 and out == "" and cpu < 1, err
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_a_typo_on_the_command_line_is_answered_in_under_a_second_of_cpu_time():
+def test_typo_on_the_command_line_is_answered_in_under_a_second_of_cpu_time():
     code, _, err, cpu = run_inl(
         "train", "--config", ROOT / "configs/tiny.py", "--optim.lerning_rate", 1
     )
@@ -97,7 +97,7 @@ def test_a_typo_on_the_command_line_is_answered_in_under_a_second_of_cpu_time():
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_config_file_needs_no_jax(name):
+def test_config_file_needs_no_jax(name):
     assert loaded_by(f"from inl_jax import load_config; load_config({name!r})") <= {"tyro"}
 
 

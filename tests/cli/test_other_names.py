@@ -48,7 +48,7 @@ def test_no_answer_hides_a_field_of_ours():
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_the_usual_names_of_other_programs_are_answered_in_one_line(inl, name):
+def test_usual_names_of_other_programs_are_answered_in_one_line(inl, name):
     for spelled in {name, name.replace("_", "-")}:
         for argv in ([f"--{spelled}", "2"], [f"--{spelled}=2"], [f"--{spelled}"]):
             code, out, err = inl("train", "--config", "tiny", *argv)
@@ -81,14 +81,14 @@ def test_what_an_answer_says_to_write_is_accepted(name):
 
 
 @pytest.mark.parametrize("name", leaves())
-def test_the_name_of_a_field_without_its_section_is_answered_with_all_of_it(name):
+def test_name_of_a_field_without_its_section_is_answered_with_all_of_it(name):
     owners = [s for s, section in sections().items() if hasattr(section, name)]
     if name in ANSWERS:
         return
     assert answer_to(name, "7") == f"write {' or '.join(f'--{s}.{name}' for s in owners)} 7"
 
 
-def test_the_value_that_was_given_is_in_the_answer(inl):
+def test_value_that_was_given_is_in_the_answer(inl):
     _, _, err = inl("train", "--config", "tiny", "--lr", "3e-4")
     assert err == "error: --lr: write --optim.learning_rate 3e-4\n"
     _, _, err = inl("prepare", "--config", "tiny", "--block-size=256")

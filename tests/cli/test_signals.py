@@ -52,15 +52,13 @@ def train(tmp_path):
 
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("seconds", [0, 0.2, 0.7])
-def test_a_signal_while_train_imports_ends_it_with_its_code_and_one_line(tmp_path, number, seconds):
+def test_signal_while_train_imports_ends_it_with_its_code_and_one_line(tmp_path, number, seconds):
     check(signalled(train(tmp_path), number, seconds), number)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", CODES)
-def test_a_signal_at_any_moment_of_the_start_ends_train_with_its_code_and_one_line(
-    tmp_path, number
-):
+def test_signal_at_any_moment_of_the_start_ends_train_with_its_code_and_one_line(tmp_path, number):
     for moment in range(40):
         check(signalled(train(tmp_path), number, 0.1 * moment), number)
 
@@ -68,7 +66,7 @@ def test_a_signal_at_any_moment_of_the_start_ends_train_with_its_code_and_one_li
 @pytest.mark.slow
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("verb", ["prepare", "estimate", "evaluate", "generate"])
-def test_a_signal_at_any_moment_ends_every_verb_with_its_code_and_one_line(
+def test_signal_at_any_moment_ends_every_verb_with_its_code_and_one_line(
     tmp_path, trained, verb, number
 ):
     argv = {
@@ -88,7 +86,7 @@ def test_a_signal_at_any_moment_ends_every_verb_with_its_code_and_one_line(
     assert ended > 3
 
 
-def test_a_door_catches_signals_before_it_imports_anything_heavy(tmp_path):
+def test_door_catches_signals_before_it_imports_anything_heavy(tmp_path):
     process = start([sys.executable, ROOT / "scripts/train.py", *train(tmp_path)[1:]])
     wait_until_caught(process)
     mapped = Path(f"/proc/{process.pid}/maps").read_text()
@@ -120,7 +118,7 @@ except KeyboardInterrupt as stopped:
     ],
     ids=["twice", "Ctrl-C twice", "no end"],
 )
-def test_a_verb_unwinds_once_and_then_ends_at_a_second_signal_or_when_patience_ends(
+def test_verb_unwinds_once_and_then_ends_at_a_second_signal_or_when_patience_ends(
     number, after, out
 ):
     code = UNWIND.format(number=number, after=after, patience=1)
@@ -130,7 +128,7 @@ def test_a_verb_unwinds_once_and_then_ends_at_a_second_signal_or_when_patience_e
     assert process.returncode == CODES[getattr(signal, number)] and time.monotonic() - began < 30
 
 
-def test_a_stop_that_python_drops_ends_the_process_all_the_same():
+def test_stop_that_python_drops_ends_the_process_all_the_same():
     code = """
 import os, signal, time
 from inl_jax.cli import signals
@@ -151,7 +149,7 @@ time.sleep(60)
     check((process.returncode, err), signal.SIGTERM)
 
 
-def test_a_call_that_python_cannot_interrupt_is_ended_when_patience_ends():
+def test_call_that_python_cannot_interrupt_is_ended_when_patience_ends():
     code = """
 import hashlib
 from inl_jax.cli import signals

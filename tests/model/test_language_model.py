@@ -60,24 +60,24 @@ def test_param_count_depends_on_iterations_only_at_zero():
 
 
 def test_init_params_has_the_documented_scales():
-    config = ModelConfig(vocab_size=500, d_model=256, d_ff=512, num_layers=8, max_seq_len=512)
+    config = ModelConfig(vocab_size=500, d_model=128, d_ff=256, num_layers=2, max_seq_len=512)
     params = inl_jax.init_params(config, jax.random.key(0))
     block = params["blocks"]
 
     def close(array, std):
         np.testing.assert_allclose(np.std(array), std, rtol=0.05)
 
-    close(params["embedding"], 256**-0.5)
-    close(block["up_kernel"], 256**-0.5)
-    close(block["down_kernel"], (16 * 512) ** -0.5)
-    close(block["context"]["kernel"], 256**-0.5)
-    close(block["integrator"]["context_kernel"], (3 * 256) ** -0.5)
-    close(block["integrator"]["state_kernel"], (3 * 256) ** -0.5)
+    close(params["embedding"], 128**-0.5)
+    close(block["up_kernel"], 128**-0.5)
+    close(block["down_kernel"], (2 * 2 * 256) ** -0.5)
+    close(block["context"]["kernel"], 128**-0.5)
+    close(block["integrator"]["context_kernel"], (3 * 128) ** -0.5)
+    close(block["integrator"]["state_kernel"], (3 * 128) ** -0.5)
     close(block["integrator"]["output_kernel"], 0.01)
-    close(block["integrator"]["gamma"] - 1, 0.1)
+    np.testing.assert_allclose(np.std(block["integrator"]["gamma"]), 0.1, rtol=0.2)
     assert 0 <= block["integrator"]["phi"].min() and block["integrator"]["phi"].max() < 2 * np.pi
     tau = -1 / jnp.log(jax.nn.sigmoid(block["context"]["decay_logit"][0]))
-    np.testing.assert_allclose(tau, np.geomspace(1, 512, 256), rtol=2e-3)
+    np.testing.assert_allclose(tau, np.geomspace(1, 512, 128), rtol=2e-3)
     assert not jnp.array_equal(block["up_kernel"][0], block["up_kernel"][1])
     again = inl_jax.init_params(config, jax.random.key(0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, again))

@@ -24,6 +24,7 @@ from inl_jax.parallel.launch import Launch
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.training import checkpoint
 from inl_jax.training.metrics import read_metrics
+from inl_jax.training.run_dir import locked
 from inl_jax.training.state import make_layout, split_state
 
 
@@ -43,7 +44,7 @@ def test_start_refuses_a_jax_without_a_store_before_it_joins(monkeypatch):
         processes.start(Launch("127.0.0.1:1", 2, 1))
 
 
-def test_a_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatch):
+def test_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(processes, "distributed_state", pytest.fail)
     assert processes.first() and processes.gather("a") == ["a"]
     assert processes.one_process_first(tmp_path, lambda: 7) == 7 and not list(tmp_path.iterdir())
@@ -106,6 +107,7 @@ def restored(config, step):
 SIX_UPDATES = dict(mesh=MeshConfig(fsdp=2, data=1), num_steps=6, eval_every=3, save_every=3)
 
 
+@pytest.mark.slow  # test_sharding compares devices; the test of a killed process trains two
 def test_two_processes_train_as_one_which_resumes_their_checkpoint(train_config, tmp_path, launch):
     one = train_config(run_dir=str(tmp_path / "run-1"), **SIX_UPDATES)
     # This cache_dir is relative: each of the two prepares its own copy in the folder it runs in.
@@ -151,7 +153,7 @@ def newest(run_dir):
 
 
 @pytest.mark.parametrize("victims", [(1,), pytest.param((0, 1), marks=pytest.mark.slow)])
-def test_a_killed_process_ends_all_and_a_signal_to_one_stops_all(train_config, launch, victims):
+def test_killed_process_ends_all_and_a_signal_to_one_stops_all(train_config, launch, victims):
     """After each kill the same command resumes the run; at last process 1 gets SIGTERM."""
     config = train_config(
         num_steps=10**6, log_every=4, save_every=8, eval_every=0, mesh=MeshConfig(fsdp=2)
@@ -185,7 +187,7 @@ def test_a_killed_process_ends_all_and_a_signal_to_one_stops_all(train_config, l
     assert all((folder / f"saved-{stopped}").exists() for folder in pair.folders)
 
 
-def test_a_refused_input_ends_all_processes_with_one_message(train_config, tmp_path, launch):
+def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_path, launch):
     config = train_config(mesh=MeshConfig(fsdp=2))
     other = launch(
         "other",
@@ -193,14 +195,17 @@ def test_a_refused_input_ends_all_processes_with_one_message(train_config, tmp_p
         2,
         each=lambda i: ["--seed", i],
     )
-    with checkpoint.locked(config.run_dir):  # only process 0 takes the lock
-        locked = launch("locked", config, 2)
+    with locked(config.run_dir):  # only process 0 takes the lock
+        refused = launch("locked", config, 2)
         lonely = launch("lonely", config, 2, "--start_timeout", 8)
         lonely.all[0].kill()
-        assert locked.wait() == [2, 2], locked.out(0) + locked.out(1)
-    errors = re.findall("error: .*", locked.out(0) + locked.out(1))
-    assert errors == [f"error: run_dir={config.run_dir}: another process trains there"]
-    assert locked.out(1) == ""
+        assert refused.wait() == [2, 2], refused.out(0) + refused.out(1)
+    errors = re.findall("error: .*", refused.out(0) + refused.out(1))
+    assert errors == [
+        f"error: run_dir={config.run_dir}: another process trains there; wait for it, or "
+        "name another run_dir"
+    ]
+    assert refused.out(1) == ""
     assert other.wait() == [2, 2], other.out(0) + other.out(1)
     assert re.findall("error: .*", other.out(0) + other.out(1)) == [
         "error: seed=1 on process 1 and 0 on process 0: start all with the same command and config "
@@ -235,7 +240,7 @@ preflight.prepare = lambda *args, **fields: (pathlib.Path({str(started)!r}).touc
 
 
 @pytest.mark.slow
-def test_a_run_dir_that_one_process_cannot_write_is_refused_at_the_start(train_config, launch):
+def test_run_dir_that_one_process_cannot_write_is_refused_at_the_start(train_config, launch):
     read_only = """
 import errno, pathlib, sys
 touch = pathlib.Path.touch
@@ -253,7 +258,7 @@ pathlib.Path.touch = refuse
 
 
 @pytest.mark.slow
-def test_a_failed_save_of_one_process_ends_all(train_config, launch):
+def test_failed_save_of_one_process_ends_all(train_config, launch):
     full = """
 import pickle, resource, sys
 pickle.dump = lambda *args: None  # no notes: they may be too large
@@ -313,7 +318,7 @@ def test_divergence_ends_all_processes_with_one_message_and_finite_weights(train
 
 
 @pytest.mark.slow
-def test_a_hanging_process_ends_the_others(train_config, launch):
+def test_hanging_process_ends_the_others(train_config, launch):
     config = train_config(num_steps=10**6, log_every=4, save_every=8, mesh=MeshConfig(fsdp=2))
     pair = launch("hang", config, 2, "--peer_timeout", 10)
     pair.reach(config.run_dir, 12)
@@ -327,7 +332,7 @@ def test_a_hanging_process_ends_the_others(train_config, launch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_damaged_for_one_process_makes_all_read_the_older_one(train_config, launch):
+def test_checkpoint_damaged_for_one_process_makes_all_read_the_older_one(train_config, launch):
     config = train_config(num_steps=6, save_every=3, eval_every=0, mesh=MeshConfig(fsdp=2))
     before = launch("before", config, 2)
     assert before.wait() == [0, 0], before.out(0)

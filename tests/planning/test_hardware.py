@@ -49,7 +49,7 @@ def test_gpus_hold_numbers_of_the_right_unit():
         assert (gpu.price is None) == (gpu.price_source == ""), asdict(gpu)
 
 
-def test_the_h100_of_xla_is_the_h100_of_the_table():
+def test_h100_of_xla_is_the_h100_of_the_table():
     described, gpu = dict(re.findall(r'(\w+): (\d+|".*?")', XLA_H100)), find_gpu("h100-80gb")
     assert described["device_description_str"].strip('"') in gpu.device_kinds
     assert int(described["memory_bandwidth"]) == pytest.approx(gpu.memory_bandwidth, rel=1e-3)

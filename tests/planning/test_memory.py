@@ -76,7 +76,7 @@ def test_memory_needed_counts_the_accumulator_in_its_type(train_config):
     assert wide["gradients"] == narrow["gradients"] == none["gradients"] == narrow["accumulator"]
 
 
-def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
+def test_memory_needed_falls_with_what_saves_memory(train_config):
     def total(**fields):
         model = {"num_layers": 8} | fields.pop("model", {})
         return needed_by(train_config(model=model, **fields)).device_bytes
@@ -100,7 +100,7 @@ def test_the_memory_estimate_falls_with_what_saves_memory(train_config):
 
 
 @pytest.mark.parametrize("name", ["3b", "4b"])
-def test_the_state_on_a_device_falls_as_one_over_n(name):
+def test_memory_needed_of_the_state_falls_as_one_over_n(name):
     """At full size: shapes only."""
     config = with_fields(load_config(name), {"accumulate_steps": 8})
 
@@ -140,7 +140,7 @@ def estimate(*args, unoptimized="0"):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
 @pytest.mark.parametrize(("name", "devices", "accumulate"), ESTIMATED)
-def test_the_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accumulate, mesh):
+def test_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accumulate, mesh):
     if devices == 1 and mesh == "fsdp":
         pytest.skip("one device has one mesh")
     shape = ("--mesh.data", "1", "--mesh.fsdp", "rest") if mesh == "fsdp" else ()
@@ -165,7 +165,7 @@ def test_the_estimate_is_within_15_percent_of_the_compiled_step(name, devices, a
     "flags",
     [("8", "2", "0"), ("8", "1", "0"), ("2", "1", "5")],
 )
-def test_the_estimate_holds_for_the_scores_of_attention(flags):
+def test_estimate_holds_for_the_scores_of_attention(flags):
     batch_size, accumulate, iterations = flags
     done = estimate(
         "--config",
@@ -192,7 +192,7 @@ def test_the_estimate_holds_for_the_scores_of_attention(flags):
 
 
 @pytest.mark.slow
-def test_the_estimate_names_a_change_that_makes_the_3b_fit_a_card():
+def test_estimate_names_a_change_that_makes_the_3b_fit_a_card():
     done = estimate("--config", "3b", "--json")
     record = json.loads(done.stdout)
     assert done.returncode == 0 and record["fits"] and record["change"] is None
@@ -208,14 +208,14 @@ def test_the_estimate_names_a_change_that_makes_the_3b_fit_a_card():
 
 
 @pytest.mark.slow
-def test_the_estimate_asks_the_compiler_that_is_always_there():
+def test_estimate_asks_the_compiler_that_is_always_there():
     done = estimate("--config", "tiny", "--devices", "2", "--compile", "--json", unoptimized="1")
     record = json.loads(done.stdout)
     assert record["compiler"] == "cpu" and record["sent_bytes"] >= record["least_bytes"] > 0
     assert record["device_bytes"] != record["estimated_bytes"]
 
 
-def test_the_estimate_prints_no_number_that_says_nothing():
+def test_estimate_prints_no_number_that_says_nothing():
     done = estimate("--config", "tiny", "--device", "h100")
     assert done.returncode == 0 and "it fits by the estimate" in done.stdout
     assert "on each of 1 x h100-80gb (data 1, fsdp 1, tensor 1), 1 micro-batch:" in done.stdout
@@ -232,7 +232,7 @@ def test_the_estimate_prints_no_number_that_says_nothing():
         (["--devices", "3"], "batch_size=64: must be a multiple of the 3 devices"),
     ],
 )
-def test_the_estimate_answers_a_mistake_in_one_line(flags, message):
+def test_estimate_answers_a_mistake_in_one_line(flags, message):
     done = estimate("--config", "3b", *flags)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -37,7 +37,7 @@ print(json.dumps([sum(hits), said]))
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def test_the_compile_cache_gives_a_second_process_what_the_first_compiled(tmp_path):
+def test_compile_cache_gives_a_second_process_what_the_first_compiled(tmp_path):
     cache = tmp_path / ".cache" / "inl_jax" / "xla"
     hits, said = start(COMPILE, tmp_path, **KEEP_ALL)
     files = set(cache.glob("*-cache"))
@@ -46,26 +46,26 @@ def test_the_compile_cache_gives_a_second_process_what_the_first_compiled(tmp_pa
     assert hits == len(files) and set(cache.glob("*-cache")) == files
 
 
-def test_the_compile_cache_is_where_the_user_put_it(tmp_path):
+def test_compile_cache_is_where_the_user_put_it(tmp_path):
     own = tmp_path / "own"
     _, said = start(COMPILE, tmp_path, **KEEP_ALL, JAX_COMPILATION_CACHE_DIR=str(own))
     assert said == [f"compiled programs are kept in {own}"] and any(own.iterdir())
     assert not (tmp_path / ".cache").exists()
 
 
-def test_the_compile_cache_can_be_turned_off(tmp_path):
+def test_compile_cache_can_be_turned_off(tmp_path):
     _, said = start(COMPILE, tmp_path, **KEEP_ALL, JAX_ENABLE_COMPILATION_CACHE="0")
     assert said == ["compiled programs are not kept: JAX's compilation cache is turned off"]
     assert not list(tmp_path.rglob("*-cache"))
 
 
-def test_the_compile_cache_does_without_a_home_to_write_to(tmp_path):
+def test_compile_cache_does_without_a_home_to_write_to(tmp_path):
     (tmp_path / ".cache").write_text("a file where the directory should be")
     hits, (said,) = start(COMPILE, tmp_path, **KEEP_ALL)
     assert hits == 0 and said.startswith("compiled programs are not kept: ")
 
 
-def test_the_library_alone_sets_no_compile_cache(tmp_path):
+def test_library_alone_sets_no_compile_cache(tmp_path):
     code = "import json, jax, inl_jax; print(json.dumps(jax.config.jax_compilation_cache_dir))"
     assert start(code, tmp_path) is None
 

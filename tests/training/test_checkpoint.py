@@ -90,7 +90,7 @@ def _save_once(saved_run, train_config):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (3, 1, 1), (1, 1, 1)])
-def test_a_state_comes_back_bit_exact_on_any_topology(run_dir, config, shape):
+def test_restore_is_bit_exact_on_any_topology(run_dir, config, shape):
     abstract = abstract_of(config, *shape)
     masters = optax.tree.get(abstract["optimizer"]["opt_state"]["rest"], "masters")
     assert masters["embedding"].dtype == jnp.float32
@@ -150,7 +150,7 @@ def test_restoring_needs_less_memory_than_training(train_config, devices):
     assert held < peaks["restore"] < peaks["train"]
 
 
-def test_parameters_are_readable_alone(run_dir, config):
+def test_read_params_needs_no_optimizer(run_dir, config):
     shutil.rmtree(run_dir / "checkpoints/2/optimizer")
     abstract = abstract_of(config, 1, 1, 1)
     for asked, expected in [("latest", 3), (2, 2), ("2", 2)]:
@@ -163,7 +163,7 @@ def test_parameters_are_readable_alone(run_dir, config):
     assert params["embedding"].sharding == shardings["embedding"]
 
 
-def test_an_unknown_step_lists_those_that_exist(run_dir, config):
+def test_read_params_lists_the_steps_that_exist(run_dir, config):
     with pytest.raises(InputError, match=r"no checkpoint 7; there are \[1, 2, 3\]"):
         read_params(run_dir, config.model, step=7)
     with pytest.raises(InputError, match="no checkpoint 'best'"):
@@ -172,11 +172,11 @@ def test_an_unknown_step_lists_those_that_exist(run_dir, config):
         read_params(run_dir / "nothing", config.model)
 
 
-def test_no_checkpoint_is_no_error(tmp_path, config):
+def test_restore_finds_none_in_an_empty_run(tmp_path, config):
     assert restore(tmp_path / "new", abstract_of(config, 1, 1, 1)) is None
 
 
-def test_the_newest_and_the_best_are_kept(config):
+def test_checkpoints_keep_the_newest_and_the_best(config):
     tree = filled(abstract_of(config, 1, 1, 1), 0)
     checkpoints = Checkpoints(config.run_dir, keep_last=2)
     for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 1.5, 4.0], start=1):
@@ -226,7 +226,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, damage, said):
+def test_restore_sets_a_damaged_checkpoint_aside_for_the_next_older(run_dir, config, damage, said):
     damage(run_dir / "checkpoints/3")
     lost = contents(run_dir / "checkpoints/3")
     if damage not in (DAMAGES["no optimizer"], DAMAGES["no position"]):
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_next_older(run_dir, config, d
     assert_same({name: found[name] for name in abstract}, filled(abstract, 33))
 
 
-def test_where_all_are_damaged_nothing_is_moved(run_dir, config):
+def test_restore_moves_nothing_if_all_are_damaged(run_dir, config):
     for step, damage in zip((1, 2, 3), (empty, delete_half, truncate), strict=True):
         damage(run_dir / f"checkpoints/{step}")
     before = contents(run_dir)
@@ -273,7 +273,7 @@ def test_where_all_are_damaged_nothing_is_moved(run_dir, config):
         ({"context": "mean"}, "decay_logit is saved as .* wants nothing"),
     ],
 )
-def test_another_model_is_refused_by_the_leaf_and_nothing_is_moved(
+def test_restore_refuses_another_model_by_the_leaf_and_moves_nothing(
     run_dir, train_config, change, leaf
 ):
     """A newer damaged checkpoint stays where it is, too."""
@@ -287,7 +287,7 @@ def test_another_model_is_refused_by_the_leaf_and_nothing_is_moved(
     assert contents(run_dir) == before
 
 
-def test_a_save_is_not_touched_by_what_happens_to_the_arrays_next(config):
+def test_save_is_not_touched_by_later_use_of_the_arrays(config):
     abstract = abstract_of(config, 2, 2, 2)
     tree, expected = filled(abstract, 5), filled(abstract, 5)
     spoil = jax.jit(
@@ -302,7 +302,7 @@ def test_a_save_is_not_touched_by_what_happens_to_the_arrays_next(config):
     assert_same({name: found[name] for name in abstract}, expected)
 
 
-def test_only_a_lower_validation_loss_becomes_the_best(tmp_path):
+def test_note_validation_takes_only_a_lower_loss_as_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     for step, loss in [(1, float("nan")), (2, 2.0), (3, 3.0), (4, float("inf"))]:
         checkpoints.note_validation(step, loss)

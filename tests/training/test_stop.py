@@ -6,7 +6,7 @@ import pytest
 from inl_jax.training.stop import Stopped, StopRequest
 
 
-def test_a_stop_is_raised_noted_or_waits_for_the_update():
+def test_stop_request_raises_notes_or_waits_for_the_update():
     with StopRequest() as stop:
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
