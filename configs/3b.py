@@ -10,7 +10,7 @@ Memory     34.3 GiB, estimated for one GPU (inl estimate --config 3b). Of these,
            which is exact from shapes: bfloat16 weights and float32 masters, two moments,
            accumulator.
            XLA's CUDA compiler says 34.4 GiB in all, and 6.8 GiB on each of 8 devices under fsdp
-           (docs/memory.md, in GB).
+           (docs/memory.md).
            Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
            (docs/benchmarks.md); on a GPU this is not measured yet.
 Time       Not measured yet for this size; 130,000 updates of 262,144 tokens are about

@@ -211,7 +211,7 @@ class Run:
             if pending:  # one update late, so that the next one is dispatched before we wait
                 self.look_at(state, *pending)
             pending = step, metrics
-            stopping = any_stop(stop.requested is not None)  # of several processes: one late
+            stopping = any_stop(stop.requested is not None)  # several processes: one update late
             save = step == last or stopping or _due(step, c.save_every)
             validate = step == last or _due(step, c.eval_every)
             sample = _due(step, c.sample_every)

@@ -156,8 +156,8 @@ config = TrainConfig(
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A config file and the run directory that `inl train` made of it."""
+def tiny_run(tmp_path_factory):
+    """A config file of a run of seconds, and its run directory, which is not there yet."""
     folder = tmp_path_factory.mktemp("trained")
     words = "the quick brown fox jumps over the lazy dog while seven wizards brew potions".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(700)]
@@ -168,5 +168,11 @@ def trained(tmp_path_factory):
             text=str(folder / "text.txt"), cache=str(folder / "cache"), run_dir=str(folder / "run")
         )
     )
-    assert run_inl(["train", "--config", str(config)]) == 0
     return config, folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run):
+    """`tiny_run`, trained by `inl train`."""
+    assert run_inl(["train", "--config", str(tiny_run[0])]) == 0
+    return tiny_run

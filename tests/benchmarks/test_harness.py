@@ -66,6 +66,7 @@ def test_integrator_and_block_are_timed_beside_torch(measure):
     np.testing.assert_allclose(times * bound, ours["median_ms"] / 1000)
 
 
+@pytest.mark.slow
 def test_integrator_without_torch_says_so_in_its_rows(measure, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "torch_reference", raising=False)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,6 +22,7 @@ def test_bandwidth_is_that_of_the_slowest_link_of_a_ring(monkeypatch):
     assert bandwidth(("fsdp",), {"data": 1, "fsdp": 16, "tensor": 4}) == 100e9
 
 
+@pytest.mark.slow
 def test_scaling_predicts_an_update_from_what_devices_send(tmp_path):
     flags = "--config tiny --meshes 1x1x1 1x2x1 --compile cpu --json --model.num_layers 1".split()
     flags += ["--model.context", "attention", "--model.num_iterations", "0"]  # to compile faster

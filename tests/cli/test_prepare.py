@@ -1,5 +1,5 @@
-def test_prepare_says_where_the_tokens_are_and_how_many(trained, inl):
-    code, out, err = inl("prepare", "--config", trained[0])
+def test_prepare_says_where_the_tokens_are_and_how_many(tiny_run, inl):
+    code, out, err = inl("prepare", "--config", tiny_run[0])
     assert code == 0 and "tokenizer bytes: 257 ids" in out and "data fingerprint " in out, err
     assert "  train " in out and "  validation " in out
 

@@ -47,9 +47,9 @@ def test_dry_run_says_size_and_memory_and_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_names_text_that_is_not_there(trained, inl, tmp_path):
+def test_train_names_text_that_is_not_there(tiny_run, inl, tmp_path):
     flags = ["--data.paths", "nowhere", "--run_dir", tmp_path / "run"]
-    code, _, err = inl("train", "--config", trained[0], *flags)
+    code, _, err = inl("train", "--config", tiny_run[0], *flags)
     assert code == 2 and "no such file or directory: nowhere" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

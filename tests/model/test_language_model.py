@@ -83,7 +83,10 @@ def test_init_params_has_the_documented_scales():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, again))
 
 
-@pytest.mark.parametrize(("context", "num_iterations"), MIXERS)
+@pytest.mark.parametrize(
+    ("context", "num_iterations"),
+    [pytest.param(*case, marks=() if case[1] else pytest.mark.slow) for case in MIXERS],
+)
 def test_hidden_states_read_no_later_token_and_no_other_row(model_config, context, num_iterations):
     """Logits at (row 0, i) have gradient 0 for every embedding after i and in any other row."""
     config = model_config(context=context, num_iterations=num_iterations)

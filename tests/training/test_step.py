@@ -123,7 +123,9 @@ def test_compile_step_says_if_the_state_is_held_twice(train_config, monkeypatch,
     assert "WARNING: only 0 bytes of the state's" in said[-1]
 
 
-@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
+@pytest.mark.parametrize(
+    "context", [pytest.param("mean", marks=pytest.mark.slow), "decay", "attention"]
+)
 def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
     def size(**fields):
         config = train_config(model={"context": context, "remat": "block"} | fields)
