@@ -15,8 +15,8 @@ _stream: TextIO | None = None
 
 def say(line: str) -> None:
     """Prints one line, whole, above any progress bar."""
-    if not _muted:
-        stream = _stream or sys.stdout
+    stream = _stream or sys.stdout
+    if not _muted and stream is not None:  # None: a program without a console
         tqdm.write(line, file=stream)
         stream.flush()
 

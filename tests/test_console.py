@@ -30,6 +30,11 @@ def test_say_can_be_muted_and_sent_elsewhere(capsys):
     assert capsys.readouterr().out == "" and stream.getvalue() == "over there\n"
 
 
+def test_say_does_nothing_in_a_program_without_a_console(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    console.say("nobody hears this")
+
+
 PROGRAM = """
 from inl_jax import console
 bar = console.progress_bar(4, unit="update")
