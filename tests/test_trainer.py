@@ -53,7 +53,6 @@ def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, 
         sample_every=40,
         sample_tokens=8,
         eval_every=20,
-        mesh=MeshConfig(data=1, fsdp=2),
     )
     result = trainer.train(config)
     assert result.history[0]["learning_rate"] > 0  # the first update is not lost
