@@ -44,8 +44,9 @@ GPUS_PER_NODE = 8  # in a DGX system
 
 _GUIDE = "the published training guide (Vast.ai, RunPod and others), undated"
 
-# Speeds, links and watts are from NVIDIA's data sheets, named above each entry. The sheets count
-# NVLink and PCIe both ways together and matrix products with sparsity; both are halved here.
+# Speeds, links and watts are those of the NVIDIA data sheets named above each entry, most of them
+# taken from pages that quote the sheets (2026-11). The sheets count NVLink and PCIe both ways
+# together and matrix products with sparsity; both are halved here.
 GPUS = (
     # HGX B200 and DGX B200 data sheets: NVLink 1.8 TB/s, eight 400 Gb/s adapters.
     Gpu(
