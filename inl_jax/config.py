@@ -352,7 +352,7 @@ class TrainConfig:
         _require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
-            "positive, set the other to 0",
+            "positive; set the other to 0, as in --num_epochs 2 --num_steps 0",
         )
         _require(
             self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,

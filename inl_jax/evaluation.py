@@ -73,9 +73,9 @@ def evaluate(
             start = time.perf_counter()
             row_losses = fetch(step(on_devices)).astype(np.float64)
             seconds += time.perf_counter() - start
-            total += row_losses.sum()  # in float64, so that the batch size does not show
+            total += float(row_losses.sum())  # in float64, so that the batch size does not show
             tokens += int(batch.weights.sum())
-            num_bytes += batch.num_bytes.sum(dtype=np.float64)
+            num_bytes += float(batch.num_bytes.sum(dtype=np.float64))
     if tokens == 0:
         raise InputError("no tokens to evaluate on: raise data.validation_fraction or add text")
     loss = total / tokens

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
+from inl_jax.console import plural
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
@@ -195,8 +196,8 @@ def _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p) 
     require(0 < top_p <= 1, f"top_p={top_p}: must be above 0 and at most 1")
     require(
         max(lengths) + max_new_tokens <= config.max_seq_len,
-        f"a prompt of {max(lengths)} tokens and max_new_tokens={max_new_tokens} exceed "
-        f"model.max_seq_len={config.max_seq_len}: shorten one of them",
+        f"a prompt of {plural(max(lengths), 'token')} and max_new_tokens={max_new_tokens} exceed "
+        f"model.max_seq_len={config.max_seq_len}: lower max_new_tokens or shorten the prompt",
     )
     for prompt in prompts:
         low, high = min(prompt), max(prompt)
@@ -212,8 +213,8 @@ class LanguageModel:
     """A trained model with its tokenizer: text in, text out."""
 
     config: ModelConfig
-    params: Any
-    tokenizer: Tokenizer
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
     mesh: Mesh | None = None
     """Over which the parameters are sharded; None for a single device."""
 

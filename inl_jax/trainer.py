@@ -51,9 +51,9 @@ class TrainResult:
     """What `train` returns."""
 
     config: TrainConfig
-    params: Any
-    tokenizer: Tokenizer
-    history: list[Record]  # the records of the whole run, in order of updates
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    history: list[Record] = dataclasses.field(repr=False)  # of the whole run, in order of updates
     step: int
     interrupted: bool
 
@@ -94,9 +94,10 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             state, position = restore_or_init(fitted, layout, saved, corpus)
             step = int(state.step)
             log.resume_from(step)
-            record_run(config, corpus.tokenizer)
-            stop.release()
             num_steps = count_steps(config, corpus, step=step, position=position)
+            if step < num_steps:  # a complete run stays as it is
+                record_run(config, corpus.tokenizer)
+            stop.release()
             announce(fitted, corpus, num_steps, mesh)
             run = Run(fitted, mesh, corpus, num_steps, saved, log, step=step, position=position)
             if evaluation_is_missing(config, step, num_steps):
@@ -223,7 +224,7 @@ class Run:
                 self.save(state, step)
             if stopping:
                 self.checkpoints.wait()
-                say(f"stopped at update {step} as asked, and saved")
+                say(f"stopped at update {step} as asked, and saved; the same command resumes")
                 return state, True
             if validate:
                 self.evaluate(state, step)
@@ -231,6 +232,7 @@ class Run:
                 self.sample(state, step)
             self.timer.start(step)
         self.checkpoints.wait()  # signals are still caught: the last save must not be lost
+        say(f"complete: update {last} is saved in {c.run_dir}")
         return state, False
 
     def look_at(self, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -18,7 +18,7 @@ from conftest import assert_same
 
 import inl_jax
 from inl_jax import trainer
-from inl_jax.config import InputError, MeshConfig
+from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
@@ -144,8 +144,10 @@ def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_con
 def test_train_changes_nothing_in_a_finished_run(train_config, capsys):
     config = train_config()
     first = trainer.train(config)
-    capsys.readouterr()
-    again = trainer.train(config)
+    assert f"complete: update 8 is saved in {config.run_dir}" in capsys.readouterr().out
+    assert "Array" not in repr(first) and "Array" not in repr(first.model)  # in a notebook
+    again = trainer.train(with_fields(config, {"optim.learning_rate": 1e-3}))
+    assert read_config(config.run_dir) == config, "as it was trained"
     assert "complete" in capsys.readouterr().out
     assert_same(first.params, again.params)
     assert again.history == first.history

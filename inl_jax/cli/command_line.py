@@ -2,15 +2,22 @@
 
 import argparse
 import contextlib
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from inl_jax import console
-from inl_jax.cli.other_names import check_names
+from inl_jax.cli.other_names import check_names, closest
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        useless = action.default in (None, False, "") or "default" in action.help
+        return action.help if useless else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +28,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"inl {verb}",
             description=doc,
             allow_abbrev=False,  # --num would be --num_processes
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             **settings,
         )
 
@@ -38,9 +45,7 @@ class Parser(argparse.ArgumentParser):
         flags, unknown = self.parse_known_args(with_underscores(argv))
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = sorted(self._option_string_actions)
-            closest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise InputError(f"{name}: no such flag; the closest is {closest}")
+            raise InputError(f"{name}: no such flag{closest(name, self._option_string_actions)}")
         return flags
 
 
@@ -77,6 +82,9 @@ def from_command_line(
     check_names(argv, own=parser._option_string_actions)
     flags, overrides = parser.parse_known_args(argv)
     if flags.config is None:
+        named = next((word for word in overrides if word in presets() or word[-3:] == ".py"), None)
+        if named:
+            raise InputError(f"{named}: write --config {named}")
         raise InputError(f"--config is missing: name a file, or one of {', '.join(presets())}")
     return load_config(flags.config, overrides), flags
 

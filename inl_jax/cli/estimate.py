@@ -12,6 +12,7 @@ Exit code 2: the run does not fit.
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
@@ -52,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
     if flags.compile != "cpu" and config.model.compute_dtype == "auto":  # as on a GPU
         model = dataclasses.replace(config.model, compute_dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
+    wanted = math.prod(n for n in dataclasses.asdict(config.mesh).values() if isinstance(n, int))
+    if wanted > flags.devices:
+        raise InputError(
+            f"--devices {flags.devices}: the mesh has {wanted} devices; add --devices {wanted}"
+        )
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
     config = fit_to_mesh(config, mesh)
     layout = make_layout(config, mesh)

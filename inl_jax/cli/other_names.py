@@ -116,8 +116,13 @@ def check_names(argv: Sequence[str], *, own: Iterable[str]) -> None:
             value = argv[i + 1]
         if answer := answer_to(flag[2:], value):
             raise InputError(f"{flag}: {answer}")
-        closest = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0)[0]
-        raise InputError(f"{flag}: no such flag; the closest is {closest}")
+        raise InputError(f"{flag}: no such flag{closest(flag, known)}")
+
+
+def closest(flag: str, known: Iterable[str]) -> str:
+    """How a message about an unknown flag ends: the flag that was meant, or where they stand."""
+    found = difflib.get_close_matches(flag, sorted(known), n=1)
+    return f"; the closest is {found[0]}" if found else "; --help lists them"
 
 
 def answer_to(name: str, value: str = "") -> str:

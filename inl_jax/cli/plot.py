@@ -25,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
 
     signals.unwind()
     out = Path(flags.out or Path(flags.run_dir) / "loss.png")
+    if out.is_dir() or not out.suffix:
+        raise InputError(f"inl plot: {out} is no picture; name one, such as loss.png, and one run")
     records = read_metrics(flags.run_dir)
     if not records:
         raise InputError(f"{flags.run_dir}: no metrics.jsonl with records in it; name a run_dir")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.console import duration, progress_bar, say
+from inl_jax.console import duration, plural, progress_bar, say
 from inl_jax.data import tokenizer as tokenizers
 from inl_jax.data.cache import (
     TokenFiles,
@@ -126,13 +126,15 @@ def _prepare_source(
     directory = cache / key
     if files := read_finished(directory):
         say(
-            f"data: {files.train_tokens:,} + {files.validation_tokens:,} tokens from the cache, "
-            f"{directory}"
+            f"data: {files.train_tokens:,} training + {files.validation_tokens:,} validation "
+            f"tokens from the cache, {directory}"
         )
+        _say_if_nothing_validates(files.validation_tokens, data)
         return files
     with publishing(directory) as temporary:
         tokenizer.save(temporary)
         meta = _write_tokens(entries, data, tokenizer, temporary)
+        _say_if_nothing_validates(meta["validation_tokens"], data)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
     files = read_finished(directory)
     assert files is not None
@@ -276,12 +278,21 @@ def _say_progress(done: int, total: int, seconds: float) -> None:
     say(line)
 
 
+def _say_if_nothing_validates(validation_tokens: int, data: DataConfig) -> None:
+    """Equal documents hash alike: a few of them may all fall on the side of training."""
+    if validation_tokens == 0 and 0 < data.validation_fraction < 1:
+        say(
+            "WARNING: no text is left for validation, so there will be no validation loss: add "
+            "documents that differ, or raise data.validation_fraction"
+        )
+
+
 def _say_summary(meta: dict[str, Any], seconds: float) -> None:
     tokens = meta["train_tokens"] + meta["validation_tokens"]
     num_bytes = meta["train_bytes"] + meta["validation_bytes"]
     bad = f", {meta['bad_utf8']:,} bad UTF-8 sequences replaced" if meta["bad_utf8"] else ""
     say(
-        f"data: {meta['documents']:,} documents, {meta['train_tokens']:,} + "
-        f"{meta['validation_tokens']:,} tokens, {num_bytes:,} bytes, {num_bytes / tokens:.2f} "
-        f"bytes per token, {tokens / seconds:,.0f} tokens/s{bad}"
+        f"data: {plural(meta['documents'], 'document')}, {meta['train_tokens']:,} training + "
+        f"{meta['validation_tokens']:,} validation tokens, {num_bytes:,} bytes, "
+        f"{num_bytes / tokens:.2f} bytes per token, {tokens / seconds:,.0f} tokens/s{bad}"
     )

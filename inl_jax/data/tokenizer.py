@@ -163,7 +163,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise InputError(f"data.tokenizer={name}: is trained on a corpus; prepare one first")
     if Path(name).expanduser().exists():
         return load(name)
-    # A mistyped path must not cost half a minute of attempts to reach the hub.
+    # A mistyped path or name must not cost half a minute of attempts to reach the hub.
+    if name in ("bpe", "byte", "char", "gpt-2", "none"):
+        raise InputError(f"data.tokenizer={name}: write bytes, gpt2, or bpe:4096 for 4096 entries")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name.endswith(".json"):
         raise InputError(
             f"data.tokenizer={name}: no such file, and not a hub id; use bytes, bpe:<vocabulary "

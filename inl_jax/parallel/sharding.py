@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     hint = ""
     if devices is None:
         devices = jax.devices()
-        if devices[0].platform == "cpu":
+        if devices[0].platform == "cpu" and len(devices) == 1:
             hint = "; JAX_NUM_CPU_DEVICES=8 makes eight of a CPU"
     sizes, n = {axis: getattr(config, axis) for axis in AXES}, len(devices)
     known = math.prod(size for size in sizes.values() if size != "rest")

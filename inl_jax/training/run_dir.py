@@ -54,7 +54,7 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
                 f"or another run_dir{afresh}"
             )
         if field not in ("run_dir", "name"):
-            say(f"changed since this run was started: {field} {before} -> {now}")
+            say(f"changed since the last start: {field} {before} -> {now}")
     _check_tokenizer(run_dir, tokenizer)
 
 

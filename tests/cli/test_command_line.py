@@ -75,6 +75,12 @@ def test_dashes_in_a_flag_are_underscores_and_values_stay():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
+        (["train", "tiny", "--seed", "1"], "tiny: write --config tiny"),
+        (["estimate", "configs/3b.py"], "configs/3b.py: write --config configs/3b.py"),
+        (
+            ["generate", "--checkpoint", "x", "--wholly_other"],
+            "--wholly_other: no such flag; --help",
+        ),
         (["train", "--confg", "tiny"], "--confg: no such flag; the closest is --config"),
         (["train", "--dry_run"], "--config is missing: name a file, or one of 3b,"),
         (["train", "--config", "tiny", "--dry-ru"], "--dry_ru: no such flag; the closest is --dry"),
@@ -97,3 +103,8 @@ def test_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
 def test_help_of_a_verb_lists_its_flags_and_every_field(inl):
     code, out, _ = inl("train", "--help")
     assert code == 0 and "--num_processes" in out and "--optim.learning_rate" in out
+
+
+def test_help_shows_the_defaults(inl):
+    code, out, _ = inl("generate", "--help")
+    assert code == 0 and "(default: 128)" in out and "(default: None)" not in out

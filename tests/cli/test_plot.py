@@ -32,3 +32,10 @@ def test_plot_without_matplotlib_gives_the_command_that_installs_it(inl, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = inl("plot", run_dir)
     assert code == 2 and err == "error: inl plot needs matplotlib: pip install 'inl_jax[plot]'\n"
+
+
+def test_plot_names_what_is_no_picture(inl, run_dir, tmp_path):
+    """Two runs are one too many, and a name without a suffix would get another name."""
+    for out in (run_dir, tmp_path / "loss"):
+        code, _, err = inl("plot", run_dir, out)
+        assert code == 2 and f"{out} is no picture" in err

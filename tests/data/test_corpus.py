@@ -200,3 +200,18 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     peak = int(done.stdout.splitlines()[-1])
     print(f"{tokenizer}: peak {peak / 2**10:.0f} MiB\n{done.stdout}")
     assert peak < 2**20
+
+
+def test_prepare_says_if_no_text_is_left_for_validation(make_corpus, tmp_path, said):
+    """Equal documents hash alike, and all of them train."""
+    (tmp_path / "d").mkdir()
+    for i in range(3):
+        (tmp_path / f"d/{i}.txt").write_text("the same text in every document")
+    for _ in range(2):  # also when the tokens are found in the cache
+        said.clear()
+        (source,) = make_corpus(tmp_path / "d", validation_fraction=0.1).sources
+        assert source.validation_tokens == 0 and source.train_tokens > 0
+        assert sum(line.startswith("WARNING: no text is left for valid") for line in said) == 1
+    said.clear()
+    make_corpus(tmp_path / "d", validation_fraction=0)
+    assert not any("WARNING" in line for line in said), "nobody asked for validation"

@@ -221,3 +221,10 @@ def test_unreachable_hub_is_one_line():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert "InputError: data.tokenizer=owner/name: no such file, and the hub" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bpe", "char", "gpt-2"])
+def test_load_tokenizer_answers_a_usual_name_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr(tokenizers, "Tokenizer", None)  # that would ask
+    with pytest.raises(InputError, match=f"data.tokenizer={name}: write bytes, gpt2, or bpe:4096"):
+        load_tokenizer(name)

@@ -203,16 +203,20 @@ def test_rules_cover_every_axis_of_every_parameter(model_config, context):
     assert all(len(box.names) == box.value.ndim for box in boxes)
 
 
-def test_make_mesh_fills_the_devices_or_says_why_not():
+def test_make_mesh_fills_the_devices_or_says_why_not(monkeypatch):
     assert tuple(make_mesh(MeshConfig()).shape.values()) == (8, 1, 1)
     assert tuple(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape.values()) == (2, 2, 2)
     assert tuple(make_mesh(MeshConfig(data=2, fsdp="rest")).shape.values()) == (2, 4, 1)
     assert tuple(make_mesh(MeshConfig(data=1, tensor="rest")).shape.values()) == (1, 1, 8)
     assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
     for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
-        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8; JAX_NUM_CPU_DEV"
+        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8$"
         with pytest.raises(InputError, match=fields):
             make_mesh(wrong)
+    alone = SimpleNamespace(process_index=0, platform="cpu")
+    monkeypatch.setattr(jax, "devices", lambda: [alone])
+    with pytest.raises(InputError, match="there are 1; JAX_NUM_CPU_DEVICES=8 makes eight"):
+        make_mesh(MeshConfig(fsdp=8))
 
 
 def test_make_mesh_names_processes_with_unequal_numbers_of_devices():
