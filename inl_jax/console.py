@@ -4,6 +4,7 @@
 muted.
 """
 
+import contextlib
 import sys
 from typing import TextIO
 
@@ -17,8 +18,24 @@ def say(line: str) -> None:
     """Prints one line, whole, above any progress bar."""
     stream = _stream or sys.stdout
     if not _muted and stream is not None:  # None: a program without a console
-        tqdm.write(line, file=stream)
-        stream.flush()
+        try:
+            tqdm.write(line, file=stream)
+            stream.flush()
+        except BrokenPipeError:  # the reader has gone, as `| head` does; the run has not
+            mute(True)
+
+
+def complain(line: str) -> None:
+    """Prints a last line to stderr, for a process about to end. Never raises."""
+    with contextlib.suppress(Exception):
+        print(line, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+    """Flushes stdout and stderr. Never raises: they may be closed, or their readers gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def mute(muted: bool) -> None:

@@ -244,7 +244,7 @@ class LanguageModel:
         """
         several = not isinstance(prompts, str)
         ids = [
-            self._encode(prompt) or [self.tokenizer.end_id]
+            self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]
             for prompt in (prompts if several else [prompts])
         ]
         known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
@@ -254,9 +254,3 @@ class LanguageModel:
             for row in generate(self.config, self.params, ids, **settings)
         ]
         return texts if several else texts[0]
-
-    def _encode(self, prompt: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(prompt).tolist()
-        except UnicodeEncodeError as error:
-            raise InputError(f"a prompt is not text that UTF-8 can hold: {error.reason}") from None

@@ -94,6 +94,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             state, position = restore_or_init(fitted, layout, saved, corpus)
             step = int(state.step)
             log.resume_from(step)
+            saved.resume_from(step)
             num_steps = count_steps(config, corpus, step=step, position=position)
             if step < num_steps:  # a complete run stays as it is
                 record_run(config, corpus.tokenizer)
@@ -247,7 +248,15 @@ class Run:
                 f"update {step} skipped: loss {values['loss']}, gradient norm "
                 f"{values['grad_norm']} ({values['skipped']} skipped so far)"
             )
-        if self.nonfinite_in_a_row >= c.max_nonfinite_steps:
+        self.log.progress(step, self.num_steps, values["loss"])
+        diverged = self.nonfinite_in_a_row >= c.max_nonfinite_steps
+        if diverged or step in (1, self.num_steps) or _due(step, c.log_every):
+            seconds, input_wait = self.timer.lap(step)
+            rate = c.batch_size * c.data.seq_len / seconds
+            record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
+            record["samples_seen"] = self.position(step)
+            self.log.write(record | utilization(c, self.mesh, rate))
+        if diverged:
             # The state is one update newer than `step`. It is as good: skipped too, or finite.
             self.save(state, int(state.step))
             self.checkpoints.wait()
@@ -257,13 +266,6 @@ class Run:
                 f"changed nothing, and the state is saved in {c.run_dir}. Lower "
                 "optim.learning_rate or look at the data"
             )
-        self.log.progress(step, self.num_steps, values["loss"])
-        if step in (1, self.num_steps) or _due(step, c.log_every):
-            seconds, input_wait = self.timer.lap(step)
-            rate = c.batch_size * c.data.seq_len / seconds
-            record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
-            record["samples_seen"] = self.position(step)
-            self.log.write(record | utilization(c, self.mesh, rate))
 
     def position(self, step: int) -> int:
         """Samples consumed after `step` updates."""

@@ -128,3 +128,29 @@ def test_count(number, shown):
 def test_first_line_falls_back_to_the_type():
     assert console.first_line(ValueError("one\ntwo")) == "one"
     assert console.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+TALK = """
+from inl_jax import console
+for _ in range(9):
+    console.say("x" * 70000)
+open("end", "w")
+"""
+
+
+def test_say_outlives_its_reader(tmp_path):
+    """As in `inl train ... | head -1`: the run continues, muted."""
+    command = [sys.executable, "-c", TALK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path)
+    process.stdout.read(10)
+    process.stdout.close()
+    process.wait()
+    assert (tmp_path / "end").exists()
+
+
+def test_complain_and_flush_never_raise(monkeypatch):
+    for stream in (None, open(os.devnull)):  # closed, and one that cannot be written
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setattr("sys.stdout", stream)
+        console.complain("the last line")
+        console.flush()

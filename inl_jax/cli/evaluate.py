@@ -61,7 +61,8 @@ def evaluate_run(flags):
             f"--batch_size {flags.batch_size}: must be a multiple of the {batch_shards(mesh)} "
             "devices that split the rows (--mesh.data x --mesh.fsdp)"
         )
-    model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
+    with signals.held():
+        model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
     data = config.data
     if flags.data:
         data = dataclasses.replace(

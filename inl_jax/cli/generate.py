@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     signals.unwind()
     with lines_on_stderr():
         use_compile_cache()
-    model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
+    with signals.held():
+        model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
     settings = {"end_id": None} if flags.ignore_end else {}
     start = time.perf_counter()
     texts = model.generate(

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from inl_jax import __version__
 from inl_jax.cli import signals
+from inl_jax.console import flush
 from inl_jax.training.stop import EXIT_MISTAKE, Stopped
 
 VERBS = {
@@ -32,7 +33,7 @@ def main(*words: str) -> NoReturn:
     signals.end_at_once()  # before anything heavy is imported
     try:
         code = run([*words, *sys.argv[1:]])
-        sys.stdout.flush()
+        flush()
     except KeyboardInterrupt as stopped:
         signals.leave(signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT)
     signals.ignore()

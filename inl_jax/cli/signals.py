@@ -6,12 +6,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from inl_jax.training.stop import EXIT_CTRL_C, EXIT_INTERRUPTED, Stopped
 
 PATIENCE = 5  # seconds for a verb to remove its temporary files
 
 _started = False
+_held = False  # signals are noted alone
+_noted: int | None = None
 
 
 def end_at_once() -> None:
@@ -39,6 +42,10 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
         return
 
     def stop(number, frame):
+        global _noted
+        if _held:
+            _noted = number
+            return
         for again in (signal.SIGTERM, signal.SIGINT):
             signal.signal(again, leave)
         raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
@@ -62,6 +69,19 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """A signal raises at the end of the block only: Orbax reads what raises as a bad checkpoint."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+        if _noted is not None:
+            leave(_noted)
+
+
 def _dropped(error) -> None:
     """Ends the process if Python dropped what `stop` raised, as in XLA's callback for the GC.
 
@@ -75,12 +95,16 @@ def _dropped(error) -> None:
 
 def leave(number: int, frame=None) -> None:
     """Ends the process because signal `number` came: one line on stderr and the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        ignore()  # one line, also for two signals
     terminated = number == signal.SIGTERM
     with contextlib.suppress(Exception):  # the signal may have come in the middle of a flush
         sys.stdout.flush()
     line = "terminated" if terminated else "interrupted"
-    os.write(2, f"{line}; nothing was saved, the same command may be run again\n".encode())
-    os._exit(EXIT_INTERRUPTED if terminated else EXIT_CTRL_C)
+    try:
+        os.write(2, f"{line}; nothing was saved, the same command may be run again\n".encode())
+    finally:  # stderr may be closed, as after a lost connection
+        os._exit(EXIT_INTERRUPTED if terminated else EXIT_CTRL_C)
 
 
 def ignore() -> None:

@@ -6,13 +6,13 @@ save. Several processes (docs/cluster.md) all end with the same code.
 """
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
+from inl_jax.console import flush
 from inl_jax.training.stop import (
     EXIT_CTRL_C,
     EXIT_DIVERGED,
@@ -57,8 +57,9 @@ def main(argv: Sequence[str]) -> int:
         terminated = isinstance(stopped, Stopped)
         code = EXIT_INTERRUPTED if terminated else EXIT_CTRL_C
         what = "terminated" if terminated else "interrupted"
+        signals.ignore()  # a second signal changes nothing
         processes.end(code, f"{what}; nothing more was saved")
-        sys.stdout.flush()
+        flush()
         os._exit(code)  # XLA may still compile in its threads: a slower exit would crash
     except Diverged as error:
         return processes.end(EXIT_DIVERGED, f"error: {error}")

@@ -100,8 +100,10 @@ def read_finished(directory: Path) -> TokenFiles | None:
     record, or a token file is missing or has another length.
 
     Raises:
-      InputError: the directory cannot be read for another reason. Nothing is removed.
+      InputError: the directory cannot be read for another reason, or is none. Nothing is removed.
     """
+    if directory.is_file() or (directory.is_symlink() and not directory.exists()):
+        raise InputError(f"{directory}: is no directory of prepared tokens; remove it")
     try:
         if not directory.is_dir():
             return None
@@ -116,15 +118,26 @@ def read_finished(directory: Path) -> TokenFiles | None:
             f"{directory}: cannot read the tokens kept there ({first_line(error)}); make it "
             "readable, remove it, or name another data.cache_dir"
         ) from error
-    shutil.rmtree(directory)
+    remove(directory)
     return None
+
+
+def remove(directory: Path) -> None:
+    """Removes a damaged directory, though others may find it damaged at the same time."""
+    aside = directory.with_name(_temporary_name())
+    with contextlib.suppress(FileNotFoundError):  # another was first
+        os.replace(directory, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _temporary_name() -> str:
+    return f"tmp.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
 @contextlib.contextmanager
 def publishing(directory: Path) -> Iterator[Path]:
     """A temporary directory, renamed to `directory` at the end of the block, removed on errors."""
-    mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    temporary = directory.with_name(f"tmp.{mark}")
+    temporary = directory.with_name(_temporary_name())
     temporary.mkdir()
     try:
         yield temporary

@@ -28,6 +28,7 @@ from inl_jax.data.cache import (
     make_cache,
     publishing,
     read_finished,
+    remove,
     remove_stale,
 )
 from inl_jax.data.documents import Document, hash_fraction, read_documents, split_file
@@ -95,8 +96,11 @@ def _trained_bpe(entries: tuple[Entry, ...], data: DataConfig, cache: Path) -> T
     vocab_size = tokenizers.bpe_vocab_size(data.tokenizer)
     key = digest("bpe", vocab_size, *identity(entries, data))
     directory = cache / f"tokenizer-{key}"
-    if (directory / tokenizers.FILE_NAME).is_file():
-        return tokenizers.load(directory)
+    if directory.is_dir():
+        try:
+            return tokenizers.load(directory)
+        except InputError:  # damaged; it is trained again
+            remove(directory)
     share = BPE_SAMPLE_BYTES // len(entries)
 
     def sample() -> Iterator[str]:

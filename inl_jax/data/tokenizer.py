@@ -77,6 +77,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, `[tokens]` of `self.dtype`, without a start or end token."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, as argv makes of bad bytes
+            raise InputError(f"a prompt is not text that UTF-8 can hold: {error.reason}") from None
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -251,9 +250,9 @@ def end(code: int, message: str = "") -> int:
         code, failed = _failure() or (code, state.process_id)
         _exit(code, failed, message)
     if message:
-        print(message, file=sys.stderr)
+        console.complain(message)
         if jax.distributed.is_initialized():  # JAX would wait at exit for processes it never met
-            sys.stderr.flush()
+            console.flush()
             os._exit(code)
     elif _joined.is_set():
         gather()
@@ -289,11 +288,10 @@ def _exit(code: int, failed: int, message: str = "") -> None:
                 "the same command resumes from the last checkpoint "
                 f"({message.splitlines()[-1]})"
             )
-        print(message, file=sys.stderr)
+        console.complain(message)
     elif me == 0:
-        print(f"process {failed} of {n} ends all with exit code {code}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        console.complain(f"process {failed} of {n} ends all with exit code {code}")
+    console.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         state.client.key_value_set(f"{_END}/{me}", "")  # the answer to the failed process
     if me == 0:  # the store lives here, and the failed process still reads the answers

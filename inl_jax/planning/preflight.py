@@ -188,8 +188,10 @@ def prepare_data(config: TrainConfig) -> Corpus:
 
 def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raises `InputError` if prompt and printed sample together are too long for the model."""
+    if config.sample_every == 0:
+        return
     longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
-    if config.sample_every > 0 and longest > config.model.max_seq_len:
+    if longest > config.model.max_seq_len:
         raise InputError(
             f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "
             f"beyond model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"

@@ -162,6 +162,12 @@ class Checkpoints:
             write_text(self._best, json.dumps(found))
         processes.gather()  # so that all keep the same checkpoints
 
+    def resume_from(self, step: int) -> None:
+        """Forgets a best checkpoint above `step`: it belongs to a branch that is abandoned."""
+        if processes.first() and read_json(self._best).get("step", step) > step:
+            self._best.unlink()
+        processes.gather()  # so that all keep the same checkpoints
+
     def latest_step(self) -> int | None:
         """The newest saved step."""
         return self._orbax.latest.step if self._orbax.latest else None

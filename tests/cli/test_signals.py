@@ -170,3 +170,35 @@ def test_unwind_changes_nothing_in_a_process_that_main_did_not_start():
     before = signal.getsignal(signal.SIGTERM)
     signals.unwind()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signal_is_held_while_a_checkpoint_is_read():
+    """Orbax makes of an exception in the middle another one, which looks like damage."""
+    code = """
+import os, signal
+from inl_jax.cli import signals
+signals.end_at_once()
+signals.unwind()
+with signals.held():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("read on", flush=True)
+    raise OSError("as Orbax would")
+"""
+    process = start([sys.executable, "-c", code])
+    out, err = process.communicate(timeout=30)
+    assert out == "read on\n"
+    check((process.returncode, err), signal.SIGTERM)
+
+
+def test_leave_keeps_its_exit_code_without_a_stderr():
+    """After a lost connection, say: a wrapper that waits for 75 must see 75."""
+    code = """
+import os, signal
+from inl_jax.cli import signals
+signals.end_at_once()
+os.close(2)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    process = start([sys.executable, "-c", code])
+    process.communicate(timeout=30)
+    assert process.returncode == 75

@@ -188,3 +188,17 @@ def test_full_disk_leaves_nothing(make_corpus, tmp_path, monkeypatch):
             make_corpus(folder)
     assert leftovers(tmp_path) == []
     make_corpus(folder)
+
+
+def test_read_finished_names_what_is_no_directory(tmp_path):
+    (tmp_path / "key").write_text("a file")
+    with pytest.raises(InputError, match="key: is no directory of prepared tokens; remove it"):
+        cache.read_finished(tmp_path / "key")
+
+
+def test_remove_may_be_called_by_several_at_once(tmp_path):
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key/train.bin").write_text("x")
+    for _ in range(2):  # the second finds it gone
+        cache.remove(tmp_path / "key")
+    assert not list(tmp_path.iterdir())

@@ -215,3 +215,15 @@ def test_prepare_says_if_no_text_is_left_for_validation(make_corpus, tmp_path, s
     said.clear()
     make_corpus(tmp_path / "d", validation_fraction=0)
     assert not any("WARNING" in line for line in said), "nobody asked for validation"
+
+
+def test_prepare_trains_a_damaged_bpe_again(make_corpus, tmp_path):
+    write_files(tmp_path / "d", DOCUMENTS)
+    first = make_corpus(tmp_path / "d", tokenizer="bpe:270").tokenizer
+    (file,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.json")
+    for damage in (lambda: file.write_text(file.read_text()[:99]), file.unlink):
+        damage()
+        assert (
+            make_corpus(tmp_path / "d", tokenizer="bpe:270").tokenizer.vocab_size
+            == first.vocab_size
+        )

@@ -228,3 +228,11 @@ def test_load_tokenizer_answers_a_usual_name_without_asking_the_hub(name, monkey
     monkeypatch.setattr(tokenizers, "Tokenizer", None)  # that would ask
     with pytest.raises(InputError, match=f"data.tokenizer={name}: write bytes, gpt2, or bpe:4096"):
         load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_encode_names_text_that_utf8_cannot_hold(name):
+    """As argv makes of bytes that are not UTF-8."""
+    tokenizer = load_tokenizer(name) if name == "bytes" else train_bpe(["some text"] * 9, 260)
+    with pytest.raises(InputError, match="not text that UTF-8 can hold"):
+        tokenizer.encode("a\udcff")

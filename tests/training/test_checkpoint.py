@@ -331,3 +331,15 @@ def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
     checkpoints.close()
     early, late = counts
     assert late[0] <= early[0] and late[1] <= early[1], (early, late)
+
+
+def test_resume_from_forgets_a_best_that_was_abandoned(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.note_validation(12, 4.0)
+    checkpoints.resume_from(12)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 12
+    checkpoints.resume_from(8)  # 12 is of another branch, which reached a loss of its own
+    assert not (tmp_path / "best.json").exists()
+    checkpoints.note_validation(12, 4.5)
+    assert json.loads((tmp_path / "best.json").read_text())["validation_loss"] == 4.5
+    checkpoints.close()
