@@ -111,16 +111,17 @@ def test_restore_is_bit_exact_on_any_topology(run_dir, config, shape):
 PEAK = """
 import resource, sys
 import jax
-from inl_jax import checkpoint, train
+from inl_jax import train
 from inl_jax.config_file import from_json
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.training.step import make_layout, split_state
+from inl_jax.training import checkpoint
+from inl_jax.training.state import make_layout, split_state
 
 what, config = sys.argv[1], from_json(sys.argv[2])
 if what == "train":
     train(config)
 else:
-    state = split_state(make_layout(config, make_mesh(config.mesh)))
+    state = split_state(make_layout(config, make_mesh(config.mesh)).state)
     checkpoints = checkpoint.Checkpoints(config.run_dir, keep_last=2)
     jax.block_until_ready(checkpoints.restore(state)["optimizer"])
     checkpoints.close()
