@@ -156,7 +156,12 @@ def newest(run_dir):
 def test_killed_process_ends_all_and_a_signal_to_one_stops_all(train_config, launch, victims):
     """After each kill the same command resumes the run; at last process 1 gets SIGTERM."""
     config = train_config(
-        num_steps=10**6, log_every=4, save_every=8, eval_every=0, mesh=MeshConfig(fsdp=2)
+        model={"num_layers": 1, "num_iterations": 1},  # compiles faster
+        num_steps=10**6,
+        log_every=4,
+        save_every=8,
+        eval_every=0,
+        mesh=MeshConfig(fsdp=2),
     )
     reached = 0
     for victim in victims:
