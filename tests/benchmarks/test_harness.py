@@ -77,6 +77,7 @@ def test_integrator_without_torch_says_so_in_its_rows(measure, monkeypatch):
     assert notes == ["torch not installed"] * 4
 
 
+@pytest.mark.slow
 def test_train_measures_updates_of_a_config(measure):
     found = measure("train", *TINY, "--updates", "2", "--warmup", "1")
     assert found["compile_seconds"] > 0 and "integrator_tax" not in found
