@@ -98,8 +98,8 @@ class ModelConfig:
     auto: cudnn on CUDA, xla elsewhere. For attention only."""
     remat: Literal["none", "integrator", "all_but_integrator", "block"] = "block"
     """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
-    iterations. all_but_integrator: the rest of a block. block: all of a block; only its input is
-    kept."""
+    iterations. all_but_integrator: the rest of a block (with autodiff this is block: only lean
+    marks what is kept). block: all of a block; only its input is kept."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
     """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
@@ -139,11 +139,6 @@ class ModelConfig:
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
-        )
-        _require(
-            not (self.remat == "all_but_integrator" and self.integrator_gradient == "autodiff"),
-            "model.remat=all_but_integrator with model.integrator_gradient=autodiff: only lean "
-            "marks what is to be kept; use model.integrator_gradient=lean",
         )
         _require(
             not (self.num_iterations == 0 and self.context == "mean"),

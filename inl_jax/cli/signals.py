@@ -71,7 +71,7 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A signal raises at the end of the block only: Orbax reads what raises as a bad checkpoint."""
+    """A signal ends the process after the block: Orbax would take what raises in it for damage."""
     global _held
     _held = True
     try:

@@ -291,3 +291,10 @@ def test_state_in_host_memory_is_an_error_on_a_platform_without_it(train_config,
     monkeypatch.setitem(vars(mesh), "local_devices", [device])
     with pytest.raises(InputError, match="optim.state_memory=pinned_host: .* has only device mem"):
         make_layout(config, mesh)
+
+
+def test_activations_by_remat_knows_every_mode_of_either_gradient(train_config):
+    """A config with autodiff can be estimated, whatever it would remat."""
+    config = train_config(model={"integrator_gradient": "autodiff"})
+    by_remat = memory.activations_by_remat(config, make_mesh(config.mesh))
+    assert set(by_remat) == {"none", "integrator", "all_but_integrator", "block"}
