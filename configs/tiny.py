@@ -35,5 +35,5 @@ config = TrainConfig(
     eval_every=150,
     save_every=150,
     sample_every=150,
-    sample_prompt="def ",
+    sample_prompts=("def ", "import "),
 )

@@ -5,52 +5,28 @@ Every mistake is an `InputError` of one line that names the field, the value fou
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from inl_jax.checks import (
+    InputError,
+    check_types,
+    require,
+    require_not_negative,
+    require_positive,
+)
+
+__all__ = [
+    "DataConfig",
+    "InputError",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "with_fields",
+]
+
 DType = Literal["auto", "float32", "bfloat16", "float64"]
-
-
-class InputError(ValueError):
-    """A mistake in the input: one line that names the thing, the value found and what to do."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _check_types(section: Any, prefix: str) -> None:
-    """Checks the types of fields: a config file does not go through the command line's parser."""
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{prefix}{field.name}"
-        kind = field.type
-        if typing.get_origin(kind) is Literal:
-            choices = typing.get_args(kind)
-            _require(value in choices, f"{name}={value}: choose one of {', '.join(choices)}")
-        elif kind in (int, float, str):
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            _require(
-                fits and not isinstance(value, bool),
-                f"{name}={value!r}: must be of type {kind.__name__}",
-            )
-        elif typing.get_origin(kind) is tuple:
-            _require(
-                isinstance(value, tuple), f"{name}={value!r}: must be a tuple, such as ({value!r},)"
-            )
-
-
-def _require_positive(section: Any, prefix: str, names: str) -> None:
-    for name in names.split():
-        value = getattr(section, name)
-        _require(value > 0, f"{prefix}{name}={value}: must be positive")
-
-
-def _require_not_negative(section: Any, prefix: str, names: str) -> None:
-    for name in names.split():
-        value = getattr(section, name)
-        _require(value >= 0, f"{prefix}{name}={value}: must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,38 +85,34 @@ class ModelConfig:
     """Positions that go through all iterations together. With 0: the whole sequence."""
 
     def __post_init__(self):
-        _check_types(self, "model.")
-        _require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
-        _require_positive(
+        check_types(self, "model.")
+        require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
+        require_positive(
             self,
             "model.",
             "vocab_size d_model num_layers d_ff max_seq_len controller_width num_heads "
             "num_kv_heads dt kappa integrator_segment",
         )
-        _require_not_negative(
-            self, "model.", "num_iterations excitation_amplitude integrator_chunk"
-        )
-        _require(
-            0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1"
-        )
-        _require(
+        require_not_negative(self, "model.", "num_iterations excitation_amplitude integrator_chunk")
+        require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1")
+        require(
             self.param_dtype != "auto",
             "model.param_dtype=auto: choose float32, bfloat16 or float64",
         )
-        _require(
+        require(
             self.d_model % 2 == 0,
             f"model.d_model={self.d_model}: must be even (sinusoidal positions are sin, cos pairs)",
         )
-        _require(
+        require(
             self.d_model % self.num_heads == 0 and self.head_dim % 2 == 0,
             f"model.num_heads={self.num_heads}: must divide model.d_model={self.d_model} into "
             "heads of even width",
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
         )
-        _require(
+        require(
             not (self.num_iterations == 0 and self.context == "mean"),
             "model.num_iterations=0 with model.context=mean: nothing would read the context; "
             "use model.context decay or attention",
@@ -183,20 +155,20 @@ class DataConfig:
     """Directory where prepared tokens are kept; runs may share it."""
 
     def __post_init__(self):
-        _check_types(self, "data.")
-        _require(len(self.paths) > 0, "data.paths is empty: name a file, a directory or stdlib")
-        _require(
+        check_types(self, "data.")
+        require(len(self.paths) > 0, "data.paths is empty: name a file, a directory or stdlib")
+        require(
             len(self.weights) in (0, len(self.paths)),
             f"data.weights has {len(self.weights)} values for {len(self.paths)} data.paths: "
             "give one weight per path, or none",
         )
-        _require(
+        require(
             all(0 < weight < float("inf") for weight in self.weights),
             f"data.weights={self.weights}: every weight must be positive and finite",
         )
-        _require_positive(self, "data.", "seq_len")
-        _require_not_negative(self, "data.", "max_documents")
-        _require(
+        require_positive(self, "data.", "seq_len")
+        require_not_negative(self, "data.", "max_documents")
+        require(
             0 <= self.validation_fraction <= 1,
             f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1",
         )
@@ -204,7 +176,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW under a warmup-cosine schedule, counted in optimizer updates."""
+    """The optimizer and its learning rate, counted in optimizer updates."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps no first moments, and second moments only of rows and columns."""
@@ -220,10 +192,16 @@ class OptimConfig:
     device one layer at a time."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached at the end of the warmup."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """The learning rate after the warmup. cosine: falls to the end of the run. wsd (warmup, stable,
+    decay): stays at the peak, then falls over the last decay_fraction of the run, so that a run can
+    be prolonged. constant: stays at the peak."""
+    decay_fraction: float = 0.2
+    """Share of the updates over which wsd falls."""
     warmup_steps: int = 100
     """Updates of linear warmup. The first one has 1 / warmup_steps of the peak."""
     final_lr_fraction: float = 0.1
-    """Learning rate of the last update, as a fraction of the peak."""
+    """Learning rate of the last update, as a fraction of the peak; not for constant."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
@@ -236,18 +214,22 @@ class OptimConfig:
     """Gradients with a larger global norm are scaled down to this norm."""
 
     def __post_init__(self):
-        _check_types(self, "optim.")
-        _require_positive(self, "optim.", "learning_rate eps clip_norm")
+        check_types(self, "optim.")
+        require_positive(self, "optim.", "learning_rate eps clip_norm")
         for name in ("learning_rate", "eps", "weight_decay"):
             value = getattr(self, name)
-            _require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
-        _require_not_negative(self, "optim.", "warmup_steps weight_decay")
+            require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
+        require_not_negative(self, "optim.", "warmup_steps weight_decay")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}={value}: must be at least 0, below 1")
-        _require(
+            require(0 <= value < 1, f"optim.{name}={value}: must be at least 0, below 1")
+        require(
             0 <= self.final_lr_fraction <= 1,
             f"optim.final_lr_fraction={self.final_lr_fraction}: must lie between 0 and 1",
+        )
+        require(
+            0 < self.decay_fraction <= 1,
+            f"optim.decay_fraction={self.decay_fraction}: must be above 0 and at most 1",
         )
 
 
@@ -267,15 +249,15 @@ class MeshConfig:
     optimizer: gradients and optimizer state; each device holds all parameters (ZeRO-2)."""
 
     def __post_init__(self):
-        _check_types(self, "mesh.")
+        check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
             whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-            _require(
+            require(
                 size == "rest" or whole, f"mesh.{name}={size!r}: a positive whole number, or rest"
             )
         rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]
-        _require(len(rest) < 2, f"{' and '.join(rest)} are both rest: give one of them a number")
+        require(len(rest) < 2, f"{' and '.join(rest)} are both rest: give one of them a number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,12 +298,20 @@ class TrainConfig:
     """Updates between checkpoints; 0 saves only at the end. The last update is always saved."""
     keep_last: int = 2
     """Newest checkpoints that are kept, beside the best by validation loss."""
+    patience: int = 0
+    """The run stops early after so many evaluations in a row without an improvement; 0 never."""
+    min_delta: float = 0.0
+    """An evaluation improves if its loss is lower than the best by more than this, in nats."""
     sample_every: int = 0
-    """Updates between printed samples; 0 prints none."""
-    sample_prompt: str = "The"
-    """Prompt of the samples."""
+    """Updates between samples; 0 makes none."""
+    sample_prompts: tuple[str, ...] = ("The",)
+    """Prompts that are continued each time, by the likeliest tokens and by drawn ones."""
     sample_tokens: int = 64
     """New tokens of a sample."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that also receive the records; each needs the extra of its name."""
+    project: str = "inl_jax"
+    """Project of the run in wandb and trackio."""
     max_nonfinite_steps: int = 10
     """The run ends after so many updates in a row with a loss or gradient that is not finite."""
     xla_flags: tuple[str, ...] = ()
@@ -330,48 +320,58 @@ class TrainConfig:
     with a warning."""
 
     def __post_init__(self):
-        _check_types(self, "")
-        _require_positive(
+        check_types(self, "")
+        require_positive(
             self,
             "",
             "batch_size accumulate_steps log_every keep_last sample_tokens max_nonfinite_steps",
         )
-        _require_not_negative(
+        require_not_negative(
             self,
             "",
-            "loss_chunk num_steps num_epochs eval_every eval_sequences save_every sample_every "
-            "seed",
+            "loss_chunk num_steps num_epochs eval_every eval_sequences save_every patience "
+            "min_delta sample_every seed",
         )
-        _require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
-        _require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")
-        _require(
+        require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
+        require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")
+        require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
             "positive; set the other to 0, as in --num_epochs 2 --num_steps 0",
         )
-        _require(
+        require(
             self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps}: must be below "
             f"num_steps={self.num_steps}",
         )
-        _require(
+        require(
             self.batch_size % self.accumulate_steps == 0,
             f"batch_size={self.batch_size}: must be a multiple of "
             f"accumulate_steps={self.accumulate_steps}",
         )
-        _require(
+        require(
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len}: must not exceed "
             f"model.max_seq_len={self.model.max_seq_len}",
         )
-        _require(
+        require(
             self.optim.rounding == "masters" or self.model.param_dtype == "bfloat16",
             f"optim.rounding={self.optim.rounding}: only for model.param_dtype=bfloat16, which is "
             f"{self.model.param_dtype}",
         )
-        _require(self.run_dir != "", "run_dir is empty: name a directory for the run")
+        require(
+            self.patience == 0 or self.eval_every > 0,
+            f"patience={self.patience} with eval_every=0: nothing is evaluated before the end; set "
+            "eval_every, or patience 0",
+        )
+        require(
+            self.sample_every == 0 or len(self.sample_prompts) > 0,
+            f"sample_every={self.sample_every} with no sample_prompts: name some, or set "
+            "sample_every 0",
+        )
+        require(self.run_dir != "", "run_dir is empty: name a directory for the run")
         for flag in " ".join(self.xla_flags).split():
-            _require(
+            require(
                 flag.startswith("--xla_"),
                 f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
             )

@@ -160,6 +160,8 @@ def from_json(text: str) -> TrainConfig:
     values = json.loads(text)
     if not (isinstance(values, dict) and "model" in values):
         raise InputError("this is not the JSON of a config")
+    if "sample_prompt" in values:  # one prompt, before there were several
+        values["sample_prompts"] = [values.pop("sample_prompt")]
     return build(TrainConfig, values, "")
 
 

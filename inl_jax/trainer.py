@@ -300,13 +300,14 @@ class Run:
             self.checkpoints.note_validation(step, result.loss, basis=basis)
 
     def sample(self, state: TrainState, step: int) -> None:
-        """Prints a continuation of the sample prompt."""
+        """Prints a continuation of each sample prompt."""
         c = self.config
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer, mesh=self.mesh)
-        text = model.generate(
-            c.sample_prompt, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
+        texts = model.generate(
+            c.sample_prompts, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
         )
-        say(f"sample at update {step}: {c.sample_prompt}{text}")
+        for prompt, text in zip(c.sample_prompts, texts, strict=True):
+            say(f"sample at update {step}: {prompt}{text}")
 
 
 def _due(step: int, every: int) -> bool:

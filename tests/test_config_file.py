@@ -127,7 +127,7 @@ def test_override_takes_a_value_with_an_equals_sign():
             "--data.paths",
             "/d/lang=en/*.parquet",
             "lang=fr/x.txt",
-            "--sample_prompt",
+            "--sample_prompts",
             "seed = 1",
             "--name=seed=2",
             "batch_size=6",
@@ -135,7 +135,7 @@ def test_override_takes_a_value_with_an_equals_sign():
         ],
     )
     assert config.data.paths == ("/d/lang=en/*.parquet", "lang=fr/x.txt")
-    assert (config.run_dir, config.sample_prompt) == ("runs/lr=1e-3", "seed = 1")
+    assert (config.run_dir, config.sample_prompts) == ("runs/lr=1e-3", ("seed = 1",))
     assert (config.name, config.batch_size, config.optim.b1) == ("seed=2", 6, 0.5)
 
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"training"},
     {"parallel"},
     {"data", "model"},
-    {"config", "config_file", "console", "internals"},
+    {"checks", "config", "config_file", "console", "internals"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

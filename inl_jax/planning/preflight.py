@@ -190,7 +190,8 @@ def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raises `InputError` if prompt and printed sample together are too long for the model."""
     if config.sample_every == 0:
         return
-    longest = len(tokenizer.encode(config.sample_prompt)) + config.sample_tokens
+    prompts = [len(tokenizer.encode(prompt)) for prompt in config.sample_prompts]
+    longest = max(prompts) + config.sample_tokens
     if longest > config.model.max_seq_len:
         raise InputError(
             f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "

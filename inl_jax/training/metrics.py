@@ -15,6 +15,8 @@ from inl_jax.parallel import processes
 
 Record = dict[str, Any]
 
+KINDS = ("loss", "validation_loss", "dynamics")  # of an update, an evaluation, the integrator
+
 
 def perplexity(loss: float) -> float:
     """`exp(loss)`, infinite if that overflows."""
@@ -47,6 +49,11 @@ def update_record(
         "seconds_left": seconds_per_step * (num_steps - step),
         "skipped": values["skipped"],
     }
+
+
+def kind(record: Record) -> str:
+    """What a record is of: the one of `KINDS` that it holds."""
+    return next(key for key in KINDS if key in record)
 
 
 def console_line(record: Record) -> str:
@@ -137,7 +144,8 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record
     crash cut short is ignored.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    latest: dict[tuple[int, bool], Record] = {}
+    latest: dict[tuple[int, str], Record] = {}
+    order = {of: i for i, of in enumerate(KINDS)}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
@@ -145,10 +153,10 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record
                 start = record["resumed_from"]
                 latest = {key: found for key, found in latest.items() if key[0] <= start}
             elif record["step"] <= up_to:
-                latest[record["step"], "validation_loss" in record] = record
-        except (ValueError, TypeError, KeyError):
+                latest[record["step"], kind(record)] = record
+        except (ValueError, TypeError, KeyError, StopIteration):
             continue
-    return [latest[key] for key in sorted(latest)]
+    return [latest[step, of] for step, of in sorted(latest, key=lambda k: (k[0], order[k[1]]))]
 
 
 class StepTimer:

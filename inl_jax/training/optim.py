@@ -32,17 +32,25 @@ def learning_rates(config: OptimConfig, num_steps: int) -> np.ndarray:
     """The learning rate of every update of a run, float32 [num_steps].
 
     Warmup is linear and counts from 1: update `u` of `warmup_steps` has `u / warmup_steps` of the
-    peak, so that the first update is not lost. A cosine follows, to `final_lr_fraction` of the peak
-    at the last update (optax.warmup_cosine_decay_schedule).
+    peak, so that the first update is not lost. What follows it is `config.schedule`:
+
+    cosine    a cosine to `final_lr_fraction` of the peak at the last update
+              (optax.warmup_cosine_decay_schedule)
+    wsd       the peak, then a line to `final_lr_fraction` of it over the last `decay_fraction` of
+              the run. Until then the rates do not depend on `num_steps`: a longer run shares them,
+              and one that has fallen may rise to the peak again (Wen et al., 2024).
+    constant  the peak
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=num_steps,
-        end_value=config.learning_rate * config.final_lr_fraction,
-    )
-    return np.asarray(schedule(np.arange(1, num_steps + 1)), np.float32)
+    peak, warmup, lowest = config.learning_rate, config.warmup_steps, config.final_lr_fraction
+    update = np.arange(1, num_steps + 1)
+    if config.schedule == "cosine":
+        cosine = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps, peak * lowest)
+        return np.asarray(cosine(update), np.float32)
+    rates = peak * np.minimum(1, update / max(1, warmup))
+    if config.schedule == "wsd":
+        falling = max(1, round(config.decay_fraction * num_steps))
+        rates *= 1 - (1 - lowest) * np.clip(1 - (num_steps - update) / falling, 0, 1)
+    return rates.astype(np.float32)
 
 
 def decay_mask(params: Any) -> Any:

@@ -282,3 +282,26 @@ def test_make_optimizer_does_not_know_the_length_of_the_run(train_config):
     for rate in (1e-2, 1e-3):
         moved, _ = update(params, states[0], params, learning_rate=rate)
         np.testing.assert_allclose(moved["up_kernel"], -rate * 1.1, rtol=1e-5)
+
+
+def test_learning_rates_of_wsd_stay_at_the_peak_and_then_fall_in_a_line():
+    config = OptimConfig(
+        schedule="wsd", learning_rate=2.0, warmup_steps=10, decay_fraction=0.25, final_lr_fraction=0
+    )
+    rates = learning_rates(config, 200)
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2, rtol=1e-6)
+    assert (rates[9:150] == 2).all()
+    np.testing.assert_allclose(rates[150:], np.arange(49, -1, -1) * 0.04, atol=1e-6)
+
+
+def test_learning_rates_of_wsd_let_a_run_be_prolonged():
+    config = OptimConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    short, long = learning_rates(config, 100), learning_rates(config, 150)
+    np.testing.assert_array_equal(short[:80], long[:80])
+    assert long[80:120].max() == long[80:120].min() == np.float32(config.learning_rate)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_learning_rates_that_are_constant_only_warm_up(warmup):
+    rates = learning_rates(OptimConfig(schedule="constant", warmup_steps=warmup), 30)
+    assert (np.diff(rates) >= 0).all() and (rates[max(0, warmup - 1) :] == np.float32(1e-3)).all()
