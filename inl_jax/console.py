@@ -6,6 +6,7 @@ muted.
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 from tqdm import tqdm
@@ -48,6 +49,15 @@ def speak_to(stream: TextIO | None) -> None:
     """Sends lines to another stream; None is the current `sys.stdout`."""
     global _stream
     _stream = stream
+
+
+@contextlib.contextmanager
+def aside(what: str) -> Iterator[None]:
+    """For what stands beside the training: an error in the block is one line, and ends nothing."""
+    try:
+        yield
+    except Exception as error:
+        say(f"WARNING: {what} failed ({type(error).__name__}: {first_line(error)})")
 
 
 def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:

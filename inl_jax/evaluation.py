@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a model on a validation split."""
 
+import collections
 import functools
 import math
 import time
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, ModelConfig
+from inl_jax.config import DataConfig, InputError, ModelConfig
 from inl_jax.data.batches import EvalBatch
 from inl_jax.model.language_model import hidden_states
 from inl_jax.model.losses import CHUNK, token_losses
@@ -19,22 +20,32 @@ from inl_jax.parallel.sharding import fetch, local_rows, on, place
 from inl_jax.training.metrics import Record, perplexity
 
 
-class Evaluation(NamedTuple):
-    """What `evaluate` finds."""
+class Score(NamedTuple):
+    """How well a model predicts a text."""
 
     loss: float  # nats per token
     perplexity: float
     bits_per_byte: float  # comparable between tokenizers
     tokens: int
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` finds."""
+
+    loss: float  # as in `Score`, over all of the text
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
     seconds: float  # without compilation
+    sources: dict[int, Score]  # each source of the corpus alone, by its index
 
 
 @functools.partial(jax.jit, static_argnames=("config", "loss_chunk"))
-def eval_step(config: ModelConfig, params, batch: EvalBatch, *, loss_chunk: int) -> jax.Array:
-    """Summed loss of the weighted targets of each row, in nats, float32 [B]."""
-    hidden_BSD = hidden_states(config, params, batch.inputs)
-    losses_BS = token_losses(params, hidden_BSD, batch.targets, chunk=loss_chunk)
-    return jnp.sum(losses_BS * batch.weights, axis=1)
+def eval_step(config: ModelConfig, params, inputs, targets, weights, *, loss_chunk: int):
+    """Summed loss of the weighted targets of each row, in nats, float32 [B]. Arguments: [B, S]."""
+    hidden_BSD = hidden_states(config, params, inputs)
+    losses_BS = token_losses(params, hidden_BSD, targets, chunk=loss_chunk)
+    return jnp.sum(losses_BS * weights, axis=1)
 
 
 def evaluate(
@@ -64,28 +75,44 @@ def evaluate(
         return place(mesh, array[local_rows(mesh, len(array))])
 
     step = functools.partial(eval_step, config, params, loss_chunk=loss_chunk)
-    total, tokens, num_bytes, seconds, row_losses = 0.0, 0, 0.0, 0.0, None
+    # By source: nats, tokens, bytes; in float64, so that the batch size does not show.
+    sums: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(3))
+    seconds, row_losses = 0.0, None
     with on(mesh):
         for batch in batches:
-            on_devices = EvalBatch(*map(placed, batch))
+            arrays = [placed(a) for a in (batch.inputs, batch.targets, batch.weights)]
             if row_losses is None:
-                jax.block_until_ready(step(on_devices))  # compiles
+                jax.block_until_ready(step(*arrays))  # compiles
             start = time.perf_counter()
-            row_losses = fetch(step(on_devices)).astype(np.float64)
+            row_losses = fetch(step(*arrays))
             seconds += time.perf_counter() - start
-            total += float(row_losses.sum())  # in float64, so that the batch size does not show
-            tokens += int(batch.weights.sum())
-            num_bytes += float(batch.num_bytes.sum(dtype=np.float64))
-    if tokens == 0:
+            rows = np.stack([row_losses, batch.weights.sum(axis=1), batch.num_bytes], axis=1)
+            for source in np.unique(batch.source):
+                sums[int(source)] += rows[batch.source == source].sum(axis=0, dtype=np.float64)
+    total = sum(sums.values(), np.zeros(3))
+    if total[1] == 0:
         raise InputError("no tokens to evaluate on: raise data.validation_fraction or add text")
-    loss = total / tokens
-    bits_per_byte = total / max(num_bytes, 1e-9) / math.log(2)
-    return Evaluation(loss, perplexity(loss), bits_per_byte, tokens, seconds)
+    sources = {source: _score(*found) for source, found in sorted(sums.items()) if found[1]}
+    return Evaluation(*_score(*total), seconds, sources)
 
 
-def validation_record(found: Evaluation, step: int, num_steps: int) -> Record:
+def _score(nats: float, tokens: float, num_bytes: float) -> Score:
+    loss = float(nats / tokens)
+    bits_per_byte = float(nats) / max(float(num_bytes), 1e-9) / math.log(2)
+    return Score(loss, perplexity(loss), bits_per_byte, int(tokens))
+
+
+def scores_by_name(found: Evaluation, data: DataConfig) -> dict[str, dict[str, float]]:
+    """The scores of each source by its path; empty if the text is one source."""
+    if len(found.sources) < 2:
+        return {}
+    return {data.paths[source]: score._asdict() for source, score in found.sources.items()}
+
+
+def validation_record(found: Evaluation, data: DataConfig, step: int, num_steps: int) -> Record:
     """The record of an evaluation in training."""
-    return {
+    sources = scores_by_name(found, data)
+    return ({"sources": sources} if sources else {}) | {
         "step": step,
         "num_steps": num_steps,
         "validation_loss": found.loss,

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import functools
+import json
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig, with_fields
-from inl_jax.console import count, mute, plural, say
+from inl_jax.console import aside, count, mute, plural, say
 from inl_jax.data import batches
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.tokenizer import Tokenizer
@@ -40,6 +42,8 @@ from inl_jax.training.state import (
 )
 from inl_jax.training.step import compile_step
 from inl_jax.training.stop import StopRequest
+from inl_jax.watch.progress import Stretch, over_fitting, standing
+from inl_jax.watch.samples import make_samples, write_samples
 
 
 class Diverged(RuntimeError):
@@ -55,7 +59,12 @@ class TrainResult:
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     history: list[Record] = dataclasses.field(repr=False)  # of the whole run, in order of updates
     step: int
-    interrupted: bool
+    ended: Literal["complete", "interrupted", "stopped early"]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run; the same call resumes it."""
+        return self.ended == "interrupted"
 
     @property
     def model(self) -> LanguageModel:
@@ -91,29 +100,26 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as saved,
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,
         ):
-            state, position = restore_or_init(fitted, layout, saved, corpus)
-            step = int(state.step)
-            log.resume_from(step)
-            saved.resume_from(step)
-            num_steps = count_steps(config, corpus, step=step, position=position)
-            if step < num_steps:  # a complete run stays as it is
+            state, start = restore_or_init(fitted, layout, saved, corpus)
+            log.resume_from(start.step)
+            saved.resume_from(start.step)
+            num_steps = count_steps(config, corpus, step=start.step, position=start.position)
+            run = Run(fitted, mesh, corpus, num_steps, saved, log, start)
+            if not run.is_over():  # a run that is over stays as it is
                 record_run(config, corpus.tokenizer)
             stop.release()
             announce(fitted, corpus, num_steps, mesh)
-            run = Run(fitted, mesh, corpus, num_steps, saved, log, step=step, position=position)
-            if evaluation_is_missing(config, step, num_steps):
-                run.evaluate(state, step)
-            interrupted = False
-            if step < num_steps:
+            if run.evaluation_is_missing():
+                run.evaluate(state, start.step)
+            ended = run.is_over(again=True)
+            if not ended:
                 step_fn = compile_step(fitted, mesh, layout)
-                state, interrupted = run.loop(step_fn, state, samples, stop)
-            else:
-                say(f"the run is complete at update {step}; raise num_steps to continue it")
+                state, ended = run.loop(step_fn, state, samples, stop)
             stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
         step = int(state.step)
         history = read_metrics(config.run_dir, up_to=step)
-        return TrainResult(config, state.params, corpus.tokenizer, history, step, interrupted)
+        return TrainResult(config, state.params, corpus.tokenizer, history, step, ended)
 
 
 def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh) -> None:
@@ -133,10 +139,18 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh) ->
     )
 
 
+class Start(NamedTuple):
+    """Where a run starts or resumes."""
+
+    step: int = 0  # updates done
+    position: int = 0  # samples consumed
+    stretch: Stretch = Stretch()  # the updates since the last evaluation
+
+
 def restore_or_init(
     config: TrainConfig, layout: Layout, checkpoints: Checkpoints, corpus: Corpus
-) -> tuple[TrainState, int]:
-    """The state to start from, and the number of samples consumed so far.
+) -> tuple[TrainState, Start]:
+    """The state to start from, and where that is.
 
     A checkpoint is read straight into its shardings, and given weights are donated: memory never
     holds two states.
@@ -144,7 +158,9 @@ def restore_or_init(
     found = checkpoints.restore(split_state(layout.state))
     if found is not None:
         say(f"resuming from update {found['step']} in {config.run_dir}")
-        return join_state(found), resumed_position(found["position"], config, corpus)
+        saved = found["position"]
+        position, stretch = resumed_position(saved, config, corpus), saved.get("stretch", ())
+        return join_state(found), Start(found["step"], position, Stretch(*stretch))
     shardings = shardings_of(layout.state)
     if config.init_from:
         # The types that were saved; another parameter type is cast to afterwards.
@@ -158,10 +174,10 @@ def restore_or_init(
             out_shardings=shardings,
             donate_argnums=0,
         )
-        return fresh(params), 0
+        return fresh(params), Start()
     say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
     fresh = jax.jit(functools.partial(init_state, config=config), out_shardings=shardings)
-    return fresh(jax.random.key(config.seed)), 0
+    return fresh(jax.random.key(config.seed)), Start()
 
 
 def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus) -> int:
@@ -177,38 +193,53 @@ def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus)
     return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
 
 
-def evaluation_is_missing(config: TrainConfig, step: int, num_steps: int) -> bool:
-    """Whether a run that resumes was stopped between the save of `step` and its evaluation."""
-    due = step > 0 and (step == num_steps or _due(step, config.eval_every))
-    records = read_metrics(config.run_dir, up_to=step)
-    missing = not any(r["step"] == step and "validation_loss" in r for r in records)
-    return due and processes.gather(str(missing))[0] == "True"  # process 0 reads for all
-
-
 class Run:
     """The loop of one run."""
 
-    def __init__(self, config, mesh, corpus, num_steps, checkpoints, log, *, step, position):
+    def __init__(self, config, mesh, corpus, num_steps, checkpoints, log, start: Start):
         self.config, self.mesh, self.corpus = config, mesh, corpus
-        self.num_steps, self.start_step, self.start_position = num_steps, step, position
+        self.num_steps, self.start = num_steps, start
         self.checkpoints, self.log, self.timer = checkpoints, log, StepTimer()
         self.nonfinite_in_a_row = 0
+        past = read_metrics(config.run_dir, up_to=start.step)
+        before = next((r["elapsed"] for r in reversed(past) if "elapsed" in r), 0.0)
+        self.started = time.monotonic() - before
+        self.basis = f"{corpus.fingerprint}/{config.data.seq_len}/{config.eval_sequences}"
+        mine = json.dumps([r for r in past if "validation_loss" in r])
+        self.evaluations = json.loads(processes.gather(mine)[0])  # as process 0 reads them
+        already = any(r["step"] == start.step for r in self.evaluations)
+        self.stretch = Stretch() if already else start.stretch
 
-    def loop(self, step_fn, state, samples, stop: StopRequest) -> tuple[TrainState, bool]:
-        """Updates until the end or a stop; returns the state and whether it was stopped."""
+    def evaluation_is_missing(self) -> bool:
+        """Whether a run that resumes was stopped between a save and its evaluation."""
+        step = self.start.step
+        due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
+        return due and not any(r["step"] == step for r in self.evaluations)
+
+    def is_over(self, *, again: bool = False) -> Literal["complete", "stopped early", ""]:
+        """How the run ended at the step where this process starts, if it did; says so `again`."""
+        step = self.start.step
+        if step >= self.num_steps:
+            if again:
+                say(f"the run is complete at update {step}; raise num_steps to continue it")
+            return "complete"
+        return "stopped early" if self.out_of_patience(step, tell=again) else ""
+
+    def loop(self, step_fn, state, samples, stop: StopRequest) -> tuple[TrainState, str]:
+        """Updates until the end or a stop; returns the state and how it ended."""
         c, last = self.config, self.num_steps
         read = batches.training_batches(
             samples,
-            position=self.start_position,
+            position=self.start.position,
             batch_size=c.batch_size,
             rows=local_rows(self.mesh, c.batch_size),
-            num_batches=last - self.start_step,
+            num_batches=last - self.start.step,
         )
         placed = (place(self.mesh, batch) for batch in read)
         rates, any_stop, pending = learning_rates(c.optim, last), any_process(self.mesh), None
         stop.enter_loop()
-        self.timer.start(self.start_step)
-        for step, batch in enumerate(self.timer.inputs(placed), start=self.start_step + 1):
+        self.timer.start(self.start.step)
+        for step, batch in enumerate(self.timer.inputs(placed), start=self.start.step + 1):
             state, metrics = step_fn(state, batch, rates[step - 1])
             if pending:  # one update late, so that the next one is dispatched before we wait
                 self.look_at(state, *pending)
@@ -226,15 +257,19 @@ class Run:
             if stopping:
                 self.checkpoints.wait()
                 say(f"stopped at update {step} as asked, and saved; the same command resumes")
-                return state, True
+                return state, "interrupted"
             if validate:
                 self.evaluate(state, step)
             if sample:
                 self.sample(state, step)
+            if validate and step < last and self.out_of_patience(step):
+                self.save(state, step)
+                self.checkpoints.wait()
+                return state, "stopped early"
             self.timer.start(step)
         self.checkpoints.wait()  # signals are still caught: the last save must not be lost
         say(f"complete: update {last} is saved in {c.run_dir}")
-        return state, False
+        return state, "complete"
 
     def look_at(self, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches the metrics of an update: watches that they are finite, and records them."""
@@ -242,6 +277,7 @@ class Run:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if values["finite"]:
             self.nonfinite_in_a_row = 0
+            self.stretch = self.stretch.add(values["loss"])
         else:
             self.nonfinite_in_a_row += 1
             say(
@@ -254,8 +290,7 @@ class Run:
             seconds, input_wait = self.timer.lap(step)
             rate = c.batch_size * c.data.seq_len / seconds
             record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
-            record["samples_seen"] = self.position(step)
-            self.log.write(record | utilization(c, self.mesh, rate))
+            self.log.write(record | self.progress(step) | utilization(c, self.mesh, rate))
         if diverged:
             # The state is one update newer than `step`. It is as good: skipped too, or finite.
             self.save(state, int(state.step))
@@ -269,7 +304,21 @@ class Run:
 
     def position(self, step: int) -> int:
         """Samples consumed after `step` updates."""
-        return self.start_position + (step - self.start_step) * self.config.batch_size
+        return self.start.position + (step - self.start.step) * self.config.batch_size
+
+    def progress(self, step: int) -> Record:
+        """How far the run is: samples, tokens, epochs; seconds of all its starts; the time."""
+        seen = self.position(step)
+        windows = sum(
+            batches.count_windows(files, self.config.data.seq_len) for files in self.corpus.sources
+        )
+        return {
+            "samples_seen": seen,
+            "tokens": seen * self.config.data.seq_len,
+            "epoch": seen / windows,
+            "elapsed": time.monotonic() - self.started,
+            "time": time.time(),
+        }
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving the state, once for each step."""
@@ -279,11 +328,12 @@ class Run:
             "samples_seen": self.position(step),
             "seq_len": self.config.data.seq_len,
             "data": self.corpus.fingerprint,
+            "stretch": list(self.stretch),
         }
         self.checkpoints.save(step, **split_state(state), position=position)
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Records the validation loss, and notes it for a saved step. Needs validation text."""
+        """Records the validation loss, and saves the best. Does nothing without validation text."""
         c = self.config
         if sum(files.validation_tokens for files in self.corpus.sources) == 0:
             return
@@ -294,20 +344,41 @@ class Run:
             max_sequences=c.eval_sequences,
         )
         result = evaluate(c.model, state.params, windows, mesh=self.mesh, loss_chunk=c.loss_chunk)
-        self.log.write(validation_record(result, step, self.num_steps))
-        if self.checkpoints.latest_step() == step:
-            basis = f"{self.corpus.fingerprint}/{c.data.seq_len}/{c.eval_sequences}"
-            self.checkpoints.note_validation(step, result.loss, basis=basis)
+        best = self.checkpoints.is_best(result.loss, basis=self.basis)
+        record = validation_record(result, c.data, step, self.num_steps) | self.progress(step)
+        record |= over_fitting(result.loss, self.stretch) | {"best": best, "basis": self.basis}
+        self.stretch = Stretch()
+        self.evaluations.append(record)
+        self.log.write(record)
+        if best:
+            self.save(state, step)
+            self.checkpoints.note_best(step, result.loss, basis=self.basis)
+
+    def out_of_patience(self, step: int, *, tell: bool = True) -> bool:
+        """Whether the evaluations up to `step` stop the run early; says so."""
+        c = self.config
+        found = standing(self.evaluations, basis=self.basis, min_delta=c.min_delta)
+        over = 0 < c.patience <= found.waited
+        if over and tell:
+            say(
+                f"stopped early at update {step}: {plural(found.waited, 'evaluation')} without an "
+                f"improvement on {found.best_loss:.4f} of update {found.best_step}; the best is "
+                f"update {self.checkpoints.best_step()} (--step best); raise patience={c.patience} "
+                "to continue"
+            )
+        return over
 
     def sample(self, state: TrainState, step: int) -> None:
-        """Prints a continuation of each sample prompt."""
+        """Records a continuation of each sample prompt. Cannot end the run."""
         c = self.config
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer, mesh=self.mesh)
-        texts = model.generate(
-            c.sample_prompts, max_new_tokens=c.sample_tokens, temperature=0.8, seed=step
-        )
-        for prompt, text in zip(c.sample_prompts, texts, strict=True):
-            say(f"sample at update {step}: {prompt}{text}")
+        with aside(f"the samples at update {step}"):
+            samples = make_samples(model, c.sample_prompts, max_new_tokens=c.sample_tokens)
+            record = {"step": step, "num_steps": self.num_steps, "samples": samples}
+            record["time"] = time.time()
+            if processes.first():
+                write_samples(c.run_dir, record)
+            self.log.write(record)
 
 
 def _due(step: int, every: int) -> bool:

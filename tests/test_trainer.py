@@ -80,7 +80,7 @@ def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, 
         "tok/s",
         "left",
         "bits/byte",
-        "sample at update 40",
+        "sample, likeliest: 'The",
     ):
         assert said in out, said
 
@@ -114,10 +114,99 @@ def test_train_interrupted_anywhere_and_resumed_is_bit_identical(
     assert_same(saved_state(whole, 8), saved_state(parts, 8))
 
     def losses(result):
-        keep = ("step", "loss", "grad_norm", "validation_loss", "samples_seen")
+        keep = ("step", "loss", "grad_norm", "validation_loss", "samples_seen", "gap", "best")
         return [{k: r[k] for k in keep if k in r} for r in result.history]
 
     assert losses(expected) == losses(resumed)
+
+
+def script_losses(monkeypatch, losses):
+    """The evaluation at each update of `losses` gives that loss; returns the updates evaluated."""
+    at, validate, of_run = [], trainer.evaluate, trainer.Run.evaluate
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *args, **kw: validate(*args, **kw)._replace(loss=losses[at[-1]])
+    )
+    monkeypatch.setattr(
+        trainer.Run,
+        "evaluate",
+        lambda run, state, step: (at.append(step), of_run(run, state, step)),
+    )
+    return at
+
+
+def saved_steps(config):
+    return {int(p.name) for p in (Path(config.run_dir) / "checkpoints").iterdir()}
+
+
+def test_train_stops_early_says_so_again_and_goes_on_with_more_patience(
+    train_config, monkeypatch, said
+):
+    at = script_losses(monkeypatch, {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.5, 10: 2.5})
+    config = train_config(num_steps=12, eval_every=2, save_every=5, patience=2)
+    result = trainer.train(config)
+    assert (result.ended, result.step, at) == ("stopped early", 8, [2, 4, 6, 8])
+    assert saved_steps(config) >= {4, 8}, "the best, and the state at the end"
+    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 4
+    told = "stopped early at update 8: 2 evaluations without an improvement on 2.0000 of update 4"
+    assert any(line.startswith(told) for line in said)
+
+    said.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "compile_step", lambda *_: pytest.fail("it trains"))
+        again = trainer.train(config)
+    assert (again.ended, again.step) == ("stopped early", 8)
+    assert any(line.startswith(told) for line in said)
+    assert_same(again.params, result.params)
+
+    longer = trainer.train(dataclasses.replace(config, patience=3))
+    assert (longer.ended, longer.step) == ("stopped early", 10)
+
+
+@pytest.mark.parametrize(
+    "crash",
+    [
+        (6, "validation_loss"),  # counted, and not saved
+        pytest.param((4, "validation_loss"), marks=pytest.mark.slow),  # the best, not yet saved
+        pytest.param((5, "loss"), marks=pytest.mark.slow),
+        pytest.param((7, "loss"), marks=pytest.mark.slow),
+    ],
+)
+def test_train_stops_early_at_the_same_update_after_a_kill(train_config, monkeypatch, crash):
+    class Killed(Exception):
+        pass
+
+    def on_record(record):
+        if record["step"] == crash[0] and crash[1] in record:
+            raise Killed
+
+    config = train_config(num_steps=12, eval_every=2, save_every=5, patience=2)
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.6}
+    script_losses(monkeypatch, losses)
+    with pytest.raises(Killed):
+        trainer.train(config, on_record=on_record)
+    result = trainer.train(config)
+    assert (result.ended, result.step) == ("stopped early", 8)
+    found = {r["step"]: r["validation_loss"] for r in result.history if "validation_loss" in r}
+    assert found == losses
+
+
+def test_train_goes_on_if_a_sample_fails(train_config, monkeypatch, said):
+    monkeypatch.setattr(trainer, "make_samples", lambda *_, **__: 1 / 0)
+    result = trainer.train(train_config(num_steps=4, sample_every=2, sample_tokens=4))
+    assert result.ended == "complete"
+    failed = "WARNING: the samples at update 2 failed (ZeroDivisionError: division by zero)"
+    assert failed in said
+
+
+def test_train_refuses_a_prompt_that_cannot_be_continued_before_it_computes(train_config):
+    config = train_config(sample_every=2, sample_tokens=8, sample_prompts=("fine", "x" * 30))
+    with pytest.raises(
+        InputError, match=r"sample_tokens=8.*38 tokens, beyond model.max_seq_len=32"
+    ):
+        trainer.train(config)
+    with pytest.raises(InputError, match="sample_prompts.*cannot be encoded"):
+        trainer.train(dataclasses.replace(config, sample_prompts=("\udcff",)))
+    assert not Path(config.run_dir).exists()
 
 
 def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_config, monkeypatch):

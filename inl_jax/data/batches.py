@@ -49,6 +49,8 @@ class EvalBatch(NamedTuple):
     """1 for targets, 0 for padding, float32 [B, S]."""
     num_bytes: np.ndarray
     """UTF-8 bytes that the targets of a row stand for, float32 [B]."""
+    source: np.ndarray
+    """Index of the corpus's source that a row is from, int32 [B]; 0 for rows of weight 0."""
 
 
 def count_windows(files: TokenFiles, seq_len: int) -> int:
@@ -143,7 +145,9 @@ def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[
     counts = [-(-files.validation_tokens // seq_len) for files in corpus.sources]
     share = min(1.0, max_sequences / max(1, sum(counts)) or 1.0)
     parts = np.diff(np.round(np.cumsum([0, *counts]) * share).astype(int))  # by size
-    for files, count, wanted in zip(corpus.sources, counts, parts, strict=True):
+    for source, (files, count, wanted) in enumerate(
+        zip(corpus.sources, counts, parts, strict=True)
+    ):
         tokens = files.open("validation")
         bytes_per_token = files.validation_bytes / max(1, len(tokens))
         # Evenly spaced: the same windows each time, from all of the split.
@@ -157,4 +161,5 @@ def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[
             yield EvalBatch(
                 *(np.pad(part, missing) for part in (inputs, targets, weights)),
                 np.float32(len(targets) * bytes_per_token),
+                np.int32(source),
             )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
-from inl_jax.console import count, plural, say, size
+from inl_jax.console import count, first_line, plural, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
@@ -181,22 +181,31 @@ def prepare_data(config: TrainConfig) -> Corpus:
         "data.paths and data.tokenizer must name the same files on every host",
     )
     data.check(corpus, config.model.vocab_size)
-    check_sample(config, corpus.tokenizer)
+    check_samples(config, corpus.tokenizer)
     count_steps(config, corpus)
     return corpus
 
 
-def check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises `InputError` if prompt and printed sample together are too long for the model."""
-    if config.sample_every == 0:
-        return
-    prompts = [len(tokenizer.encode(prompt)) for prompt in config.sample_prompts]
-    longest = max(prompts) + config.sample_tokens
-    if longest > config.model.max_seq_len:
-        raise InputError(
-            f"sample_tokens={config.sample_tokens}: with the prompt that is {longest} tokens, "
-            f"beyond model.max_seq_len={config.model.max_seq_len}; lower sample_tokens"
-        )
+def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Checks that every sample prompt can be continued by this model.
+
+    Raises:
+      InputError: a prompt is no text, or it and its sample are too long for the model.
+    """
+    for prompt in config.sample_prompts if config.sample_every else ():
+        try:
+            length = len(tokenizer.encode(prompt)) + config.sample_tokens
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"sample_prompts: {prompt!r} cannot be encoded ({first_line(error)}); write it in "
+                "UTF-8"
+            ) from None
+        if length > config.model.max_seq_len:
+            raise InputError(
+                f"sample_tokens={config.sample_tokens}: with the prompt {prompt[:40]!r} that is "
+                f"{length} tokens, beyond model.max_seq_len={config.model.max_seq_len}; lower "
+                "sample_tokens, or shorten the prompt"
+            )
 
 
 def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position: int = 0) -> int:

@@ -143,19 +143,25 @@ class Checkpoints:
         if damaged:
             self._orbax.reload()
 
-    def note_validation(self, step: int, loss: float, *, basis: str = "") -> None:
-        """Records the validation loss of a saved step; the checkpoint of the lowest is kept.
+    def is_best(self, loss: float, *, basis: str = "") -> bool:
+        """Whether a validation loss is lower than that of the best checkpoint.
 
         Args:
-          step: a saved step.
-          loss: its validation loss.
+          loss: in nats per token; NaN is not lower.
           basis: what it was measured on; losses on another basis are not compared.
         """
         best = read_json(self._best)
         lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
-        lower = loss < lowest  # False for NaN
-        if processes.gather(str(lower))[0] == "False":  # as process 0 read it, before it writes
-            return
+        return processes.gather(str(loss < lowest))[0] == "True"  # as process 0 read it
+
+    def note_best(self, step: int, loss: float, *, basis: str = "") -> None:
+        """Records that the saved `step` is the best, so that its checkpoint is kept.
+
+        Args:
+          step: a saved step.
+          loss: its validation loss.
+          basis: as in `is_best`.
+        """
         self.wait()  # best.json never names a checkpoint that is not on disk
         found = {"step": step, "validation_loss": loss, "basis": basis}
         if processes.first():
@@ -167,6 +173,10 @@ class Checkpoints:
         if processes.first() and read_json(self._best).get("step", step) > step:
             self._best.unlink()
         processes.gather()  # so that all keep the same checkpoints
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, by validation loss."""
+        return read_json(self._best).get("step")
 
     def latest_step(self) -> int | None:
         """The newest saved step."""

@@ -15,7 +15,8 @@ from inl_jax.parallel import processes
 
 Record = dict[str, Any]
 
-KINDS = ("loss", "validation_loss", "dynamics")  # of an update, an evaluation, the integrator
+# What a record is of holds one of these: an update, an evaluation, the integrator, samples.
+KINDS = ("loss", "validation_loss", "dynamics", "samples")
 
 
 def perplexity(loss: float) -> float:
@@ -56,17 +57,48 @@ def kind(record: Record) -> str:
     return next(key for key in KINDS if key in record)
 
 
-def console_line(record: Record) -> str:
-    """A record for people: of an update, or of an evaluation."""
-    line = f"update {record['step']}/{record['num_steps']}  "
-    if "validation_loss" in record:
-        return line + (
-            f"validation loss {record['validation_loss']:.4f}  "
-            f"ppl {record['validation_perplexity']:.2f}  "
-            f"{record['validation_bits_per_byte']:.4f} bits/byte  "
-            f"({record['validation_tokens']:,} tokens)"
-        )
-    line += (
+def console_lines(record: Record) -> list[str]:
+    """A record for people."""
+    start = f"update {record['step']}/{record['num_steps']}  "
+    return [start + line for line in _LINES[kind(record)](record)]
+
+
+def _sample_lines(record: Record) -> list[str]:
+    def quoted(text: str) -> str:
+        return text if len(text) <= 160 else f"{text[:157]}..."
+
+    return [
+        f"sample, {how}: {quoted(sample['prompt'] + sample[way])!r}"
+        for sample in record["samples"]
+        for how, way in (("likeliest", "greedy"), ("drawn", "sampled"))
+    ]
+
+
+def _dynamics_line(record: Record) -> list[str]:
+    found = record["dynamics"]
+    first, last = (
+        sum(layer[t] for layer in found["rms_error"]) / len(found["rms_error"]) for t in (0, -1)
+    )
+    stiffness = max(max(layer) for layer in found["stiffness"])
+    return [
+        f"integrator: rms(x - mu) {first:.3f} -> {last:.3f}, largest dt gate beta {stiffness:.3f}"
+    ]
+
+
+def _evaluation_line(record: Record) -> list[str]:
+    line = (
+        f"validation loss {record['validation_loss']:.4f}  "
+        f"ppl {record['validation_perplexity']:.2f}  "
+        f"{record['validation_bits_per_byte']:.4f} bits/byte  "
+        f"({record['validation_tokens']:,} tokens)"
+    )
+    if "gap" in record:
+        line += f"  gap to training {record['gap']:+.2f}: {record['verdict']}"
+    return [line + ("  best so far" if record.get("best") else "")]
+
+
+def _update_line(record: Record) -> list[str]:
+    line = (
         f"loss {record['loss']:.4f}  ppl {record['perplexity']:.2f}  "
         f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.3f}  "
         f"{1000 * record['seconds_per_step']:.0f} ms  {count(record['tokens_per_second'])} tok/s"
@@ -77,7 +109,12 @@ def console_line(record: Record) -> str:
         line += f"  {100 * record['input_wait']:.0f}% waiting for data"
     if record["skipped"]:
         line += f"  {record['skipped']} skipped"
-    return f"{line}  {duration(record['seconds_left'])} left"
+    return [f"{line}  {duration(record['seconds_left'])} left"]
+
+
+_LINES = dict(
+    zip(KINDS, (_update_line, _evaluation_line, _dynamics_line, _sample_lines), strict=True)
+)
 
 
 class MetricsLog:
@@ -97,11 +134,12 @@ class MetricsLog:
         self._bar = None
 
     def write(self, record: Record) -> None:
-        """Writes one record to the file and its line to the console."""
+        """Writes one record to the file and its lines to the console."""
         if not processes.first():
             return
         self._append(record)
-        say(console_line(record))
+        for line in console_lines(record):
+            say(line)
         if self._on_record is not None:
             self._on_record(record)
 

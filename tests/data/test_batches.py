@@ -114,8 +114,12 @@ def test_validation_tokens_are_targets_once_each(corpora, name, batch_size):
     _, corpus = corpora[name]
     batches = list(data.eval_batches(corpus, seq_len=S, batch_size=batch_size))
     assert all(part.shape == (batch_size, S) for batch in batches for part in batch[:3])
-    inputs, targets, weights, num_bytes = (
+    inputs, targets, weights, num_bytes, source = (
         np.concatenate(part) for part in zip(*batches, strict=True)
+    )
+    np.testing.assert_array_equal(
+        [weights[source == i].sum() for i in range(len(corpus.sources))],
+        [files.validation_tokens for files in corpus.sources],
     )
     tokens = [np.array(files.open("validation")) for files in corpus.sources]
     np.testing.assert_array_equal(targets[weights == 1], np.concatenate(tokens))
@@ -135,7 +139,7 @@ def test_part_of_the_validation_split_is_fixed_and_spread(corpora, name):
         batches = data.eval_batches(
             corpus, seq_len=S, batch_size=batch_size, max_sequences=max_sequences
         )
-        _, targets, weights, _ = (np.concatenate(part) for part in zip(*batches, strict=True))
+        _, targets, weights, *_ = (np.concatenate(part) for part in zip(*batches, strict=True))
         return targets[weights.any(axis=1)]
 
     part, whole = rows(6, 4), rows(0, 4)

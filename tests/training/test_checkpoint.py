@@ -177,12 +177,17 @@ def test_restore_finds_none_in_an_empty_run(tmp_path, config):
     assert restore(tmp_path / "new", abstract_of(config, 1, 1, 1)) is None
 
 
+def note_if_best(checkpoints, step, loss, **basis):
+    if checkpoints.is_best(loss, **basis):
+        checkpoints.note_best(step, loss, **basis)
+
+
 def test_checkpoints_keep_the_newest_and_the_best(config):
     tree = filled(abstract_of(config, 1, 1, 1), 0)
     checkpoints = Checkpoints(config.run_dir, keep_last=2)
     for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 1.5, 4.0], start=1):
         checkpoints.save(step, **tree, position={"data": ""})
-        checkpoints.note_validation(step, loss)
+        note_if_best(checkpoints, step, loss)
     assert checkpoints.latest_step() == 6
     checkpoints.close()
     folder = Path(config.run_dir) / "checkpoints"
@@ -303,15 +308,15 @@ def test_save_is_not_touched_by_later_use_of_the_arrays(config):
     assert_same({name: found[name] for name in abstract}, expected)
 
 
-def test_note_validation_takes_only_a_lower_loss_as_the_best(tmp_path):
+def test_is_best_takes_only_a_lower_loss_on_the_same_basis(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     for step, loss in [(1, float("nan")), (2, 2.0), (3, 3.0), (4, float("inf"))]:
-        checkpoints.note_validation(step, loss)
+        note_if_best(checkpoints, step, loss)
     checkpoints.close()
     best = json.loads((tmp_path / "best.json").read_text())
     assert (best["step"], best["validation_loss"]) == (2, 2.0)
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    checkpoints.note_validation(5, 9.0, basis="other validation text")
+    note_if_best(checkpoints, 5, 9.0, basis="other validation text")
     checkpoints.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 5
 
@@ -336,11 +341,11 @@ def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
 
 def test_resume_from_forgets_a_best_that_was_abandoned(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    checkpoints.note_validation(12, 4.0)
+    note_if_best(checkpoints, 12, 4.0)
     checkpoints.resume_from(12)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 12
     checkpoints.resume_from(8)  # 12 is of another branch, which reached a loss of its own
     assert not (tmp_path / "best.json").exists()
-    checkpoints.note_validation(12, 4.5)
+    note_if_best(checkpoints, 12, 4.5)
     assert json.loads((tmp_path / "best.json").read_text())["validation_loss"] == 4.5
     checkpoints.close()

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from inl_jax.training.metrics import MetricsLog, console_line, perplexity, read_metrics
+from inl_jax.training.metrics import MetricsLog, console_lines, perplexity, read_metrics
 
 
 def update(step, loss, **fields):
@@ -85,18 +85,27 @@ def test_metrics_log_writes_at_once_what_it_says_and_calls_the_hook(tmp_path, ca
     assert json.loads(line) == update(1, math.inf) and heard == [update(1, math.inf)]
     log.close()
     shown = capsys.readouterr()  # no control characters outside a terminal
-    assert shown.out == console_line(update(1, math.inf)) + "\n" and shown.err == ""
+    assert (
+        shown.out == "".join(f"{line}\n" for line in console_lines(update(1, math.inf)))
+        and shown.err == ""
+    )
 
 
-def test_console_line_is_made_from_the_record():
-    assert console_line(update(4, 2.0)) == (
+def test_console_lines_are_made_from_the_record():
+    assert console_lines(update(4, 2.0)) == [
         "update 4/10  loss 2.0000  ppl 7.39  lr 1.00e-03  grad 0.500  250 ms  1.50k tok/s  1s left"
-    )
-    busy = console_line(update(4, 2.0, mfu=0.31, input_wait=0.75, skipped=2))
+    ]
+    (busy,) = console_lines(update(4, 2.0, mfu=0.31, input_wait=0.75, skipped=2))
     assert "MFU 31.0%  75% waiting for data  2 skipped" in busy
-    assert console_line(validation(4, 3.0)) == (
-        "update 4/10  validation loss 3.0000  ppl 20.09  1.0000 bits/byte  (1,024 tokens)"
-    )
+    line = "update 4/10  validation loss 3.0000  ppl 20.09  1.0000 bits/byte  (1,024 tokens)"
+    assert console_lines(validation(4, 3.0)) == [line]
+    judged = validation(4, 3.0) | {"gap": 0.625, "verdict": "watch it", "best": True}
+    assert console_lines(judged) == [f"{line}  gap to training +0.62: watch it  best so far"]
+    samples = [{"prompt": "a\n", "greedy": "b", "sampled": "c" * 200}]
+    assert console_lines({"step": 4, "num_steps": 10, "samples": samples}) == [
+        r"update 4/10  sample, likeliest: 'a\nb'",
+        rf"update 4/10  sample, drawn: 'a\n{'c' * 155}...'",
+    ]
 
 
 def test_perplexity_does_not_overflow():
