@@ -19,7 +19,7 @@ FLOORS = [
     {"training"},
     {"parallel"},
     {"data", "model"},
-    {"checks", "config", "config_file", "console", "internals"},
+    {"checks", "config", "config_file", "console", "internals", "redact"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

@@ -1,0 +1,36 @@
+import pytest
+
+from inl_jax.redact import redact
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("https://ann:pa55@host/data.txt", "https://***@host/data.txt"),
+        ("s3://b/x?X-Amz-Signature=abc&n=1", "s3://b/x?X-Amz-Signature=***&n=1"),
+        ("https://host/x?access_token=abc", "https://host/x?access_token=***"),
+        ("inl train --hub.token abc --seed 1", "inl train --hub.token *** --seed 1"),
+        ("key hf_abcdefghijklmnopqrstuvwx.", "key ***."),
+        ("wandb_v1_abcdefghijklmnopqrstuvwx", "***"),
+    ],
+)
+def test_redact_hides_secrets_in_text(text, shown):
+    assert redact([text]) == [shown]
+
+
+def test_redact_hides_entries_named_as_secrets_and_secrets_of_the_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    value = {"hub": {"api_key": "x", "token": "", "note": "my 0123456789abcdef"}}
+    assert redact(value) == {"hub": {"api_key": "***", "token": "", "note": "my ***"}}
+
+
+def test_redact_leaves_the_rest_as_it_is():
+    value = {
+        "sample_tokens": 64,
+        "tokenizer": "bpe:4096",
+        "paths": ("stdlib", "hf:owner/name", "/data/a@b/*.txt", "http://host:80/x?n=1"),
+        "commit": "ea7d757b00000000000000000000000000000000",
+        "command": "inl train --sample_tokens 64 --data.tokenizer gpt2",
+        "rate": 0.5,
+    }
+    assert redact(value) == value
