@@ -16,7 +16,7 @@ FLOORS = [
     {"trainer", "evaluation", "sampling", "guide", "watch"},
     {"interop"},
     {"planning"},
-    {"training"},
+    {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
     {"checks", "config", "config_file", "console", "internals", "redact"},

@@ -1,0 +1,119 @@
+"""The process of one tracker: it follows RUN/metrics.jsonl and sends each record once.
+
+RUN/trackers/id.json    the run's id in W&B and trackio; a resumed run keeps it
+RUN/trackers/NAME.json  the last step sent, of each kind of record
+RUN/trackers/NAME.log   what the tracker printed
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from inl_jax.redact import redact
+from inl_jax.tracking.services import HostedRun, TensorBoard
+from inl_jax.training.metrics import Record, kind, read_metrics
+from inl_jax.training.run_dir import read_json, write_text
+from inl_jax.training.trackers import failed
+
+
+def follow(
+    name: str,
+    run_dir: Path,
+    ended: threading.Event,
+    tell: Callable[[str], None],
+    *,
+    project: str,
+    step: int,
+    offset: int,
+) -> None:
+    """Sends the records of a run to tracker `name`, each once, until the run has `ended`.
+
+    Args:
+      name: the tracker.
+      run_dir: the run directory.
+      ended: set when metrics.jsonl is complete.
+      tell: takes a line for the user.
+      project: project of the run in W&B and trackio.
+      step: update that the run resumed from.
+      offset: size of metrics.jsonl at that time, in bytes.
+    """
+    state, metrics = run_dir / "trackers" / f"{name}.json", run_dir / "metrics.jsonl"
+    sent = read_json(state)
+    parameters = {"config": read_json(run_dir / "config.json")}
+    parameters["environment"] = read_json(run_dir / "env.json")
+    if name == "tensorboard":
+        # It can forget: from the first step that is not surely there, everything is sent anew.
+        start = min([step, *sent.values()]) if sent else -1
+        sent = dict.fromkeys(sent, start)
+        tracker = TensorBoard(run_dir, redact(parameters), start)
+    else:
+        tracker = HostedRun(name, run_dir, project, redact(parameters))
+    tell(f"tracker {name}: {tracker.where}")
+
+    def send(records: Sequence[Record]) -> None:
+        for record in records:
+            if record["step"] > sent.get(kind(record), -1):
+                tracker.write(redact(record))
+                sent[kind(record)] = record["step"]
+        if records:
+            tracker.flush()
+            write_text(state, json.dumps(sent))
+
+    send(read_metrics(run_dir, up_to=step))
+    rest, last = b"", False
+    while not last:
+        last = ended.wait(1)
+        if metrics.exists():
+            with open(metrics, "rb") as file:
+                file.seek(offset)
+                new = file.read()
+            offset += len(new)
+            *lines, rest = (rest + new).split(b"\n")
+            send([json.loads(line) for line in lines if line.strip()])
+    tracker.close()
+
+
+def main() -> None:
+    """The process of one tracker."""
+    name, run_dir, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the run
+        signal.signal(number, signal.SIG_IGN)
+    stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a tracker prints goes to its log
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # the run may have been killed
+            stdout.write(line + "\n")
+
+    ended, grace = threading.Event(), arguments.pop("grace")
+
+    def watch() -> None:
+        sys.stdin.read()  # ends with the run, even if that was killed
+        ended.set()
+        time.sleep(grace)
+        tell(failed(name, TimeoutError(f"not finished {grace} seconds after the run")))
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        with open(run_dir / "trackers" / f"{name}.lock", "a") as lock:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one of a killed run may still be sending
+            follow(name, run_dir, ended, tell, **arguments)
+    except Exception as error:
+        tell(failed(name, error))
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    os._exit(0)  # a tracker's own work at exit could hang
+
+
+if __name__ == "__main__":
+    main()

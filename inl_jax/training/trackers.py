@@ -1,0 +1,115 @@
+"""Trackers: TensorBoard, W&B and trackio, which also show the records of a run.
+
+Each tracker is a process of its own (inl_jax/tracking) that follows RUN/metrics.jsonl. Training
+only starts it, and gives it some seconds at the end: what fails, hangs or fills a disk there costs
+one line.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from inl_jax.checks import require
+from inl_jax.console import first_line, say
+from inl_jax.parallel import processes
+from inl_jax.redact import redact
+from inl_jax.training.run_dir import read_json, write_text
+
+GRACE = 20  # seconds that the trackers have to finish after the run
+
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Checks that the packages of the trackers are installed. Imports none of them.
+
+    Raises:
+      InputError: one is missing; the line says how to install it.
+    """
+    for name in names:
+        found = importlib.util.find_spec(_PACKAGES[name])
+        # The folder ./wandb, which W&B itself makes, is found too: as a package without a file.
+        require(
+            found is not None and found.origin is not None,
+            f"track={name}: {_PACKAGES[name]} is not installed: pip install 'inl_jax[{name}]'",
+        )
+
+
+class Trackers:
+    """The trackers of a run: processes that process 0 starts. Other processes start none."""
+
+    def __init__(self, names: Iterable[str], run_dir: str | Path, *, project: str, step: int):
+        """Starts the trackers. Never raises.
+
+        Args:
+          names: which ones.
+          run_dir: the run directory. config.json and env.json in it become parameters.
+          project: project of the run in W&B and trackio.
+          step: update that the run starts or resumes from; the log has been told.
+        """
+        self._running: list[tuple[subprocess.Popen, threading.Thread]] = []
+        for name in names if processes.first() else ():
+            try:
+                process = _start(name, Path(run_dir), project, step)
+            except OSError as error:
+                say(failed(name, error))
+                continue
+            listener = threading.Thread(target=_listen, args=(name, process), daemon=True)
+            listener.start()
+            self._running.append((process, listener))
+
+    def close(self) -> None:
+        """Lets the trackers send what is left. Returns after `GRACE` seconds and a few at most."""
+        for process, _ in self._running:
+            process.stdin.close()
+        deadline = time.monotonic() + GRACE + 5
+        for process, listener in self._running:
+            listener.join(max(0, deadline - time.monotonic()))
+            if listener.is_alive():  # it is stuck where it cannot watch the time itself
+                process.kill()
+                listener.join(1)
+
+
+def _start(name: str, run_dir: Path, project: str, step: int) -> subprocess.Popen:
+    folder, metrics = run_dir / "trackers", run_dir / "metrics.jsonl"
+    folder.mkdir(exist_ok=True)
+    if "id" not in read_json(folder / "id.json"):
+        stem = re.sub(r"[^\w.-]", "-", run_dir.resolve().name)[:40]
+        write_text(folder / "id.json", json.dumps({"id": f"{stem}-{secrets.token_hex(3)}"}))
+    offset = metrics.stat().st_size if metrics.exists() else 0
+    arguments = {"project": project, "step": step, "offset": offset, "grace": GRACE}
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    program = [sys.executable, "-P", "-m", "inl_jax.tracking.follow"]
+    with open(folder / f"{name}.log", "a") as log:
+        return subprocess.Popen(
+            [*program, name, str(run_dir), json.dumps(arguments)],
+            stdin=subprocess.PIPE,  # its end tells the tracker that the run has ended
+            stdout=subprocess.PIPE,  # lines to say
+            stderr=log,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for training
+        )
+
+
+def _listen(name: str, process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        say(line.rstrip("\n"))
+    if code := process.wait():
+        say(failed(name, RuntimeError(f"its process ended with code {code}")))
+
+
+def failed(name: str, error: BaseException) -> str:
+    """The line about a tracker that is given up."""
+    return (
+        f"WARNING: tracker {name}: {redact(first_line(error))}; it gets no more records, training "
+        "goes on"
+    )
