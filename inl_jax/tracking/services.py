@@ -11,6 +11,7 @@ from typing import Any
 from inl_jax.training.metrics import Record
 from inl_jax.training.run_dir import read_json
 
+_TABLE_HEAD = ("| field | value |", "|---|---|")
 _GIB = 2**-30
 _NAMES = {  # key of a record: name in the trackers, factor
     "loss": ("train/loss", 1),
@@ -73,9 +74,8 @@ class TensorBoard:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step + 1, time.time(), session_log=start)
         for title, values in parameters.items():
-            rows = [f"| {key} | {value} |" for key, value in _flat(values)]
-            table = "\n".join(["| | |", "|---|---|", *rows])
-            self._add(step + 1, time.time(), summary=self._text(title, table))
+            rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(values)]
+            self._add_text(step + 1, time.time(), title, "\n".join([*_TABLE_HEAD, *rows]))
 
     def write(self, record: Record) -> None:
         """Adds the points and the samples of a record, at the time of the record."""
@@ -90,7 +90,12 @@ class TensorBoard:
                 f"**{title}**\n\n" + "\n".join(f"    {line}" for line in part.splitlines())
                 for title, part in sample.items()
             )
-            self._add(step, moment, summary=self._text(f"samples/{i}", text))
+            self._add_text(step, moment, f"samples/{i}", text)
+
+    def _add_text(self, step: int, moment: float, title: str, markdown: str) -> None:
+        summary = self._text(title, markdown)
+        summary.value[0].tag = title  # tensorboardX adds /text_summary to it
+        self._add(step, moment, summary=summary)
 
     def _add(self, step: int, moment: float, **content: Any) -> None:
         self._writer.write_event(self._events.Event(step=step, wall_time=moment, **content))
@@ -142,6 +147,11 @@ class HostedRun:
     def close(self) -> None:
         """Waits until everything is sent."""
         self._module.finish()
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
