@@ -50,8 +50,8 @@ def follow(
     parameters = {"config": read_json(run_dir / "config.json")}
     parameters["environment"] = read_json(run_dir / "env.json")
     if name == "tensorboard":
-        # It can forget: from the first step that is not surely there, everything is sent anew.
-        start = min([step, *sent.values()]) if sent else -1
+        # It can forget: from the first step that is not surely complete, all is sent anew.
+        start = min([step, *(last - 1 for last in sent.values())]) if sent else -1
         sent = dict.fromkeys(sent, start)
         tracker = TensorBoard(run_dir, redact(parameters), start)
     else:
@@ -93,6 +93,8 @@ def main() -> None:
         with contextlib.suppress(OSError):  # the run may have been killed
             stdout.write(line + "\n")
 
+    if name == "tensorboard":
+        sys.modules["torch"] = None  # tensorboardX would load it, for nothing
     ended, grace = threading.Event(), arguments.pop("grace")
 
     def watch() -> None:

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,8 +68,8 @@ class TensorBoard:
 
         self._text, self._events, self._summaries = summary.text, event_pb2, summary_pb2
         self.where = f"tensorboard --logdir {run_dir.parent}"
-        suffix = f".{os.getpid()}"  # two files of one second would share a name
-        self._writer = EventsWriter(str(run_dir / "events"), suffix)
+        # Two files of one second would share a name; TensorBoard reads them in order of names.
+        self._writer = EventsWriter(str(run_dir / "events"), f".{time.time_ns()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step + 1, time.time(), session_log=start)
         for title, values in parameters.items():
