@@ -59,11 +59,11 @@ def follow(
     tell(f"tracker {name}: {tracker.where}")
 
     def send(records: Sequence[Record]) -> None:
-        for record in records:
-            if record["step"] > sent.get(kind(record), -1):
-                tracker.write(redact(record))
-                sent[kind(record)] = record["step"]
-        if records:
+        for start in range(0, len(records), 20):
+            for record in records[start : start + 20]:
+                if record["step"] > sent.get(kind(record), -1):
+                    tracker.write(redact(record))
+                    sent[kind(record)] = record["step"]
             tracker.flush()
             write_text(state, json.dumps(sent))
 
