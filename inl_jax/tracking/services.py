@@ -47,7 +47,7 @@ def scalars(record: Record) -> dict[str, float]:
         if record.get(key) is not None
     }
     for source, values in record.get("sources", {}).items():
-        found |= {f"val/{key}/{source}": value for key, value in values.items()}
+        found |= {f"val/{key}/{source}": v for key, v in values.items() if v is not None}
     for quantity, layers in record.get("dynamics", {}).items():
         last = [layer[-1] for layer in layers if layer and layer[-1] is not None]
         if last:

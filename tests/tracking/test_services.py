@@ -43,7 +43,8 @@ def test_scalars_reduces_dynamics_to_the_last_iteration_over_the_layers():
 
 
 def test_scalars_leaves_out_what_is_missing_or_not_finite():
-    assert scalars({"step": 4, "loss": math.nan, "perplexity": math.inf, "grad_norm": None}) == {}
+    record = {"step": 4, "loss": math.nan, "perplexity": math.inf, "grad_norm": None}
+    assert scalars(record | {"sources": {"code": {"loss": None}}}) == {}
 
 
 def leveldb_entries(data):
@@ -88,4 +89,4 @@ def test_wandb_takes_every_record_offline(tmp_path, monkeypatch):
     assert [row["update"] for row in rows] == [9, 4, 4]
     assert rows[0]["train/loss"] == 2.5
     assert rows[1].items() >= scalars(EVALUATION).items()
-    assert rows[2]["samples/nrows"] == 1, rows[2]
+    assert rows[2]["samples/nrows"] == 1

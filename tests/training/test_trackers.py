@@ -1,7 +1,9 @@
 import json
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +24,9 @@ def log(*_, **__): {log}
 def test_check_trackers_says_how_to_install_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # a folder of runs is no package
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    for name in ("tensorboard", "wandb", "trackio"):
-        monkeypatch.delitem(sys.modules, trackers._PACKAGES[name], raising=False)
+    packages = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+    for name, package in packages.items():
+        monkeypatch.delitem(sys.modules, package, raising=False)
         with pytest.raises(InputError, match=rf"pip install 'inl_jax\[{name}\]'"):
             check_trackers([name])
 
@@ -59,3 +62,27 @@ def test_trackers_that_cannot_start_cost_one_line(tmp_path, said):
     (tmp_path / "trackers").write_text("")  # in the way of the folder
     Trackers(("tensorboard",), tmp_path, project="p", step=0).close()
     assert len(said) == 1 and said[0].startswith("WARNING: tracker tensorboard: ")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from inl_jax.training.trackers import Trackers
+Trackers(("wandb",), sys.argv[1], project="p", step=0)
+Path(sys.argv[1], "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\\n{"step": 8, "lo')
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_trackers_of_a_killed_run_send_all_that_was_written(tmp_path, monkeypatch):
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "wandb.py").write_text(STUB.format(log="pass"))
+    monkeypatch.setenv("PYTHONPATH", f"{stubs}:{Path(__file__).parents[2]}")
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.DEVNULL)
+    sent = tmp_path / "trackers" / "wandb.json"
+    deadline = time.monotonic() + 60
+    while not sent.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert json.loads(sent.read_text()) == {"loss": 7}
