@@ -109,7 +109,5 @@ def _listen(name: str, process: subprocess.Popen) -> None:
 
 def failed(name: str, error: BaseException) -> str:
     """The line about a tracker that is given up."""
-    return (
-        f"WARNING: tracker {name}: {redact(first_line(error))}; it gets no more records, training "
-        "goes on"
-    )
+    reason = redact(first_line(error)).rstrip(".")
+    return f"WARNING: tracker {name}: {reason}; it gets no more records, training goes on"
