@@ -19,7 +19,7 @@ FLOORS = [
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
-    {"checks", "config", "config_file", "console", "internals", "redact"},
+    {"checks", "config", "config_file", "console", "internals", "redact", "environment"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
@@ -103,7 +103,7 @@ def test_tests_mirror_the_folders():
 @pytest.mark.parametrize(
     "pattern, homes",
     [
-        (r"jax\._src|jax\.experimental|jaxlib|\._manager\b", ["internals"]),
+        (r"jax\._src|jax\.experimental|jaxlib\.|(?:import|from) jaxlib|\._manager\b", ["internals"]),
         (r"fmt: skip", []),
         (r"\bprint\(", ["console", "cli", "processes"]),
     ],
