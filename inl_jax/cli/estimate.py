@@ -1,12 +1,16 @@
-"""Predicts what a run needs of each device's memory and what devices send, without a device.
+"""Predicts memory, time, rent and energy of a run, and what devices send, without a device.
 
 inl estimate --config 3b [--device rtx4090] [--devices 8] [--compile [cuda]] [--json]
+    [--tokens 50e9] [--gpus all | NAME ...] [--mfu .3 | --mfu_from RUN] [--price USD] [--watts W]
     [--section.field value ...]
 
 Nothing is allocated. Without --compile the state is computed from its shapes and the rest is
 estimated. With it the whole step is compiled for as many devices, by XLA for CPUs or, with
 inl_jax[cuda] installed and without a GPU, for H100s; and the bytes that devices send in one update
 are counted. (For CPUs XLA adds 16-bit gradients in float32, and by all-reduce.)
+Time follows from the arithmetic of the tokens and the share of the GPU's peak (MFU); rent and
+energy from inl_jax/planning/hardware.py (docs/cost.md). In JSON the figures of --device stand at
+the top, and those of --gpus in the list `gpus`.
 Exit code 2: the run does not fit.
 """
 
@@ -18,26 +22,14 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
-from inl_jax.console import plural, size
+from inl_jax.console import count, duration, plural, size
 from inl_jax.training.stop import EXIT_MISTAKE
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    parser = Parser("estimate", __doc__, add_help=False)
-    parser.add_argument("--device", default="h100-80gb", help="the GPU that has to hold it")
-    parser.add_argument("--devices", type=int, default=1, help="how many, as a virtual mesh")
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        choices=("cpu", "cuda"),
-        const="cpu",
-        help="also ask this compiler; cpu if none is named",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    config, flags = from_command_line(parser, argv)
-    if flags.devices < 1:
-        raise InputError(f"--devices {flags.devices}: must be positive")
+    config, flags = from_command_line(make_parser(), argv)
+    check(flags)
     import jax
 
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
@@ -63,11 +55,47 @@ def main(argv: Sequence[str]) -> int:
     layout = make_layout(config, mesh)
     needed = memory.memory_needed(config, mesh, layout)
     record = make_record(config, flags, gpu, mesh, layout, needed)
+    record |= budgets(config, flags, gpu, record["device_bytes"])
     if flags.json:
         print(json.dumps(record))
     else:
         show(config, flags, gpu, mesh, needed, record)
+        show_budgets(flags, record)
     return 0 if record["fits"] else EXIT_MISTAKE
+
+
+def make_parser() -> Parser:
+    """The flags of the verb itself."""
+    parser = Parser("estimate", __doc__, add_help=False)
+    parser.add_argument("--device", default="h100-80gb", help="the GPU that has to hold it")
+    parser.add_argument("--devices", type=int, default=1, help="how many, as a virtual mesh")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        choices=("cpu", "cuda"),
+        const="cpu",
+        help="also ask this compiler; cpu if none is named",
+    )
+    parser.add_argument("--tokens", type=float, help="to train on; those of the run by default")
+    parser.add_argument("--gpus", nargs="+", default=[], help="GPUs to compare, or all")
+    parser.add_argument("--mfu", type=float, help="share of the GPU's peak, from 0 to 1")
+    parser.add_argument("--mfu_from", metavar="RUN", help="a run that has measured it")
+    parser.add_argument("--price", type=float, metavar="USD", help="of one GPU for an hour")
+    parser.add_argument("--watts", type=float, help="of one GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def check(flags) -> None:
+    """Raises `InputError` for a number that cannot be."""
+    for name in ("devices", "tokens", "mfu", "price", "watts"):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} {value}: must be positive")
+    if flags.mfu is not None and flags.mfu > 1:
+        raise InputError(f"--mfu {flags.mfu}: a share of the peak, such as 0.3")
+    if flags.mfu is not None and flags.mfu_from is not None:
+        raise InputError(f"--mfu {flags.mfu} with --mfu_from {flags.mfu_from}: give one of them")
 
 
 def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
@@ -147,3 +175,89 @@ def show(config, flags, gpu, mesh, needed, record) -> None:
         print("it does not fit, whatever is changed: more devices or a smaller config are needed")
     else:
         print(f"it does not fit; the smallest change that makes it fit: {record['change']}")
+
+
+def budgets(config, flags, gpu, device_bytes) -> dict:
+    """Tokens, time, rent and energy, as `--json` prints them; empty if the tokens are not known."""
+    from inl_jax.model.language_model import param_count
+    from inl_jax.planning.budget import ASSUMED_MFU, budget, measured_mfu
+    from inl_jax.planning.hardware import GPUS, find_gpu
+
+    tokens = flags.tokens or config.num_steps * config.batch_size * config.data.seq_len
+    if not tokens:  # counted in epochs of data that is not looked at here
+        return {}
+    mfu, source = ASSUMED_MFU, "assumed"
+    if flags.mfu is not None:
+        mfu, source = flags.mfu, "given"
+    elif flags.mfu_from is not None:
+        mfu, source = measured_mfu(flags.mfu_from), f"measured in {flags.mfu_from}"
+
+    def row(gpu) -> dict:
+        if flags.price is not None:
+            gpu = dataclasses.replace(gpu, price=flags.price, price_source="--price")
+        if flags.watts is not None:
+            gpu = dataclasses.replace(gpu, power=flags.watts)
+        found = budget(config, tokens, gpu, flags.devices, mfu=mfu, mfu_source=source)
+        return found._asdict() | {
+            "price_per_hour": gpu.price,
+            "price_source": gpu.price_source,
+            "watts": gpu.power,
+            "usable_bytes": gpu.usable_memory,
+            "fits": device_bytes <= gpu.usable_memory,
+        }
+
+    compared = GPUS if flags.gpus == ["all"] else [find_gpu(n, "--gpus") for n in flags.gpus]
+    return {
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / param_count(config.model),
+        "gpus": [row(other) for other in compared],
+    } | row(gpu)
+
+
+def show_budgets(flags, record) -> None:
+    """Prints tokens and costs for people."""
+    from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
+
+    if "tokens" not in record:
+        print("num_epochs decides how long the run is: --tokens N adds its time, rent and energy")
+        return
+    tokens, ratio = record["tokens"], record["tokens_per_parameter"]
+    print(
+        f"{count(tokens)} tokens, {ratio:.3g} per parameter ({TOKENS_PER_PARAMETER} are usual: "
+        f"{count(TOKENS_PER_PARAMETER * tokens / ratio)}), {record['flops']:.3g} FLOPs"
+    )
+    least = guide_minimum(tokens / ratio)
+    if least is not None and tokens < least:
+        print(f"the published guide advises {count(least)} tokens or more")
+    print(
+        f"at {100 * record['mfu']:.3g}% MFU, {record['mfu_source']}"
+        + ("; none is measured on a GPU yet" if record["mfu_source"] == "assumed" else "")
+    )
+    rows = record["gpus"] or [record]
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"  {row['count']} x {row['name']:{width}}  {_costs(row, record['device_bytes'])}")
+    for source in dict.fromkeys(row["price_source"] for row in rows if row["price"] is not None):
+        names = ", ".join(row["name"] for row in rows if row["price_source"] == source)
+        print(f"price of {names}: {source}")
+
+
+def _costs(row, device_bytes) -> str:
+    if not row["fits"]:
+        return f"does not fit: needs {size(device_bytes)}, usable {size(row['usable_bytes'])}"
+    if row["hours"] is None:
+        return "its bfloat16 peak is not published"
+    price = "price not known"
+    if row["price"] is not None:
+        price = f"{_at_least(0.01, row['price'], '${:,.2f}')} at ${row['price_per_hour']:.2f}/h"
+    kwh = _at_least(0.1, row["kwh"], "{:,.1f} kWh")
+    time = duration(max(1, 3600 * row["hours"]))
+    return (
+        f"{row['tokens_per_second']:>9,.0f} tokens/s  {time:>8}  {price:>24}  {kwh:>12} at "
+        f"{row['watts']:g} W"
+    )
+
+
+def _at_least(least: float, value: float, form: str) -> str:
+    """`value` as text, or that it is below `least`: no figure rounds to 0."""
+    return form.format(value) if value >= least else "under " + form.format(least)

@@ -43,6 +43,7 @@ class Gpu:
 GPUS_PER_NODE = 8  # in a DGX system
 
 _GUIDE = "the published training guide (Vast.ai, RunPod and others), undated"
+_RUNPOD = "the lowest at RunPod, as deploybase.ai quoted it on 2026-03-10"
 
 # Speeds, links and watts are those of the NVIDIA data sheets named above each entry, most of them
 # taken from pages that quote the sheets (2026-11). The sheets count NVLink and PCIe both ways
@@ -58,6 +59,8 @@ GPUS = (
         link=900e9,
         network=50e9,
         power=1000,
+        price=5.98,
+        price_source=_RUNPOD,
     ),
     # H200 and DGX H200 data sheets: NVLink 900 GB/s, eight 400 Gb/s adapters.
     Gpu(
@@ -69,6 +72,8 @@ GPUS = (
         link=450e9,
         network=50e9,
         power=700,
+        price=3.59,
+        price_source=_RUNPOD,
     ),
     # H100 (SXM) and DGX H100 data sheets: NVLink 900 GB/s, eight 400 Gb/s adapters.
     Gpu(
@@ -92,6 +97,8 @@ GPUS = (
         memory_bandwidth=2e12,
         link=64e9,
         power=350,
+        price=1.99,
+        price_source=_RUNPOD,
     ),
     # A100 (SXM) and DGX A100 data sheets: NVLink 600 GB/s, eight 200 Gb/s adapters.
     Gpu(
@@ -138,6 +145,8 @@ GPUS = (
         memory_bandwidth=864e9,
         link=32e9,
         power=350,
+        price=0.79,
+        price_source=_RUNPOD,
     ),
     # RTX 6000 Ada Generation data sheet, which gives no dense bfloat16 peak: PCIe 4.0 x16.
     Gpu(
@@ -158,6 +167,8 @@ GPUS = (
         memory_bandwidth=1792e9,
         link=64e9,
         power=575,
+        price=0.69,
+        price_source=_RUNPOD,
     ),
     # "NVIDIA Ada GPU Architecture", appendix: PCIe 4.0 x16.
     Gpu(
@@ -180,6 +191,8 @@ GPUS = (
         memory_bandwidth=936e9,
         link=32e9,
         power=350,
+        price=0.22,
+        price_source=_RUNPOD,
     ),
     # A10G data sheet (of NVIDIA for AWS): PCIe 4.0 x16, 64 GB/s.
     Gpu(
@@ -230,7 +243,7 @@ runtime_version { major: 12 minor: 8 patch: 0 } device_description_str: "NVIDIA 
 """
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, flag: str = "--device") -> Gpu:
     """The GPU of that name, or the only one whose name begins so.
 
     `h100` is the SXM module `h100-80gb`: a name that another match begins with hides the longer
@@ -243,7 +256,7 @@ def find_gpu(name: str) -> Gpu:
     short = [g for g in found if not any(g.name.startswith(f"{other.name}-") for other in found)]
     if len(short) != 1:
         names = [gpu.name for gpu in short or GPUS]
-        raise InputError(f"--device {name}: choose one of {', '.join(names)}")
+        raise InputError(f"{flag} {name}: choose one of {', '.join(names)}")
     return short[0]
 
 

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+from inl_jax.planning.budget import ASSUMED_MFU
+from inl_jax.planning.hardware import GPUS
+
+COSTS = {"hours", "price", "kwh", "flops", "tokens_per_second", "mfu", "mfu_source"}
+
+
+@pytest.fixture
+def estimate(inl, monkeypatch):
+    """Runs `inl estimate` in this process, where JAX has its devices already."""
+    monkeypatch.setattr("inl_jax.planning.xla.use_no_device", lambda _: None)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    return lambda *argv: inl("estimate", *argv, "--mesh.data", 1)
+
+
+def test_estimate_holds_the_costs_of_the_device_at_the_top(estimate):
+    flags = ["--config", "3b", "--tokens", "50e9", "--device", "a100-80gb", "--json"]
+    code, out, err = estimate(*flags)
+    record = json.loads(out)
+    assert code == 0 and err == "" and record.keys() >= COSTS
+    assert record["tokens"] == 50e9 and record["gpus"] == []
+    assert record["mfu"] == ASSUMED_MFU and record["mfu_source"] == "assumed"
+    given = ["--mfu", ".3", "--price", "2", "--watts", "100"]
+    other = json.loads(estimate(*flags, *given)[1])
+    assert other["hours"] == pytest.approx(record["hours"] * ASSUMED_MFU / 0.3)
+    assert other["price"] == pytest.approx(2 * other["hours"])
+    assert other["kwh"] == pytest.approx(0.1 * other["hours"])
+    assert other["mfu_source"] == "given" and other["price_source"] == "--price"
+
+
+def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
+    flags = ["--config", "4b", "--tokens", "10e9", "--gpus"]
+    code, out, _ = estimate(*flags, "all", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["gpus"]}
+    assert code == 0 and list(rows) == [gpu.name for gpu in GPUS]
+    assert all(row.keys() >= COSTS and row["count"] == 1 for row in rows.values())
+    assert rows["a100-80gb"]["fits"] and not rows["rtx4090"]["fits"]
+    assert rows["rtx6000-ada"]["hours"] is None  # no peak is known
+    code, out, _ = estimate(*flags, "rtx4090", "a100-80gb")
+    *_, small, large, source = out.splitlines()
+    assert "1 x rtx4090    does not fit: needs 50.50 GiB, usable 22.07 GiB" in small
+    assert "1 x a100-80gb" in large and "at $1.50/h" in large and "kWh at 400 W" in large
+    assert source.startswith("price of rtx4090, a100-80gb: the published training guide")
+    assert "10.00B tokens, 3.96 per parameter" in out and "advises 15.00B tokens" in out
+    assert "at 10% MFU, assumed; none is measured on a GPU yet" in out
+
+
+def test_estimate_takes_the_tokens_of_the_run_unless_epochs_decide(estimate):
+    _, out, _ = estimate("--config", "tiny", "--json")
+    assert json.loads(out)["tokens"] == 450 * 16 * 128
+    code, out, _ = estimate("--config", "tiny", "--num_steps", 0, "--num_epochs", 1)
+    assert code == 0 and "--tokens N adds its time, rent and energy" in out
+    assert " 0.0" not in estimate("--config", "tiny")[1].splitlines()[-2]  # says nothing
+
+
+def test_estimate_takes_the_mfu_that_a_run_has_measured(estimate, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "mfu": 0.25}\n')
+    flags = ["--config", "tiny", "--mfu_from", tmp_path]
+    record = json.loads(estimate(*flags, "--json")[1])
+    assert record["mfu"] == 0.25 and record["mfu_source"] == f"measured in {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--mfu", "30"], "--mfu 30.0: a share of the peak, such as 0.3"),
+        (["--tokens", "-1"], "--tokens -1.0: must be positive"),
+        (["--watts", "nan"], "--watts nan: must be positive"),
+        (["--mfu", ".3", "--mfu_from", "runs/x"], "give one of them"),
+        (["--gpus", "a100"], "--gpus a100: choose one of a100-80gb, a100-40gb"),
+        (["--mfu_from", "nowhere"], "--mfu_from nowhere: no record there has an MFU"),
+    ],
+)
+def test_estimate_answers_a_mistake_about_costs_in_one_line(estimate, flags, named):
+    code, out, err = estimate("--config", "tiny", *flags)
+    assert code == 2 and out == "" and named in err and err.count("\n") == 1
