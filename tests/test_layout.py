@@ -13,7 +13,7 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli"},
-    {"trainer", "evaluation", "sampling", "guide", "watch"},
+    {"trainer", "evaluation", "sampling", "guide", "checklist", "watch"},
     {"interop"},
     {"planning"},
     {"training", "tracking"},
@@ -103,7 +103,10 @@ def test_tests_mirror_the_folders():
 @pytest.mark.parametrize(
     "pattern, homes",
     [
-        (r"jax\._src|jax\.experimental|jaxlib\.|(?:import|from) jaxlib|\._manager\b", ["internals"]),
+        (
+            r"jax\._src|jax\.experimental|jaxlib\.|(?:import|from) jaxlib|\._manager\b",
+            ["internals"],
+        ),
         (r"fmt: skip", []),
         (r"\bprint\(", ["console", "cli", "processes"]),
     ],

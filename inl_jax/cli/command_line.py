@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -97,6 +98,41 @@ def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
         ("tensor", "devices that split each layer"),
     ):
         parser.add_argument(f"--mesh.{axis}", type=_axis, metavar="N", help=f"{what}, or rest")
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of one process among several, for `join_processes`."""
+    parser.add_argument("--coordinator", default="", help="host:port of process 0 of several")
+    parser.add_argument("--num_processes", type=int, help="how many; 1 ignores any launcher")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    parser.add_argument(
+        "--start_timeout", type=int, default=300, help="seconds for all processes to start"
+    )
+    parser.add_argument(
+        "--peer_timeout",
+        type=int,
+        default=60,
+        help="seconds without a sign of life after which a process counts as dead and all end",
+    )
+
+
+def join_processes(flags: argparse.Namespace) -> None:
+    """Joins the other processes that the flags or a launcher name. Call it before JAX starts.
+
+    Raises:
+      InputError: a flag or a variable of the launcher is missing or impossible.
+      PeersMissing: not all processes joined in time.
+    """
+    from inl_jax.parallel import processes
+    from inl_jax.parallel.launch import find_launch
+
+    launch = find_launch(
+        os.environ,
+        coordinator=flags.coordinator,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+    )
+    processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
 
 
 def mesh_from(flags: argparse.Namespace):

@@ -19,9 +19,10 @@ from inl_jax.training.stop import EXIT_MISTAKE, Stopped
 VERBS = {
     "train": "trains a model, or resumes its run",
     "prepare": "turns text into cached tokens, before training does",
+    "preflight": "checks machine, data and config before a run",
     "evaluate": "computes loss, perplexity and bits per byte of a run",
     "generate": "continues prompts with a trained model",
-    "estimate": "predicts memory and traffic of a run, without a device",
+    "estimate": "predicts memory, time and price of a run, without a device",
     "plot": "draws the loss of a run",
     "import": "makes a run directory from published PyTorch weights",
 }

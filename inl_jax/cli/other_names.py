@@ -23,6 +23,9 @@ _ANSWERS = {
     ("min_lr",): "write --optim.final_lr_fraction F, a fraction of the peak",
     ("epochs", "num_train_epochs", "max_epochs"): "write --num_epochs {N} --num_steps 0",
     ("max_steps", "max_iters", "steps", "iters", "train_steps"): "write --num_steps {N}",
+    ("tokens", "num_tokens", "total_tokens", "max_tokens", "train_tokens"): (
+        "write --num_steps N, the tokens divided by --batch_size times --data.seq_len"
+    ),
     ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path", "init_from_ckpt"): _RESUME,
     ("output_dir", "out_dir", "save_dir", "out"): "write --run_dir {DIR}",
     (
@@ -95,7 +98,11 @@ _ANSWERS = {
     ("tensor_parallel", "tensor_parallel_size", "tensor_model_parallel_size"): (
         "write --mesh.tensor {N}"
     ),
-    ("device",): "not needed, JAX takes the GPUs it finds; JAX_PLATFORMS=cpu chooses the CPU",
+    (
+        "device",
+        "gpus",
+        "num_gpus",
+    ): "not needed, JAX takes the GPUs it finds; JAX_PLATFORMS=cpu chooses the CPU",
 }
 ANSWERS = {name: answer for names, answer in _ANSWERS.items() for name in names}
 

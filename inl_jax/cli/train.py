@@ -10,7 +10,12 @@ import traceback
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, from_command_line
+from inl_jax.cli.command_line import (
+    Parser,
+    add_launch_flags,
+    from_command_line,
+    join_processes,
+)
 from inl_jax.config import InputError
 from inl_jax.console import flush
 from inl_jax.training.stop import (
@@ -29,18 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run needs and stop; allocates nothing"
     )
-    parser.add_argument("--coordinator", default="", help="host:port of process 0 of several")
-    parser.add_argument("--num_processes", type=int, help="how many; 1 ignores any launcher")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
-    parser.add_argument(
-        "--start_timeout", type=int, default=300, help="seconds for all processes to start"
-    )
-    parser.add_argument(
-        "--peer_timeout",
-        type=int,
-        default=60,
-        help="seconds without a sign of life after which a process counts as dead and all end",
-    )
+    add_launch_flags(parser)
     config, flags = from_command_line(parser, argv)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.parallel import processes
@@ -69,21 +63,15 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
-    from inl_jax.parallel import processes
-    from inl_jax.parallel.launch import find_launch
+    from inl_jax.checklist import check_setup
     from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
 
-    launch = find_launch(
-        os.environ,
-        coordinator=flags.coordinator,
-        num_processes=flags.num_processes,
-        process_id=flags.process_id,
-    )
-    processes.start(launch, start_timeout=flags.start_timeout, peer_timeout=flags.peer_timeout)
+    join_processes(flags)
     apply_flags(config.xla_flags)
     if flags.dry_run:
+        check_setup(config)
         plan_run(config)
         return 0
     use_compile_cache()

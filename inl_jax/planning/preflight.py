@@ -1,18 +1,25 @@
-"""Before anything is allocated: the config fitted to its mesh, and checks of machine and data."""
+"""Before anything is allocated: the config fitted to its mesh, and checks of machine and data.
+
+A check returns what it found, what is wanted and a verdict, or raises `InputError` if the run
+cannot work. `train` ends at the first that raises; `checklist` makes all of them.
+"""
 
 import contextlib
 import hashlib
 import math
+import os
 import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
-from inl_jax.console import count, first_line, plural, say, size
+from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
@@ -20,6 +27,7 @@ from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
+from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import (
     as_flags,
     host_memory,
@@ -27,7 +35,20 @@ from inl_jax.planning.memory import (
     memory_needed,
     smallest_change,
 )
+from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
+
+Verdict = Literal["ok", "not checked", "warning", "failed"]
+Finding = tuple[str, str, Verdict]  # what was found, what is wanted
+
+
+class Check(NamedTuple):
+    """A line of the checklist."""
+
+    name: str
+    found: str
+    wanted: str
+    verdict: Verdict
 
 
 class Plan(NamedTuple):
@@ -46,11 +67,36 @@ def plan_run(config: TrainConfig) -> Plan:
         attention kernel that the run needs is not here.
     """
     check_same_config(config)
+    plan = make_plan(config)
+    check_machine(config, *plan)
+    return plan
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Fits a run to its mesh.
+
+    Raises:
+      InputError: there are not as many devices, or the run does not divide over them.
+    """
     mesh = make_mesh(config.mesh)
     fitted = fit_to_mesh(config, mesh)
-    layout = make_layout(fitted, mesh)
-    check_machine(config, fitted, mesh, layout)
-    return Plan(fitted, mesh, layout)
+    return Plan(fitted, mesh, make_layout(fitted, mesh))
+
+
+def examine(checks: Mapping[str, Callable[..., Finding]], *args) -> Iterator[Check]:
+    """Makes the checks one after the other.
+
+    Raises:
+      InputError: one of them failed.
+    """
+    for name, check in checks.items():
+        yield Check(name, *check(*args))
+
+
+def warn(check: Check) -> None:
+    """Says a warning in one line."""
+    if check.verdict == "warning":
+        say(f"WARNING: {check.name}: {check.found}; wanted: {check.wanted}")
 
 
 def check_same_config(config: TrainConfig) -> None:
@@ -87,24 +133,24 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
             f"accumulate_steps {asked.accumulate_steps} -> {config.accumulate_steps}, so that each "
             f"of {batch_shards(mesh)} devices has rows of every micro-batch"
         )
-    _check_memory(asked, config, mesh, layout)
-    _check_disk(config, layout)
+    for check in examine(MACHINE_CHECKS, asked, config, mesh, layout):
+        what = "WARNING: " * (check.verdict == "warning") + check.name
+        say(f"{what}: needs {check.wanted}; found {check.found}")
 
 
-def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+# --- Machine: checks of (asked, config, mesh, layout) as `check_machine` takes them --------------
+
+
+def _check_devices(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    device, there = mesh.devices.flat[0], jax.device_count()
+    axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    idle = device.platform != "cpu" and mesh.size < there
+    found = f"{there} x {device.device_kind} ({device.platform})"
+    return found, f"{mesh.size} ({axes})", "warning" if idle else "ok"
+
+
+def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
     needed, (found, what) = memory_needed(config, mesh, layout), memory_found(mesh)
-    parts = ", ".join(f"{part} {size(n)}" for part, n in needed.device.items() if n)
-    where = "the device" if mesh.size == 1 else f"each of {mesh.size} devices"
-    say(
-        f"memory on {where}: needs {size(needed.device_bytes)} ({parts}); found {size(found)} "
-        f"({what})"
-    )
-    host, host_found = needed.host_bytes * len(mesh.local_devices), host_memory()
-    if host:
-        say(
-            f"memory of this host: needs {size(host)} (optimizer state of its devices); "
-            f"found {size(host_found)}"
-        )
     shared = mesh.local_devices[0].platform == "cpu"  # a CPU device has no memory of its own
     total = needed.device_bytes + shared * needed.host_bytes
     if total > found:
@@ -118,35 +164,62 @@ def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
             f"{config.name} needs {size(total)} of memory on each device and {size(found)} was "
             f"found: {advice}"
         )
-    if host > host_found:
+    parts = ", ".join(f"{part} {size(n)}" for part, n in needed.device.items() if n)
+    return f"{size(found)} ({what})", f"{size(needed.device_bytes)} ({parts})", "ok"
+
+
+def _check_host(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    devices, found = mesh.local_devices, host_memory()
+    state = memory_needed(config, mesh, layout).host_bytes * len(devices)
+    if state > found:
         o, narrow = config.optim, "optim.moment_dtype=bfloat16 and optim.rounding=stochastic, or "
         if config.model.param_dtype != "bfloat16" or o.rounding == "stochastic":
             narrow = ""
         raise InputError(
-            f"optim.state_memory=pinned_host: takes {size(host)} of this host's memory and "
-            f"{size(host_found)} is free: set {narrow}optim.state_memory=device"
+            f"optim.state_memory=pinned_host: takes {size(state)} of this host's memory and "
+            f"{size(found)} is free: set {narrow}optim.state_memory=device"
         )
+    copy = _checkpoint_bytes(layout) * len(devices) // mesh.size
+    wanted = f"{size(state + copy)} (optimizer state {size(state)}, a checkpoint being written)"
+    return size(found), wanted, "ok" if state + copy <= found else "warning"
 
 
-def _check_disk(config: TrainConfig, layout: Layout) -> None:
-    run_dir = Path(config.run_dir).absolute()
-    free = shutil.disk_usage(next(p for p in (run_dir / "x").parents if p.exists())).free
-    one = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(layout.state))
+def _check_disk(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    free, one = shutil.disk_usage(nearest_directory(config.run_dir)).free, _checkpoint_bytes(layout)
     # Beside those kept, the checkpoint being written and the best by validation loss. Short runs
     # save fewer. A run counted in epochs has an unknown number of updates here: assume 2 saves.
     kept = config.keep_last + 1 + (config.eval_every > 0)
     saves = 1 if config.save_every == 0 else -(-config.num_steps // config.save_every) or 2
     number, there = min(kept, saves), 0
     with contextlib.suppress(FileNotFoundError):  # a file that another run deletes
-        for path in (run_dir / "checkpoints").rglob("*"):
+        for path in (Path(config.run_dir) / "checkpoints").rglob("*"):
             there += path.stat().st_size if path.is_file() else 0
+    checkpoints = f"{plural(number, 'checkpoint')} of {size(one)}"
     if number * one - there > free:
         raise InputError(
             f"run_dir={config.run_dir} has {size(free)} free, and the run needs room for "
-            f"{plural(number, 'checkpoint')} of {size(one)} (keep_last={config.keep_last}; the "
-            "best; the one being written): free some disk, lower keep_last, or choose another "
-            "run_dir"
+            f"{checkpoints} (keep_last={config.keep_last}; the best; the one being written): free "
+            "some disk, lower keep_last, or choose another run_dir"
         )
+    return f"{size(free)} free", checkpoints, "ok"
+
+
+def nearest_directory(path: str) -> Path:
+    """The path itself or the nearest directory above it that exists."""
+    return next(p for p in (Path(path).absolute() / "x").parents if p.exists())
+
+
+def _checkpoint_bytes(layout: Layout) -> int:
+    leaves = jax.tree.leaves(layout.state)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+MACHINE_CHECKS = {
+    "devices": _check_devices,
+    "memory of each device": _check_memory,
+    "memory of this host": _check_host,
+    "disk": _check_disk,
+}
 
 
 def describe_model(config: TrainConfig) -> str:
@@ -163,14 +236,27 @@ def describe_model(config: TrainConfig) -> str:
     )
 
 
+# --- Data: checks of (config, corpus) ------------------------------------------------------------
+
+
 def prepare_data(config: TrainConfig) -> Corpus:
     """The corpus of a run, checked, and the same on every process.
 
-    The hosts may share the cache or have one each.
+    Raises:
+      InputError: as `read_corpus`; or the model has too few ids, a sample prompt is too long, or
+        the epochs are shorter than the warmup.
+    """
+    corpus = read_corpus(config)
+    for check in examine(DATA_CHECKS, config, corpus):
+        warn(check)
+    return corpus
+
+
+def read_corpus(config: TrainConfig) -> Corpus:
+    """The corpus of a run. The hosts may share the cache or have one each.
 
     Raises:
-      InputError: as `prepare`; or the processes found different data, the model has too few ids,
-        the sample prompt is too long, or the epochs are shorter than the warmup.
+      InputError: as `prepare`; or the processes found different data.
     """
     corpus = processes.one_process_first(
         make_cache(config.data.cache_dir), lambda: prepare(config.data)
@@ -180,10 +266,53 @@ def prepare_data(config: TrainConfig) -> Corpus:
         f"{corpus.fingerprint}/{corpus.tokenizer.fingerprint}",
         "data.paths and data.tokenizer must name the same files on every host",
     )
-    data.check(corpus, config.model.vocab_size)
-    check_samples(config, corpus.tokenizer)
-    count_steps(config, corpus)
     return corpus
+
+
+def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> Finding:
+    data.check(corpus, config.model.vocab_size)
+    tokenizer, most = corpus.tokenizer, config.model.vocab_size
+    return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids", f"{most:,} ids or fewer", "ok"
+
+
+def _check_samples(config: TrainConfig, corpus: Corpus) -> Finding:
+    check_samples(config, corpus.tokenizer)
+    if config.sample_every == 0:
+        return "none", "--sample_every N, to read what the model writes", "not checked"
+    prompts = plural(len(config.sample_prompts), "prompt")
+    return f"{prompts}, every {config.sample_every} updates", "", "ok"
+
+
+def _check_tokens(config: TrainConfig, corpus: Corpus) -> Finding:
+    tokens = sum(files.train_tokens for files in corpus.sources)
+    num_params = param_count(config.model)
+    passes = count_steps(config, corpus) * config.batch_size * config.data.seq_len / tokens
+    usual, least = TOKENS_PER_PARAMETER * num_params, guide_minimum(num_params)
+    wanted = f"{count(usual)} ({TOKENS_PER_PARAMETER} per parameter)"
+    wanted += f"; the guide's minimum is {count(least)}" if least else ""
+    found = f"{count(tokens)} ({tokens / num_params:.2g} per parameter), read {passes:.2g} times"
+    return found, wanted, "ok" if tokens >= usual else "warning"
+
+
+def _check_time(config: TrainConfig, corpus: Corpus) -> Finding:
+    end = os.environ.get("SLURM_JOB_END_TIME")
+    until = f"{duration(max(0, int(end) - time.time()))} until the job ends" if end else ""
+    updates = [r for r in read_metrics(config.run_dir) if "tokens_per_second" in r]
+    if not updates:
+        return "speed not known before the first update", until, "not checked"
+    steps = count_steps(config, corpus) - updates[-1]["step"]
+    tokens = steps * config.batch_size * config.data.seq_len
+    left = max(0, tokens / updates[-1]["tokens_per_second"])
+    late = end and time.time() + left > int(end)
+    return f"{duration(left)} of training left", until, "warning" if late else "ok"
+
+
+DATA_CHECKS = {
+    "vocabulary": _check_vocabulary,
+    "sample prompts": _check_samples,
+    "training tokens": _check_tokens,
+    "time": _check_time,
+}
 
 
 def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:

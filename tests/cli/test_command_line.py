@@ -11,6 +11,7 @@ REQUIRED = {
     "train": ["--config", "tiny"],
     "prepare": ["--config", "tiny"],
     "estimate": ["--config", "tiny"],
+    "preflight": ["--config", "tiny"],
     "evaluate": ["--checkpoint", "nowhere"],
     "generate": ["--checkpoint", "nowhere"],
     "plot": ["nowhere"],
@@ -45,7 +46,7 @@ def test_no_verb_takes_an_abbreviated_flag(inl, flags_of, verb, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     flags = flags_of(verb)
     assert flags
-    if verb in ("train", "prepare", "estimate"):
+    if verb in ("train", "prepare", "estimate", "preflight"):
         flags += ["--optim.learning_rate", "--data.paths", "--num_steps"]
     for flag in flags:
         code, _, err = inl(verb, *REQUIRED[verb], flag[:-1], "1")

@@ -65,12 +65,12 @@ def test_train_checks_the_disk_before_it_allocates(train_config, monkeypatch):
 def test_check_machine_announces_fewer_micro_batches(train_config, said):
     check_machine(train_config(accumulate_steps=8, mesh=MeshConfig(data=4)))
     assert "accumulate_steps 8 -> 2, so that each of 4 devices has rows of" in " ".join(said)
-    assert "memory on each of 4 devices: needs " in " ".join(said)
+    assert "memory of each device: needs " in " ".join(said)
     assert " 0.00 GiB" not in " ".join(said)
     said.clear()
     check_machine(train_config())
     assert not any("accumulate_steps" in line for line in said)
-    assert any(line.startswith("memory on the device: needs ") for line in said)
+    assert any(line.startswith("memory of each device: needs ") for line in said)
 
 
 def test_check_machine_wants_room_for_all_checkpoints_that_exist_at_a_time(

@@ -1,0 +1,217 @@
+"""The checklist before a run: the checks that `train` makes, and the choices of its config."""
+
+import importlib.util
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from inl_jax.config import InputError, TrainConfig
+from inl_jax.console import first_line
+from inl_jax.environment import versions
+from inl_jax.model.layers import attention_kernel, compute_dtype
+from inl_jax.parallel import processes
+from inl_jax.parallel.sharding import on
+from inl_jax.planning.preflight import (
+    DATA_CHECKS,
+    MACHINE_CHECKS,
+    Check,
+    Finding,
+    check_same_config,
+    examine,
+    make_plan,
+    nearest_directory,
+    read_corpus,
+    warn,
+)
+from inl_jax.training.step import compile_step
+
+_ORDER = ("ok", "not checked", "warning", "failed")
+
+
+def check_setup(config: TrainConfig) -> None:
+    """Says what is wrong with the software, the driver or the run directory. `train` calls it.
+
+    Raises:
+      InputError: the attention kernel or a tracker is not here, or the run directory cannot be
+        written.
+    """
+    for check in examine(SETUP_CHECKS, config):
+        warn(check)
+
+
+def checklist(
+    config: TrainConfig, *, skip_data: bool = False, compiled: bool = False
+) -> list[Check]:
+    """Makes all checks, whatever fails. Every process calls it; the run directory stays as it is.
+
+    Args:
+      config: the run, as asked for.
+      skip_data: leave out the checks of the data. Otherwise the text is tokenised into the cache,
+        as `train` would do.
+      compiled: compile the training step as well.
+
+    Returns:
+      The checks; of several processes each as it is on the first one where it is worst.
+
+    Raises:
+      InputError: the processes have different configs, or one of several cannot read the data.
+    """
+    check_same_config(config)
+    rows = _tried(CHOICES | SETUP_CHECKS, config)
+    try:
+        plan = make_plan(config)
+        rows += _tried(MACHINE_CHECKS, config, *plan)
+        rows += _tried({"compiled step": _check_step}, *plan) if compiled else []
+    except InputError as error:
+        rows += [_failed("devices", error), *_not_checked(list(MACHINE_CHECKS)[1:])]
+    if skip_data:
+        return _of_all_processes([*rows, *_not_checked(["data", *DATA_CHECKS])])
+    try:
+        corpus = read_corpus(config)
+        rows += [Check("data", ", ".join(config.data.paths), "", "ok")]
+        rows += _tried(DATA_CHECKS, config, corpus)
+    except InputError as error:
+        if jax.process_count() > 1:  # the others may wait for this one
+            raise
+        rows += [_failed("data", error), *_not_checked(DATA_CHECKS)]
+    return _of_all_processes(rows)
+
+
+def as_table(checks: Sequence[Check]) -> str:
+    """The checks for people, one a line: verdict, name, what was found, what is wanted."""
+    verdict, name = (max(len(c[i]) for c in checks) for i in (3, 0))
+    lines = []
+    for c in checks:
+        wanted = f"; wanted: {c.wanted}" if c.wanted else ""
+        lines.append(f"{c.verdict:{verdict}}  {c.name:{name}}  {c.found}{wanted}".rstrip())
+    return "\n".join(lines)
+
+
+def _tried(checks: Mapping[str, Callable[..., Finding]], *args) -> list[Check]:
+    rows = []
+    for name, check in checks.items():
+        try:
+            rows += examine({name: check}, *args)
+        except InputError as error:
+            rows += [_failed(name, error)]
+    return rows
+
+
+def _failed(name: str, error: InputError) -> Check:
+    return Check(name, str(error), "", "failed")
+
+
+def _not_checked(names: Iterable[str]) -> list[Check]:
+    return [Check(name, "", "", "not checked") for name in names]
+
+
+def _of_all_processes(rows: list[Check]) -> list[Check]:
+    """The worst of each check over the processes, which make the same checks."""
+    gathered = [json.loads(text) for text in processes.gather(json.dumps(rows))]
+    return [
+        max(map(Check._make, same), key=lambda check: _ORDER.index(check.verdict))
+        for same in zip(*gathered, strict=True)
+    ]
+
+
+def _check_step(config, mesh, layout) -> Finding:
+    start = time.perf_counter()
+    try:
+        with on(mesh):
+            compile_step(config, mesh, layout)
+    except RuntimeError as error:
+        raise InputError(first_line(error)) from None
+    return f"{time.perf_counter() - start:.1f} s", "", "ok"
+
+
+def _check_versions(config: TrainConfig) -> Finding:
+    found = {name: version for name, version in versions().items() if name.startswith("jax")}
+    release = re.match(r"[\d.]+", found["jaxlib"])[0]
+    fits = found["jax"].split(".")[:2] == release.split(".")[:2] and all(
+        re.match(r"[\d.]+", version)[0] == release
+        for name, version in found.items()
+        if name.endswith("-plugin")  # JAX leaves out a plugin of another version
+    )
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    return text, f"jax and plugins that fit jaxlib {release}", "ok" if fits else "warning"
+
+
+_LEAST_DRIVER = {"jax-cuda13-plugin": 580, "jax-cuda12-plugin": 525}  # of the CUDA of each
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def _check_driver(config: TrainConfig) -> Finding:
+    if not _DRIVER_FILE.exists():
+        return "no NVIDIA driver", "one, for a GPU", "not checked"
+    driver = re.search(r"\b\d{3}\.[\d.]+", _DRIVER_FILE.read_text())[0]
+    plugin = next((name for name in _LEAST_DRIVER if name in versions()), None)
+    if plugin is None:
+        return f"{driver}, and no CUDA plugin of JAX", "pip install 'inl_jax[cuda]'", "warning"
+    least = _LEAST_DRIVER[plugin]
+    fits = int(driver.split(".")[0]) >= least
+    return driver, f"{least} or newer, for {plugin}", "ok" if fits else "warning"
+
+
+def _check_precision(config: TrainConfig) -> Finding:
+    products = compute_dtype(config.model).name
+    if jax.default_backend() == "gpu" and products != "bfloat16":
+        return products, "bfloat16 (--model.compute_dtype bfloat16), which is faster", "warning"
+    return f"{products} products, {config.model.param_dtype} parameters", "", "ok"
+
+
+def _check_kernel(config: TrainConfig) -> Finding:
+    if config.model.context != "attention":
+        return f"none, in the {config.model.context} context", "", "ok"
+    return attention_kernel(config.model), "", "ok"  # raises if this machine cannot run it
+
+
+def _check_trackers(config: TrainConfig) -> Finding:
+    for name in config.track:
+        if not importlib.util.find_spec({"tensorboard": "tensorboardX"}.get(name, name)):
+            raise InputError(f"track={name}: not installed; pip install 'inl_jax[{name}]'")
+    return ", ".join(("console", "metrics.jsonl", *config.track)), "", "ok"
+
+
+def _check_run_dir(config: TrainConfig) -> Finding:
+    directory = nearest_directory(config.run_dir)
+    if jax.process_count() == 1:  # several also try to write, in check_shared
+        try:
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise InputError(
+                f"run_dir={config.run_dir}: {error.strerror}; name a directory"
+            ) from None
+    processes.check_shared(directory, "run_dir")
+    return config.run_dir, "writable, and shared by all processes", "ok"
+
+
+SETUP_CHECKS = {
+    "versions": _check_versions,
+    "driver": _check_driver,
+    "precision": _check_precision,
+    "attention kernel": _check_kernel,
+    "monitoring": _check_trackers,
+    "run directory": _check_run_dir,
+}
+
+
+def _check_saves(config: TrainConfig) -> Finding:
+    if config.save_every == 0:
+        return "only at the end", "--save_every N, to resume a run that is killed", "warning"
+    return f"every {config.save_every} updates, {config.keep_last} and the best kept", "", "ok"
+
+
+def _check_evaluation(config: TrainConfig) -> Finding:
+    if config.eval_every == 0:
+        return "only at the end", "--eval_every N, to see over-fitting and keep the best", "warning"
+    if config.data.validation_fraction == 0:
+        return "no text", "--data.validation_fraction 0.01", "warning"
+    return f"every {config.eval_every} updates", "", "ok"
+
+
+CHOICES = {"checkpoints": _check_saves, "evaluation": _check_evaluation}

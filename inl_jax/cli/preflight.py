@@ -1,0 +1,68 @@
+"""Checks machine, data and config before a run, and prints a table of what it found.
+
+inl preflight --config 3b --data.paths 'corpus/*.parquet' [--compile] [--skip_data] [--json]
+
+The same flags as `inl train`, under the same launcher. Text that is not prepared yet is tokenised
+into the cache, as `inl train` does; --skip_data leaves this out. The run directory is not touched.
+Exit code 2: a check failed; warnings do not count.
+"""
+
+import json
+from collections.abc import Sequence
+
+from inl_jax.cli import signals
+from inl_jax.cli.command_line import (
+    Parser,
+    add_launch_flags,
+    from_command_line,
+    join_processes,
+    lines_on_stderr,
+)
+from inl_jax.config import InputError
+from inl_jax.training.stop import EXIT_FAILED, EXIT_MISTAKE
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code, the same on every process."""
+    parser = Parser("preflight", __doc__, add_help=False)
+    parser.add_argument("--compile", action="store_true", help="compile the training step too")
+    parser.add_argument("--skip_data", action="store_true", help="do not read the text")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of checks instead")
+    add_launch_flags(parser)
+    config, flags = from_command_line(parser, argv)
+    from inl_jax.parallel import processes
+
+    signals.unwind()
+    try:
+        with lines_on_stderr():
+            checks = run(config, flags)
+        if processes.first():
+            show(checks, flags)
+        failed = any(check.verdict == "failed" for check in checks)
+        return processes.end(EXIT_MISTAKE if failed else 0)
+    except InputError as error:
+        return processes.end(EXIT_MISTAKE, f"error: {error}")
+    except processes.PeersMissing as error:
+        return processes.end(EXIT_FAILED, f"error: {error}")
+
+
+def run(config, flags):
+    """The checks."""
+    from inl_jax.checklist import checklist
+    from inl_jax.planning.xla import apply_flags, use_compile_cache
+
+    join_processes(flags)
+    apply_flags(config.xla_flags)
+    if flags.compile:
+        use_compile_cache()
+    return checklist(config, skip_data=flags.skip_data, compiled=flags.compile)
+
+
+def show(checks, flags) -> None:
+    """Prints the checks, as a table or as JSON."""
+    from inl_jax.checklist import as_table
+
+    if flags.json:
+        print(json.dumps([check._asdict() for check in checks]))
+    else:
+        print(as_table(checks))
