@@ -18,8 +18,7 @@ from typing import Any
 
 import inl_jax
 from inl_jax.console import first_line, say
-
-HIDDEN = "[hidden]"
+from inl_jax.redact import redact
 
 _PACKAGES = (
     "jax",
@@ -44,21 +43,6 @@ _VARIABLES = re.compile(
 )
 _GIT_SECONDS = 1  # for an answer of git: a checkout may lie on a slow network disk
 
-_SECRET_NAME = r"[\w.-]*(?:token|key|passw(?:or)?d|secret|credentials?)"
-_SECRETS = (
-    re.compile(  # --hub_token VALUE, PASSWORD=VALUE, "api_key": "VALUE"
-        rf"(?P<before>--{_SECRET_NAME}(?:\s+|=)|\b{_SECRET_NAME}[\"']?\s*[=:]\s*)"
-        r"(?:\"[^\"]*\"|'[^']*'|[^\s\"',&]+)",
-        re.IGNORECASE,
-    ),
-    re.compile(r"(?P<before>\bbearer\s+)\S+", re.IGNORECASE),
-    re.compile(r"(?P<before>://)[^/\s@]+(?=@)"),  # user:password in an address
-    re.compile(  # of Hugging Face, GitHub, OpenAI and AWS
-        r"(?P<before>)\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}"
-        r"|AKIA[A-Z0-9]{12,})"
-    ),
-)
-
 
 def record_environment(run_dir: str | Path) -> None:
     """Adds this start to `{"starts": [...]}` in RUN/env.json. Never raises. Process 0 calls it."""
@@ -73,13 +57,16 @@ def record_environment(run_dir: str | Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git state of a checkout, devices, processes, command line and machine, as JSON."""
+    """Versions, git state of a checkout, devices, processes, command line and machine, as JSON.
+
+    Secrets are hidden.
+    """
     import jax
 
     device = jax.devices()[0]
     found = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": redact(shlex.join(sys.orig_argv)),
+        "command": shlex.join(sys.orig_argv),
         "directory": os.getcwd(),
         "host": platform.node(),
         "os": platform.platform(),
@@ -93,13 +80,11 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "versions": versions(),
         "variables": {
-            name: redact(value)
-            for name, value in sorted(os.environ.items())
-            if _VARIABLES.fullmatch(name)
+            name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
         },
     }
     git = _git_state(Path(inl_jax.__file__).parents[1])
-    return found | ({"git": git} if git else {})
+    return redact(found | ({"git": git} if git else {}))
 
 
 def versions() -> dict[str, str]:
@@ -111,21 +96,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def redact(text: str) -> str:
-    """`text` with everything that looks like a secret replaced by `[hidden]`.
-
-    That is: values of names that end in token, key, password, secret or credentials; users and
-    passwords in addresses; known kinds of tokens; and the values of environment variables with such
-    names, wherever they stand.
-    """
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.fullmatch(_SECRET_NAME, name, re.IGNORECASE):
-            text = text.replace(value, HIDDEN)
-    for secret in _SECRETS:
-        text = secret.sub(rf"\g<before>{HIDDEN}", text)
-    return text
 
 
 def _git_state(root: Path) -> dict[str, Any]:

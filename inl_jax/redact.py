@@ -11,7 +11,14 @@ _NAME = re.compile(rf"(?:.*[_.-])?(?:key|{_SECRET})", re.IGNORECASE)
 _IN_TEXT = [
     (re.compile(r"(\w+://)[^\s/@]+@"), rf"\1{HIDDEN}@"),  # user:password@host
     (re.compile(rf"([?&;][^\s=&]*(?:{_SECRET}|sig|signature)=)[^\s&]+", re.I), rf"\1{HIDDEN}"),
-    (re.compile(rf"(--?[\w.-]*{_SECRET}(?:=|\s+))\S+", re.I), rf"\1{HIDDEN}"),  # a flag
+    (  # a flag, and an assignment as before a command or in JSON
+        re.compile(
+            rf"(--?[\w.-]*(?:key|{_SECRET})(?:=|\s+)|\b[\w.-]*{_SECRET}[\"']?\s*[=:]\s*)"
+            r"(?:'[^']*'|\"[^\"]*\"|[^\s&,]+)",
+            re.I,
+        ),
+        rf"\1{HIDDEN}",
+    ),
     # Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, W&B, JSON web tokens.
     (
         re.compile(
@@ -27,8 +34,9 @@ def redact(value: Any) -> Any:
     """`value` with the secrets in it replaced by `***`.
 
     Hidden are: entries of dicts with a name such as `api_key`; passwords and tokens in URLs; values
-    of flags such as `--token`; tokens of a known form; and the values of this process's environment
-    variables that are named as secrets, wherever they stand.
+    of flags such as `--token` and of assignments such as `DB_PASSWORD=...`; tokens of a known form;
+    and the values of this process's environment variables that are named as secrets, wherever they
+    stand.
 
     Args:
       value: strings, numbers, and dicts, lists and tuples of them.

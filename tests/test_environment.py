@@ -1,38 +1,8 @@
 import json
 import subprocess
 
-import pytest
-
 from inl_jax import environment as env
-from inl_jax.environment import HIDDEN, environment, record_environment, redact
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("inl train --hub_token abc --seed 1", f"inl train --hub_token {HIDDEN} --seed 1"),
-        ("--wandb-key=abc --lr 1", f"--wandb-key={HIDDEN} --lr 1"),
-        ("--password 'a b' x", f"--password {HIDDEN} x"),
-        ('{"api_key": "abc", "n": 1}', f'{{"api_key": {HIDDEN}, "n": 1}}'),
-        ("DB_PASSWORD=abc inl", f"DB_PASSWORD={HIDDEN} inl"),
-        ("https://me:pass@host/x y@z", f"https://{HIDDEN}@host/x y@z"),
-        ("https://host/x?token=abc&n=1", f"https://host/x?token={HIDDEN}&n=1"),
-        ("Authorization: Bearer abc", f"Authorization: Bearer {HIDDEN}"),
-        ("hf_" + "a1B2" * 8, HIDDEN),
-    ],
-)
-def test_redact_hides_a_secret_and_nothing_else(text, shown):
-    assert redact(text) == shown
-
-
-def test_redact_leaves_fields_of_ours_as_they_are():
-    text = "--data.tokenizer gpt2 --sample_tokens 64 --data.hf_split train_of_a_long_name --mesh 8"
-    assert redact(text) == text
-
-
-def test_redact_hides_the_secrets_of_the_environment_wherever_they_stand(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    assert redact("runs/0123456789abcdef.txt") == f"runs/{HIDDEN}.txt"
+from inl_jax.environment import environment, record_environment
 
 
 def test_environment_says_what_ran_and_where(monkeypatch):
@@ -41,7 +11,7 @@ def test_environment_says_what_ran_and_where(monkeypatch):
     monkeypatch.setattr(env.sys, "orig_argv", ["python", "x.py", "--api_key", "abc", "--n", "a b"])
     found = json.loads(json.dumps(environment()))
     assert {"jax", "jaxlib", "flax", "numpy", "python", "inl_jax"} <= found["versions"].keys()
-    assert found["command"] == f"python x.py --api_key {HIDDEN} --n 'a b'"
+    assert found["command"] == "python x.py --api_key *** --n 'a b'"
     assert found["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
     assert found["processes"] == 1 and found["cpus"] > 0 and found["memory"] > 2**28
     assert found["variables"]["NCCL_DEBUG"] == "INFO" and "SLURM_JWT" not in found["variables"]
