@@ -180,7 +180,8 @@ def _check_host(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Lay
             f"{size(found)} is free: set {narrow}optim.state_memory=device"
         )
     copy = _checkpoint_bytes(layout) * len(devices) // mesh.size
-    wanted = f"{size(state + copy)} (optimizer state {size(state)}, a checkpoint being written)"
+    wanted = f"{size(copy)} (a checkpoint being written)"
+    wanted = f"{size(state)} (optimizer state) and {wanted}" if state else wanted
     return size(found), wanted, "ok" if state + copy <= found else "warning"
 
 
