@@ -102,7 +102,16 @@ def _git_state(root: Path) -> dict[str, Any]:
     """The commit of a checkout and whether its files were changed; empty if `root` is none."""
     if not (root / ".git").exists():  # `git -C` would find a repository around site-packages
         return {}
-    command = ["git", "-C", root, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        root,
+        "status",
+        "--porcelain=v2",
+        "--branch",
+        "--untracked-files=no",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):

@@ -80,6 +80,6 @@ def measured_mfu(run_dir: str | Path) -> float:
     return statistics.median(found)
 
 
-def guide_minimum(num_params: int) -> float | None:
+def guide_minimum(num_params: float) -> float | None:
     """The fewest tokens that the published guide advises for a model of that size, if it does."""
     return next((tokens for size, tokens in _GUIDE_MINIMUM if num_params >= size), None)

@@ -287,25 +287,27 @@ def _check_samples(config: TrainConfig, corpus: Corpus) -> Finding:
 def _check_tokens(config: TrainConfig, corpus: Corpus) -> Finding:
     tokens = sum(files.train_tokens for files in corpus.sources)
     num_params = param_count(config.model)
-    passes = count_steps(config, corpus) * config.batch_size * config.data.seq_len / tokens
+    trained = count_steps(config, corpus) * config.batch_size * config.data.seq_len
     usual, least = TOKENS_PER_PARAMETER * num_params, guide_minimum(num_params)
     wanted = f"{count(usual)} ({TOKENS_PER_PARAMETER} per parameter)"
     wanted += f"; the guide's minimum is {count(least)}" if least else ""
-    found = f"{count(tokens)} ({tokens / num_params:.2g} per parameter), read {passes:.2g} times"
+    found = (
+        f"{count(tokens)} ({tokens / num_params:.2g} per parameter), {count(trained)} will be read"
+    )
     return found, wanted, "ok" if tokens >= usual else "warning"
 
 
 def _check_time(config: TrainConfig, corpus: Corpus) -> Finding:
-    end = os.environ.get("SLURM_JOB_END_TIME")
-    until = f"{duration(max(0, int(end) - time.time()))} until the job ends" if end else ""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")  # unix seconds
+    ends_in = int(end) - time.time() if end.isdecimal() else math.inf
+    until = f"{duration(max(0, ends_in))} until the job ends" if ends_in < math.inf else ""
     updates = [r for r in read_metrics(config.run_dir) if "tokens_per_second" in r]
     if not updates:
         return "speed not known before the first update", until, "not checked"
     steps = count_steps(config, corpus) - updates[-1]["step"]
     tokens = steps * config.batch_size * config.data.seq_len
     left = max(0, tokens / updates[-1]["tokens_per_second"])
-    late = end and time.time() + left > int(end)
-    return f"{duration(left)} of training left", until, "warning" if late else "ok"
+    return f"{duration(left)} of training left", until, "warning" if left > ends_in else "ok"
 
 
 DATA_CHECKS = {
