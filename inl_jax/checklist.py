@@ -1,6 +1,5 @@
 """The checklist before a run: the checks that `train` makes, and the choices of its config."""
 
-import importlib.util
 import json
 import re
 import tempfile
@@ -29,6 +28,7 @@ from inl_jax.planning.preflight import (
     warn,
 )
 from inl_jax.training.step import compile_step
+from inl_jax.training.trackers import check_trackers
 
 _ORDER = ("ok", "not checked", "warning", "failed")
 
@@ -171,9 +171,7 @@ def _check_kernel(config: TrainConfig) -> Finding:
 
 
 def _check_trackers(config: TrainConfig) -> Finding:
-    for name in config.track:
-        if not importlib.util.find_spec({"tensorboard": "tensorboardX"}.get(name, name)):
-            raise InputError(f"track={name}: not installed; pip install 'inl_jax[{name}]'")
+    check_trackers(config.track)
     return ", ".join(("console", "metrics.jsonl", *config.track)), "", "ok"
 
 

@@ -35,6 +35,9 @@ _PACKAGES = (
     "grain",
     "numpy",
     "tokenizers",
+    "tensorboardX",
+    "wandb",
+    "trackio",
 )
 # Of the environment only these variables are recorded. Slurm has others that are secret.
 _VARIABLES = re.compile(

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -141,8 +142,8 @@ def test_versions_and_driver_must_fit_each_other(
 def test_check_setup_raises_if_the_run_cannot_be_written_or_tracked(train_config, monkeypatch):
     with pytest.raises(InputError, match="run_dir=.*: Not a directory; name a directory"):
         check_setup(train_config(run_dir=__file__))
-    monkeypatch.setattr(the_list.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"trackio: not installed; pip install .inl_jax\[trackio"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"track=trackio: .*pip install .inl_jax\[trackio"):
         check_setup(train_config(track=("trackio",)))
 
 
