@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
+from inl_jax.checklist import check_setup
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import aside, count, mute, plural, say
 from inl_jax.data import batches
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import (
@@ -29,7 +30,14 @@ from inl_jax.planning.cost import utilization
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.training.checkpoint import Checkpoints, read_params
-from inl_jax.training.metrics import MetricsLog, Record, StepTimer, read_metrics, update_record
+from inl_jax.training.metrics import (
+    MetricsLog,
+    Record,
+    StepTimer,
+    latest,
+    read_metrics,
+    update_record,
+)
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.run_dir import check_run, locked, read_config, record_run
 from inl_jax.training.state import (
@@ -42,6 +50,8 @@ from inl_jax.training.state import (
 )
 from inl_jax.training.step import compile_step
 from inl_jax.training.stop import StopRequest
+from inl_jax.training.trackers import Trackers
+from inl_jax.watch.gpu_use import GpuUse, peak_memory
 from inl_jax.watch.progress import Stretch, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
 
@@ -89,6 +99,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
     """
     with StopRequest() as stop:
         mute(not processes.first())
+        check_setup(config)
         fitted, mesh, layout = plan_run(config)
         corpus = prepare_data(config)
         samples = batches.training_samples(corpus, config.data, config.seed)
@@ -107,22 +118,28 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             run = Run(fitted, mesh, corpus, num_steps, saved, log, start)
             if not run.is_over():  # a run that is over stays as it is
                 record_run(config, corpus.tokenizer)
-            stop.release()
-            announce(fitted, corpus, num_steps, mesh)
-            if run.evaluation_is_missing():
-                run.evaluate(state, start.step)
-            ended = run.is_over(again=True)
-            if not ended:
-                step_fn = compile_step(fitted, mesh, layout)
-                state, ended = run.loop(step_fn, state, samples, stop)
-            stop.hold()  # what follows is quick, and must not be lost
+                if processes.first():
+                    record_environment(config.run_dir)
+            trackers = Trackers(
+                config.track, config.run_dir, project=config.project, step=start.step
+            )
+            with contextlib.closing(trackers), contextlib.closing(run.gpu_use):
+                stop.release()
+                announce(fitted, corpus, num_steps)
+                if run.evaluation_is_missing():
+                    run.evaluate(state, start.step)
+                ended = run.is_over(again=True)
+                if not ended:
+                    step_fn = compile_step(fitted, mesh, layout)
+                    state, ended = run.loop(step_fn, state, samples, stop)
+                stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
         step = int(state.step)
         history = read_metrics(config.run_dir, up_to=step)
         return TrainResult(config, state.params, corpus.tokenizer, history, step, ended)
 
 
-def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh) -> None:
+def announce(config: TrainConfig, corpus: Corpus, num_steps: int) -> None:
     """Says what is about to run."""
     per_update = config.batch_size * config.data.seq_len
     train_tokens = sum(files.train_tokens for files in corpus.sources)
@@ -130,12 +147,6 @@ def announce(config: TrainConfig, corpus: Corpus, num_steps: int, mesh: Mesh) ->
         f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
         f"{config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
         f"{num_steps * per_update / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
-    )
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    device, unused = mesh.devices.ravel()[0], jax.device_count() - mesh.size
-    say(
-        f"{mesh.size} x {device.device_kind} ({device.platform}); mesh {axes}"
-        + (f"; {unused} more devices are not used" if unused else "")
     )
 
 
@@ -202,8 +213,8 @@ class Run:
         self.checkpoints, self.log, self.timer = checkpoints, log, StepTimer()
         self.nonfinite_in_a_row = 0
         past = read_metrics(config.run_dir, up_to=start.step)
-        before = next((r["elapsed"] for r in reversed(past) if "elapsed" in r), 0.0)
-        self.started = time.monotonic() - before
+        self.started = time.monotonic() - latest(past, "elapsed")
+        self.gpu_use = GpuUse(jax.local_devices(), energy_kwh=latest(past, "energy_kwh"))
         self.basis = f"{corpus.fingerprint}/{config.data.seq_len}/{config.eval_sequences}"
         mine = json.dumps([r for r in past if "validation_loss" in r])
         self.evaluations = json.loads(processes.gather(mine)[0])  # as process 0 reads them
@@ -290,7 +301,8 @@ class Run:
             seconds, input_wait = self.timer.lap(step)
             rate = c.batch_size * c.data.seq_len / seconds
             record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
-            self.log.write(record | self.progress(step) | utilization(c, self.mesh, rate))
+            record |= self.progress(step) | utilization(c, self.mesh, rate)
+            self.log.write(record | peak_memory(jax.local_devices()) | self.gpu_use.record())
         if diverged:
             # The state is one update newer than `step`. It is as good: skipped too, or finite.
             self.save(state, int(state.step))

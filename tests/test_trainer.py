@@ -227,7 +227,7 @@ def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_con
     with pytest.raises(Stopped):
         trainer.train(dataclasses.replace(config, num_steps=8))
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json"}
+    assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json", folder / "env.json"}
 
 
 def test_train_changes_nothing_in_a_finished_run(train_config, capsys):

@@ -188,9 +188,11 @@ def _check_host(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Lay
 def _check_disk(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
     free, one = shutil.disk_usage(nearest_directory(config.run_dir)).free, _checkpoint_bytes(layout)
     # Beside those kept, the checkpoint being written and the best by validation loss. Short runs
-    # save fewer. A run counted in epochs has an unknown number of updates here: assume 2 saves.
+    # save fewer; an evaluation may save the best. A run counted in epochs has an unknown number of
+    # updates here: assume 2 saves.
     kept = config.keep_last + 1 + (config.eval_every > 0)
-    saves = 1 if config.save_every == 0 else -(-config.num_steps // config.save_every) or 2
+    every = min(filter(None, (config.save_every, config.eval_every)), default=config.num_steps)
+    saves = -(-config.num_steps // every) if config.num_steps else 2
     number, there = min(kept, saves), 0
     with contextlib.suppress(FileNotFoundError):  # a file that another run deletes
         for path in (Path(config.run_dir) / "checkpoints").rglob("*"):

@@ -48,7 +48,7 @@ def follow(
     state, metrics = run_dir / "trackers" / f"{name}.json", run_dir / "metrics.jsonl"
     sent = read_json(state)
     parameters = {"config": read_json(run_dir / "config.json")}
-    parameters["environment"] = read_json(run_dir / "env.json")
+    parameters["environment"] = read_json(run_dir / "env.json").get("starts", [{}])[-1]
     if name == "tensorboard":
         # It can forget: from the first step that is not surely complete, all is sent anew.
         start = min([step, *(last - 1 for last in sent.values())]) if sent else -1

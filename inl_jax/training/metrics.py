@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inl_jax.console import count, duration, progress_bar, say
+from inl_jax.console import count, duration, progress_bar, say, size
 from inl_jax.parallel import processes
 
 Record = dict[str, Any]
@@ -105,6 +105,13 @@ def _update_line(record: Record) -> list[str]:
     )
     if "mfu" in record:
         line += f"  MFU {100 * record['mfu']:.1f}%"
+    if "peak_memory" in record:
+        line += f"  peak {size(record['peak_memory'])}"
+    if "gpu_util" in record:
+        line += (
+            f"  GPU {100 * record['gpu_util']:.0f}% {record['gpu_temperature']:.0f} °C "
+            f"{record['gpu_watts']:.0f} W"
+        )
     if record["input_wait"] > 0.01:
         line += f"  {100 * record['input_wait']:.0f}% waiting for data"
     if record["skipped"]:
@@ -195,6 +202,11 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record
         except (ValueError, TypeError, KeyError, StopIteration):
             continue
     return [latest[step, of] for step, of in sorted(latest, key=lambda k: (k[0], order[k[1]]))]
+
+
+def latest(records: list[Record], key: str) -> float:
+    """The value of `key` in the last record that has it, 0 if none has."""
+    return next((record[key] for record in reversed(records) if key in record), 0.0)
 
 
 class StepTimer:

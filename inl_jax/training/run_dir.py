@@ -1,9 +1,12 @@
 """A run directory: what is in it, who may train there, and whether a config may resume it.
 
-RUN/config.json  tokenizer.json  metrics.jsonl  best.json  lock
+RUN/config.json  tokenizer.json  metrics.jsonl  best.json  env.json  lock
 RUN/checkpoints/<step>/params       the parameters, readable alone
 RUN/checkpoints/<step>/optimizer    optimizer state and counters
 RUN/damaged/                        checkpoints that could not be read, moved aside
+RUN/samples/<step>.md               generation checks
+RUN/trackers/                       what the trackers have sent, and their logs
+RUN/events.out.tfevents.*           TensorBoard's
 """
 
 import contextlib

@@ -90,11 +90,13 @@ def test_check_machine_wants_room_for_all_checkpoints_that_exist_at_a_time(
     with pytest.raises(InputError, match="room for 5 checkpoints .*keep_last=3; .*lower keep_last"):
         check(5 * one - 1)
     check(3 * one, keep_last=1)
-    check(one, save_every=0)  # the last alone
+    check(one, save_every=0, eval_every=0)  # the last alone
     with pytest.raises(InputError, match="room for 1 checkpoint of"):
-        check(one - 1, save_every=0)
-    check(2 * one, save_every=60)
-    check(one, save_every=100)
+        check(one - 1, save_every=0, eval_every=0)
+    check(2 * one, save_every=60, eval_every=0)
+    check(one, save_every=100, eval_every=0)
+    with pytest.raises(InputError, match="room for 2 checkpoints of"):
+        check(one, save_every=0, eval_every=60)  # which may be the best
     check(2 * one, num_steps=0, num_epochs=1)  # the number of updates is not known yet
     check(4 * one, eval_every=0)  # no best
     folder = Path(config.run_dir) / "checkpoints" / "2"
