@@ -13,13 +13,17 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli"},
-    {"trainer", "evaluation", "sampling", "guide", "checklist", "watch"},
+    {"trainer", "evaluation", "sampling", "guide", "checklist", "curriculum", "watch"},
     {"interop"},
     {"planning"},
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
+<<<<<<< HEAD
     {"checks", "config", "config_file", "console", "internals", "redact", "environment"},
+=======
+    {"checks", "config", "config_file", "console", "internals", "phase", "redact"},
+>>>>>>> 4ed8358 (Curriculum: data.phases, each source read on where it was)
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
