@@ -8,12 +8,16 @@ import numpy as np
 from inl_jax.checks import require
 from inl_jax.config import DataConfig, Phase, TrainConfig
 from inl_jax.console import plural, say
+from inl_jax.data.batches import count_windows
 from inl_jax.data.cache import digest
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.phases import Curriculum, Span
 
 ENDLESS = 2**62
 """The end of the last phase, in samples."""
+
+WHOLE_RUN = Phase(share=1, weights=(1,))
+"""The one phase of a run without `data.phases`."""
 
 Read = Sequence[tuple[int, str, int]]
 """What a run has read, as a checkpoint holds it: the number of a phase, its text, its end."""
@@ -39,7 +43,7 @@ def make_curriculum(
       InputError: a phase that is over has changed.
     """
     data, batch_size = config.data, config.batch_size
-    phases = data.phases or (Phase(share=1, weights=(1,)),)
+    phases = data.phases or (WHOLE_RUN,)
     spans: list[Span] = []
     for number, text, end in read:
         spans.append(Span(number, Phase.parse(text), spans[-1].end if spans else 0, end))
@@ -81,12 +85,22 @@ def make_curriculum(
     return Curriculum(spans, seq_len=data.seq_len, num_sources=len(data.paths))
 
 
+def lengths_ahead(curriculum: Curriculum, begin: int, end: int) -> list[int]:
+    """The lengths of the sequences from sample `begin` to `end - 1`, each once, in order."""
+    found = [
+        curriculum.seq_len_of(max(span.begin, begin))
+        for span in curriculum.spans
+        if max(span.begin, begin) < min(span.end, end)
+    ]
+    return list(dict.fromkeys(found))
+
+
 def note_read(curriculum: Curriculum, position: int) -> Read:
-    """What a checkpoint after `position` samples holds, for `read_so_far`."""
+    """What a checkpoint after `position` samples holds, for `read_so_far`; without phases, ()."""
     return [
         (span.number, str(span.phase), min(span.end, position))
         for span in curriculum.spans
-        if span.begin < min(span.end, position)
+        if span.begin < min(span.end, position) and span.phase is not WHOLE_RUN
     ]
 
 
@@ -124,7 +138,7 @@ def read_so_far(saved: dict[str, Any], config: TrainConfig, corpus: Corpus) -> R
             f"{data.paths[0]}, the first of data.paths, alone: put what it was trained on first, "
             f"{afresh}",
         )
-        read = [(0, "1:1", saved["samples_seen"])]
+        read = [(0, str(WHOLE_RUN), saved["samples_seen"])]
     known = len(Phase.parse(read[-1][1]).weights)
     require(
         known <= len(sources),
@@ -140,16 +154,36 @@ def read_so_far(saved: dict[str, Any], config: TrainConfig, corpus: Corpus) -> R
     return read
 
 
+def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus) -> int:
+    """Samples consumed so far, counted in windows of this run. Says what changed in the data."""
+    data, position = config.data, saved["samples_seen"]
+    if saved["seq_len"] != data.seq_len:
+        say(
+            f"data.seq_len was {saved['seq_len']}: the new windows start after the same number of "
+            "tokens, in an order of their own"
+        )
+        position = position * saved["seq_len"] // data.seq_len
+    if saved["data"] != corpus.fingerprint and not data.phases:
+        windows = sum(count_windows(files, data.seq_len) for files in corpus.sources)
+        epoch, sample = divmod(position, windows)
+        say(
+            "the training data changed since: the new corpus is entered in its middle, at sample "
+            f"{sample:,} of {windows:,} in epoch {epoch + 1}. To read it from its beginning, start "
+            f"another run_dir with init_from={config.run_dir}; or name the old path first in "
+            "data.paths, and give the new one a phase (docs/curriculum.md)"
+        )
+    return position
+
+
 def describe(
     curriculum: Curriculum,
     config: TrainConfig,
     num_steps: int,
-    *,
     step: int = 0,
     position: int = 0,
     windows: Sequence[int] = (),
 ) -> Iterator[str]:
-    """Yields a line for each phase, and a warning if a source is read more than once.
+    """Yields a line for each phase, if any, and a warning if a source is read more than once.
 
     Args:
       curriculum: from `make_curriculum`.
@@ -159,6 +193,8 @@ def describe(
       position: samples consumed by them.
       windows: of each source; no epochs are given if they are not known.
     """
+    if not config.data.phases:
+        return
     data, last = config.data, position + (num_steps - step) * config.batch_size
     epoch = np.array(windows or [np.inf] * len(data.paths)) * data.seq_len
     for span in curriculum.spans:

@@ -4,7 +4,14 @@ from types import SimpleNamespace
 import pytest
 
 from inl_jax.config import DataConfig, InputError, OptimConfig, Phase, TrainConfig
-from inl_jax.curriculum import describe, make_curriculum, note_read, read_so_far
+from inl_jax.curriculum import (
+    describe,
+    lengths_ahead,
+    make_curriculum,
+    note_read,
+    read_so_far,
+    resumed_position,
+)
 from inl_jax.data.cache import digest
 
 BATCH, S = 8, 32
@@ -49,7 +56,8 @@ def test_phases_end_at_their_share_of_the_updates():
     ]
     ends = [span.end for span in make_curriculum(GUIDE, 7).spans[:-1]]
     assert ends == [4 * BATCH, 6 * BATCH], "at the nearest update"
-    assert len(make_curriculum(config_of(""), 100).spans) == 1, "a run without phases"
+    plain = make_curriculum(config_of(""), 100)
+    assert len(plain.spans) == 1 and note_read(plain, 50) == [] and plain.tokens(50) == 50 * S
 
 
 def test_phases_in_tokens_end_after_them_and_the_last_is_endless():
@@ -61,6 +69,14 @@ def test_phases_in_tokens_end_after_them_and_the_last_is_endless():
     assert "updates 1 to 10" in short[0]
     assert all(line.endswith("no updates") for line in short[1:])
     assert "updates 51 to 9,999" in list(describe(curriculum, config, 9999))[2]
+
+
+def test_lengths_ahead_are_those_of_the_updates_to_come():
+    config = config_of("0.25@8:1,0,0 0.25@16:1,0,0 0.25@8:1,0,0 0.25:1,1,1")
+    curriculum = make_curriculum(config, 100)
+    assert lengths_ahead(curriculum, 0, 800) == [8, 16, 32]
+    assert lengths_ahead(curriculum, 200, 400) == [16]
+    assert lengths_ahead(curriculum, 399, 801) == [16, 8, 32]
 
 
 @pytest.mark.parametrize("step", [0, 1, 499, 500, 501, 800, 999, 1000])
@@ -119,7 +135,8 @@ def test_phase_that_is_over_cannot_change(phases, step, named):
 
 
 def corpus_of(*names):
-    return SimpleNamespace(sources=[SimpleNamespace(fingerprint=name) for name in names])
+    sources = [SimpleNamespace(fingerprint=name) for name in names]
+    return SimpleNamespace(sources=sources, fingerprint=digest(*names))
 
 
 def position_of(*names, **fields):
@@ -160,6 +177,19 @@ def test_read_so_far_says_that_other_data_is_entered_in_its_middle(said):
     assert len(said) == 1 and "entered in its middle" in said[0]
 
 
+def test_resumed_position_says_what_changed_in_the_data(said):
+    """The same windows, half as long ones, and a new corpus, which is entered in its middle."""
+    config, corpus = config_of("", paths=1), corpus_of("x")
+    corpus.sources[0].train_tokens = 30 * S + 1
+    assert resumed_position(position_of("x"), config, corpus) == 40 and said == []
+    halved = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
+    assert resumed_position(position_of("x"), halved, corpus) == 80
+    assert "data.seq_len was 32" in said[-1]
+    assert resumed_position(position_of("y"), config, corpus) == 40
+    assert "entered in its middle, at sample 10 of 30 in epoch 2." in said[-1]
+    assert "init_from=runs/custom" in said[-1] and len(said) == 2
+
+
 def test_describe_says_updates_sources_and_epochs_and_warns_of_repetition():
     lines = list(describe(make_curriculum(GUIDE, 1000), GUIDE, 1000, windows=(8000, 1250, 4000)))
     assert lines == [
@@ -169,7 +199,7 @@ def test_describe_says_updates_sources_and_epochs_and_warns_of_repetition():
         "b 33.3% (0.43 epochs), c 33.3% (0.13 epochs)",
         "WARNING: read more than once in this run: b 2.35 times",
     ]
-    resumed = list(describe(make_curriculum(GUIDE, 1000), GUIDE, 1000, step=600, position=4800))
+    resumed = list(describe(make_curriculum(GUIDE, 1000), GUIDE, 1000, 600, 4800))
     assert resumed[0] == "phase 1 of 3 (0.5:1,0,0): over, 4,000 samples"
     assert resumed[1].endswith("updates 601 to 800 in sequences of 32: b 100%")
     assert len(resumed) == 3, "no epochs, no warning"

@@ -19,11 +19,7 @@ FLOORS = [
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
-<<<<<<< HEAD
-    {"checks", "config", "config_file", "console", "internals", "redact", "environment"},
-=======
-    {"checks", "config", "config_file", "console", "internals", "phase", "redact"},
->>>>>>> 4ed8358 (Curriculum: data.phases, each source read on where it was)
+    {"checks", "config", "config_file", "console", "internals", "phase", "redact", "environment"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

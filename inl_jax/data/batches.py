@@ -96,7 +96,7 @@ def training_samples(
         grain.MapDataset.source(Windows(files, data.seq_len)).seed(seed + i).shuffle().repeat()
         for i, files in enumerate(corpus.sources)
     ]
-    if curriculum is not None:
+    if data.phases:
         return PhasedSamples(datasets, curriculum)
     if len(datasets) == 1:
         return datasets[0]

@@ -148,7 +148,8 @@ def test_phased_samples_of_one_source_are_those_of_a_run_without_phases(three_so
     config = dataclasses.replace(three_sources[0], paths=three_sources[0].paths[:1], phases=())
     corpus = prepare(config)
     plain = training_samples(corpus, config, 0)
-    phased = training_samples(corpus, config, 0, make_curriculum(("1:1", 1), num_sources=1))
+    one = dataclasses.replace(config, phases=(Phase(share=1, weights=(1,)),))
+    phased = training_samples(corpus, one, 0, make_curriculum(("1:1", 1), num_sources=1))
     assert isinstance(phased, PhasedSamples) and not isinstance(plain, PhasedSamples)
     for sample in (0, 5, 1234):
         np.testing.assert_array_equal(phased[sample], plain[sample])
