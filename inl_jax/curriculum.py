@@ -57,12 +57,12 @@ def make_curriculum(
     def end_of(number: int, begin: int, tokens: int = 0) -> int:
         """The sample at which a phase ends that has `tokens` behind it at sample `begin`."""
         phase = phases[number]
-        if phase.share > 1:
-            target = begin + (phase.share - tokens) / _length(phase, data)
-        else:
-            share = sum(phase.share for phase in phases[: number + 1])
-            target = position + (share * num_steps - step) * batch_size
-        return position + batch_size * round((target - position) / batch_size)
+        if phase.share > 1:  # in whole numbers, so that every start rounds alike
+            per_update = batch_size * _length(phase, data)
+            updates = (round(phase.share) - tokens + per_update // 2) // per_update
+            return begin + updates * batch_size
+        share = sum(phase.share for phase in phases[: number + 1])
+        return position + (round(share * num_steps) - step) * batch_size
 
     for number, phase in enumerate(phases):
         past = [span for span in spans if span.number == number]
@@ -72,9 +72,13 @@ def make_curriculum(
         end = ENDLESS if number == len(phases) - 1 else max(begin, end_of(number, begin, tokens))
         if past and (number < current or end == begin):  # over
             was = past[-1]
-            kept = number == current or phase.share == was.phase.share
+            ends_alike = (
+                number == current
+                or phase.share == was.phase.share
+                or end_of(number, past[0].begin) == was.end
+            )
             require(
-                alike and (kept or end_of(number, past[0].begin) == was.end),
+                alike and ends_alike,
                 f"data.phases: phase {number + 1} is {phase}, but it is over in {config.run_dir} "
                 f"and was {was.phase}: write it so, or start another run_dir with init_from",
             )

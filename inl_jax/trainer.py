@@ -129,9 +129,10 @@ def announce(run: "Run") -> None:
     config, corpus, num_steps, mesh = run.config, run.corpus, run.num_steps, run.mesh
     tokens = run.curriculum.tokens(run.position(num_steps))
     per_update = config.batch_size * config.data.seq_len
+    at_most = "up to " if any(phase.seq_len for phase in config.data.phases) else ""
     train_tokens = sum(files.train_tokens for files in corpus.sources)
     say(
-        f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
+        f"{num_steps:,} updates of {at_most}{per_update:,} tokens ({config.batch_size} sequences of "
         f"{config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
         f"{tokens / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
     )

@@ -82,8 +82,15 @@ def test_lengths_ahead_are_those_of_the_updates_to_come():
 @pytest.mark.parametrize("step", [0, 1, 499, 500, 501, 800, 999, 1000])
 def test_phases_of_a_resumed_run_are_those_of_the_straight_run(step):
     assert spans(resumed(GUIDE, GUIDE, step=step)) == spans(make_curriculum(GUIDE, 1000))
-    tokens = config_of("3000@8:1,0,0 500000:0,1,0 300:1,1,1")
-    assert spans(resumed(tokens, tokens, step=step)) == spans(make_curriculum(tokens, 100))
+
+
+@pytest.mark.parametrize(
+    "phases", ["0.5:1,0,0 0.3:0,1,0 0.2:1,1,1", "640:1,0,0 320@8:0,1,0 700:0,0,1 300:1,1,1"]
+)
+def test_phases_that_end_between_two_updates_end_alike_from_any_start(phases):
+    config = config_of(phases, num_steps=15)
+    for step in range(16):
+        assert spans(resumed(config, config, step=step)) == spans(make_curriculum(config, 15))
 
 
 def test_phases_that_are_over_keep_their_ends_in_a_longer_run():
