@@ -192,6 +192,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
         if dataclasses.is_dataclass(a):
             yield from differences(a, b, f"{prefix}{field.name}.")
         elif a != b and field.name == "phases":
-            yield f"{prefix}phases", " ".join(map(str, a)), " ".join(map(str, b))
+            yield f"{prefix}phases", *(" ".join(map(str, phases)) or "none" for phases in (a, b))
         elif a != b:
             yield f"{prefix}{field.name}", a, b

@@ -82,6 +82,7 @@ def make_curriculum(
                 f"data.phases: phase {number + 1} is {phase}, but it is over in {config.run_dir} "
                 f"and was {was.phase}: write it so, or start another run_dir with init_from",
             )
+            spans[spans.index(was)] = was._replace(phase=phase)  # perhaps another share now
         elif alike:
             spans[-1] = Span(number, phase, past[-1].begin, end)
         elif number >= current:

@@ -132,8 +132,8 @@ def announce(run: "Run") -> None:
     at_most = "up to " if any(phase.seq_len for phase in config.data.phases) else ""
     train_tokens = sum(files.train_tokens for files in corpus.sources)
     say(
-        f"{num_steps:,} updates of {at_most}{per_update:,} tokens ({config.batch_size} sequences of "
-        f"{config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
+        f"{num_steps:,} updates of {at_most}{per_update:,} tokens ({config.batch_size} sequences "
+        f"of {config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
         f"{tokens / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
     )
     windows = [batches.count_windows(files, config.data.seq_len) for files in corpus.sources]

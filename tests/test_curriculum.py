@@ -121,8 +121,12 @@ def test_phase_that_draws_otherwise_from_now_on_does_not_change_what_is_read():
 
 def test_phase_may_be_appended_to_a_finished_run():
     longer = config_of("0.333:1,0,0 0.2:0,1,0 0.134:1,1,1 0.333:0,0,1", num_steps=1500)
-    ends = [end for _, _, end in spans(resumed(GUIDE, longer, step=1000))[:-1]]
-    assert ends == [500 * BATCH, 800 * BATCH, 1000 * BATCH]
+    curriculum = resumed(GUIDE, longer, step=1000)
+    ends = [500 * BATCH, 800 * BATCH, 1000 * BATCH]
+    assert [span.end for span in curriculum.spans[:-1]] == ends
+    read = note_read(curriculum, 1200 * BATCH)
+    again = make_curriculum(longer, 3000, step=1200, position=1200 * BATCH, read=read)
+    assert [span.end for span in again.spans[:-1]] == ends, "and prolonged after that"
 
 
 @pytest.mark.parametrize(
