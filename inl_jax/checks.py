@@ -43,7 +43,7 @@ def check_types(section: Any, prefix: str) -> None:
                 require(
                     isinstance(item, (int, float) if inner is float else inner)
                     and not isinstance(item, bool),
-                    f"{name}={value!r}: each of it must be of type {inner.__name__}",
+                    f"{name}={value!r}: every item must be of type {inner.__name__}",
                 )
 
 

@@ -64,7 +64,7 @@ def make_curriculum(
         share = sum(phase.share for phase in phases[: number + 1])
         return position + (round(share * num_steps) - step) * batch_size
 
-    for number, phase in enumerate(phases):
+    for number, phase in enumerate(phases):  # `past` is what is read of it
         past = [span for span in spans if span.number == number]
         alike = bool(past) and _draws(past[-1].phase, data) == _draws(phase, data)
         begin = spans[-1].end if spans else 0

@@ -75,10 +75,13 @@ def test_phases_that_are_impossible_are_named_in_one_line(phases, named):
 @pytest.mark.parametrize(
     "make, named",
     [
-        (lambda: DataConfig(phases=("1:1",)), "data.phases=('1:1',): each .* of type Phase"),
+        (
+            lambda: DataConfig(phases=("1:1",)),
+            "data.phases=('1:1',): every item must be of type Phase",
+        ),
         (lambda: DataConfig(phases=Phase(share=1, weights=(1,))), "must be a tuple"),
         (lambda: Phase(share="half", weights=(1,)), "share='half': must be of type float"),
-        (lambda: Phase(share=1, weights=("a",)), "weights=.*each .* of type float"),
+        (lambda: Phase(share=1, weights=("a",)), "weights=.*every item must be of type float"),
         (lambda: Phase(share=1, weights=()), "one must be positive"),
     ],
 )
