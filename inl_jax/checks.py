@@ -34,9 +34,17 @@ def check_types(section: Any, prefix: str) -> None:
                 isinstance(value, tuple), f"{name}={value!r}: must be a tuple, such as ({value!r},)"
             )
             inner = typing.get_args(kind)[0]
-            for item in value if typing.get_origin(inner) is Literal else ():
+            if typing.get_origin(inner) is Literal:
                 choices = typing.get_args(inner)
-                require(item in choices, f"{name}={item!r}: choose among {', '.join(choices)}")
+                for item in value:
+                    require(item in choices, f"{name}={item!r}: choose among {', '.join(choices)}")
+                continue
+            for item in value:
+                require(
+                    isinstance(item, (int, float) if inner is float else inner)
+                    and not isinstance(item, bool),
+                    f"{name}={value!r}: every item must be of type {inner.__name__}",
+                )
 
 
 def require_positive(section: Any, prefix: str, names: str) -> None:

@@ -15,6 +15,7 @@ from inl_jax.checks import (
     require_not_negative,
     require_positive,
 )
+from inl_jax.phase import Phase, check_phases
 
 __all__ = [
     "DataConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "Phase",
     "TrainConfig",
     "with_fields",
 ]
@@ -135,6 +137,10 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of each source in the training batches, one weight per path; they need not sum to 1.
     Empty: all paths are one corpus."""
+    phases: tuple[Phase, ...] = ()
+    """Curriculum: one phase after another, each SHARE:WEIGHT,WEIGHT,... with a share of the run (or
+    a number of tokens, above 1) and a weight per path, as in 0.5:1,0 0.5:1,1. SHARE@SEQ_LEN gives a
+    phase shorter sequences. The last phase lasts to the end of the run. Empty: no phases."""
     column: str = ""
     """Text column of jsonl, parquet and Hugging Face sources. Empty: content, text, code, data or
     prompt + completion, whichever is found first."""
@@ -167,6 +173,12 @@ class DataConfig:
             f"data.weights={self.weights}: every weight must be positive and finite",
         )
         require_positive(self, "data.", "seq_len")
+        check_phases(
+            self.phases,
+            num_paths=len(self.paths),
+            weights=self.weights,
+            seq_len=self.seq_len,
+        )
         require_not_negative(self, "data.", "max_documents")
         require(
             0 <= self.validation_fraction <= 1,
@@ -338,6 +350,11 @@ class TrainConfig:
             (self.num_steps > 0) != (self.num_epochs > 0),
             f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
             "positive; set the other to 0, as in --num_epochs 2 --num_steps 0",
+        )
+        require(
+            self.num_epochs == 0 or not self.data.phases,
+            f"num_epochs={self.num_epochs} with data.phases: each source has epochs of its own; "
+            "count the run in updates, as in --num_steps 1000 --num_epochs 0",
         )
         require(
             self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,

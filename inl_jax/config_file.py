@@ -13,11 +13,12 @@ import json
 import re
 import runpy
 import threading
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, Phase, TrainConfig
 
 # Held while a file runs and a command line is parsed: both change what the whole process shares
 # (`redirect_stderr` swaps sys.stderr, `run_path` sys.argv). A config file may load another one.
@@ -95,6 +96,20 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """
     import tyro  # late: listing the configs needs none of it
 
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def phases(info):
+        if info.type != tuple[Phase, ...]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[SHARE[@SEQ_LEN]:WEIGHT,WEIGHT,... ...]",
+            instance_from_str=lambda words: tuple(map(Phase.parse, words)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [str(phase) for phase in value],
+        )
+
     args = [
         f"--{arg}" if _assigns(arg, previous) else arg
         for previous, arg in itertools.pairwise(["", *overrides])
@@ -109,6 +124,7 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
                 prog="",
                 use_underscores=True,
                 config=(tyro.conf.FlagConversionOff,),
+                registry=registry,
             )
     except SystemExit as stop:
         if stop.code == 0:  # --help was printed
@@ -129,7 +145,7 @@ def _one_line(boxed: str) -> str:
     text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", boxed).split())
     text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
     text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
-    return re.sub(r"^Error parsing \w+: ", "", text)
+    return re.sub(r"^Error parsing (\w+|--data\.phases): ", "", text)
 
 
 def to_json(config: TrainConfig) -> str:
@@ -149,13 +165,14 @@ def from_json(text: str) -> TrainConfig:
         unknown = [f"{prefix}{name}" for name in values if name not in fields]
         if unknown:
             raise InputError(f"unknown config fields {', '.join(unknown)}: remove them")
-        kwargs = {}
-        for name, value in values.items():
-            field_type = fields[name].type
-            if dataclasses.is_dataclass(field_type):
-                value = build(field_type, value, f"{prefix}{name}.")
-            kwargs[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**kwargs)
+        return cls(**{n: read(fields[n].type, v, f"{prefix}{n}.") for n, v in values.items()})
+
+    def read(kind: Any, value: Any, prefix: str) -> Any:
+        if dataclasses.is_dataclass(kind):
+            return build(kind, value, prefix)
+        if isinstance(value, list):
+            return tuple(read(typing.get_args(kind)[0], item, prefix) for item in value)
+        return value
 
     values = json.loads(text)
     if not (isinstance(values, dict) and "model" in values):
@@ -166,10 +183,15 @@ def from_json(text: str) -> TrainConfig:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted field, old value, new value) for each field in which two configs differ."""
+    """Yields (dotted field, old value, new value) for each field in which two configs differ.
+
+    Phases are given as on a command line.
+    """
     for field in dataclasses.fields(old):
         a, b = getattr(old, field.name), getattr(new, field.name)
         if dataclasses.is_dataclass(a):
             yield from differences(a, b, f"{prefix}{field.name}.")
+        elif a != b and field.name == "phases":
+            yield f"{prefix}phases", *(" ".join(map(str, phases)) or "none" for phases in (a, b))
         elif a != b:
             yield f"{prefix}{field.name}", a, b

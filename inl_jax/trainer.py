@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from inl_jax import curriculum as phases
 from inl_jax.checklist import check_setup
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import aside, count, mute, plural, say
@@ -102,7 +103,6 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         check_setup(config)
         fitted, mesh, layout = plan_run(config)
         corpus = prepare_data(config)
-        samples = batches.training_samples(corpus, config.data, config.seed)
         check_run(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
@@ -112,10 +112,12 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,
         ):
             state, start = restore_or_init(fitted, layout, saved, corpus)
+            at = {"step": start.step, "position": start.position}
+            num_steps = count_steps(config, corpus, **at)
+            curriculum = phases.make_curriculum(config, num_steps, read=start.read, **at)
             log.resume_from(start.step)
             saved.resume_from(start.step)
-            num_steps = count_steps(config, corpus, step=start.step, position=start.position)
-            run = Run(fitted, mesh, corpus, num_steps, saved, log, start)
+            run = Run(fitted, mesh, corpus, curriculum, num_steps, saved, log, start)
             if not run.is_over():  # a run that is over stays as it is
                 record_run(config, corpus.tokenizer)
                 if processes.first():
@@ -125,13 +127,14 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             )
             with contextlib.closing(trackers), contextlib.closing(run.gpu_use):
                 stop.release()
-                announce(fitted, corpus, num_steps)
+                announce(run)
                 if run.evaluation_is_missing():
                     run.evaluate(state, start.step)
                 ended = run.is_over(again=True)
                 if not ended:
-                    step_fn = compile_step(fitted, mesh, layout)
-                    state, ended = run.loop(step_fn, state, samples, stop)
+                    step_fns = compile_steps(run, layout)
+                    samples = batches.training_samples(corpus, config.data, config.seed, curriculum)
+                    state, ended = run.loop(step_fns, state, samples, stop)
                 stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
         step = int(state.step)
@@ -139,15 +142,21 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         return TrainResult(config, state.params, corpus.tokenizer, history, step, ended)
 
 
-def announce(config: TrainConfig, corpus: Corpus, num_steps: int) -> None:
+def announce(run: "Run") -> None:
     """Says what is about to run."""
+    config, corpus, num_steps = run.config, run.corpus, run.num_steps
+    tokens = run.curriculum.tokens(run.position(num_steps))
     per_update = config.batch_size * config.data.seq_len
+    at_most = "up to " if any(phase.seq_len for phase in config.data.phases) else ""
     train_tokens = sum(files.train_tokens for files in corpus.sources)
     say(
-        f"{num_steps:,} updates of {per_update:,} tokens ({config.batch_size} sequences of "
-        f"{config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
-        f"{num_steps * per_update / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
+        f"{num_steps:,} updates of {at_most}{per_update:,} tokens ({config.batch_size} sequences "
+        f"of {config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
+        f"{tokens / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
     )
+    windows = [batches.count_windows(files, config.data.seq_len) for files in corpus.sources]
+    for line in phases.describe(run.curriculum, config, num_steps, *run.start[:2], windows):
+        say(line)
 
 
 class Start(NamedTuple):
@@ -156,6 +165,7 @@ class Start(NamedTuple):
     step: int = 0  # updates done
     position: int = 0  # samples consumed
     stretch: Stretch = Stretch()  # the updates since the last evaluation
+    read: phases.Read = ()  # the phases of the samples
 
 
 def restore_or_init(
@@ -170,8 +180,9 @@ def restore_or_init(
     if found is not None:
         say(f"resuming from update {found['step']} in {config.run_dir}")
         saved = found["position"]
-        position, stretch = resumed_position(saved, config, corpus), saved.get("stretch", ())
-        return join_state(found), Start(found["step"], position, Stretch(*stretch))
+        read, stretch = phases.read_so_far(saved, config, corpus), saved.get("stretch", ())
+        position = phases.resumed_position(saved, config, corpus)
+        return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
     shardings = shardings_of(layout.state)
     if config.init_from:
         # The types that were saved; another parameter type is cast to afterwards.
@@ -191,24 +202,18 @@ def restore_or_init(
     return fresh(jax.random.key(config.seed)), Start()
 
 
-def resumed_position(saved: dict[str, Any], config: TrainConfig, corpus: Corpus) -> int:
-    """Samples consumed so far, counted in windows of this run. Says what changed in the data."""
-    if saved["data"] != corpus.fingerprint:
-        say("the training data changed since; it is read on from the same position")
-    if saved["seq_len"] == config.data.seq_len:
-        return saved["samples_seen"]
-    say(
-        f"data.seq_len was {saved['seq_len']}: the new windows start after the same number of "
-        "tokens, in an order of their own"
-    )
-    return saved["samples_seen"] * saved["seq_len"] // config.data.seq_len
+def compile_steps(run: "Run", layout: Layout) -> dict[int, Any]:
+    """The compiled step for each length of the sequences to come, before the first update."""
+    lengths = phases.lengths_ahead(run.curriculum, run.start.position, run.position(run.num_steps))
+    configs = {s: with_fields(run.config, {"data.seq_len": s, "data.phases": ()}) for s in lengths}
+    return {s: compile_step(config, run.mesh, layout) for s, config in configs.items()}
 
 
 class Run:
     """The loop of one run."""
 
-    def __init__(self, config, mesh, corpus, num_steps, checkpoints, log, start: Start):
-        self.config, self.mesh, self.corpus = config, mesh, corpus
+    def __init__(self, config, mesh, corpus, curriculum, num_steps, checkpoints, log, start: Start):
+        self.config, self.mesh, self.corpus, self.curriculum = config, mesh, corpus, curriculum
         self.num_steps, self.start = num_steps, start
         self.checkpoints, self.log, self.timer = checkpoints, log, StepTimer()
         self.nonfinite_in_a_row = 0
@@ -236,7 +241,7 @@ class Run:
             return "complete"
         return "stopped early" if self.out_of_patience(step, tell=again) else ""
 
-    def loop(self, step_fn, state, samples, stop: StopRequest) -> tuple[TrainState, str]:
+    def loop(self, step_fns, state, samples, stop: StopRequest) -> tuple[TrainState, str]:
         """Updates until the end or a stop; returns the state and how it ended."""
         c, last = self.config, self.num_steps
         read = batches.training_batches(
@@ -251,7 +256,7 @@ class Run:
         stop.enter_loop()
         self.timer.start(self.start.step)
         for step, batch in enumerate(self.timer.inputs(placed), start=self.start.step + 1):
-            state, metrics = step_fn(state, batch, rates[step - 1])
+            state, metrics = step_fns[batch.shape[1] - 1](state, batch, rates[step - 1])
             if pending:  # one update late, so that the next one is dispatched before we wait
                 self.look_at(state, *pending)
             pending = step, metrics
@@ -299,9 +304,10 @@ class Run:
         diverged = self.nonfinite_in_a_row >= c.max_nonfinite_steps
         if diverged or step in (1, self.num_steps) or _due(step, c.log_every):
             seconds, input_wait = self.timer.lap(step)
-            rate = c.batch_size * c.data.seq_len / seconds
+            seq_len = self.curriculum.seq_len_of(self.position(step) - 1)
+            rate = c.batch_size * seq_len / seconds
             record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
-            record |= self.progress(step) | utilization(c, self.mesh, rate)
+            record |= self.progress(step) | utilization(c, self.mesh, rate, seq_len)
             self.log.write(record | peak_memory(jax.local_devices()) | self.gpu_use.record())
         if diverged:
             # The state is one update newer than `step`. It is as good: skipped too, or finite.
@@ -321,13 +327,14 @@ class Run:
     def progress(self, step: int) -> Record:
         """How far the run is: samples, tokens, epochs; seconds of all its starts; the time."""
         seen = self.position(step)
+        tokens = self.curriculum.tokens(seen)
         windows = sum(
             batches.count_windows(files, self.config.data.seq_len) for files in self.corpus.sources
         )
         return {
             "samples_seen": seen,
-            "tokens": seen * self.config.data.seq_len,
-            "epoch": seen / windows,
+            "tokens": tokens,
+            "epoch": tokens / (windows * self.config.data.seq_len),
             "elapsed": time.monotonic() - self.started,
             "time": time.time(),
         }
@@ -340,6 +347,7 @@ class Run:
             "samples_seen": self.position(step),
             "seq_len": self.config.data.seq_len,
             "data": self.corpus.fingerprint,
+            "phases": phases.note_read(self.curriculum, self.position(step)),
             "stretch": list(self.stretch),
         }
         self.checkpoints.save(step, **split_state(state), position=position)

@@ -93,7 +93,7 @@ def test_data_is_measured_by_parameters_and_by_the_guide(train_config, monkeypat
     assert with_parameters(35_911 // 20).verdict == "ok"
     assert with_parameters(35_911 // 20 + 1).verdict == "warning"
     all_held_out = found(train_config(data={"validation_fraction": 1.0}), "training tokens")
-    assert all_held_out.found.startswith("0 (0 per parameter)")
+    assert all_held_out.found.startswith("0 training tokens") and all_held_out.verdict == "failed"
     large = with_parameters(1_698_414_592)
     assert large.wanted == "33.97B (20 per parameter); the guide's minimum is 10.00B"
 

@@ -13,13 +13,13 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli"},
-    {"trainer", "evaluation", "sampling", "guide", "checklist", "watch"},
+    {"trainer", "evaluation", "sampling", "guide", "checklist", "curriculum", "watch"},
     {"interop"},
     {"planning"},
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
-    {"checks", "config", "config_file", "console", "internals", "redact", "environment"},
+    {"checks", "config", "config_file", "console", "internals", "phase", "redact", "environment"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

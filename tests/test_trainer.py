@@ -18,7 +18,7 @@ from conftest import assert_same
 
 import inl_jax
 from inl_jax import trainer
-from inl_jax.config import InputError, MeshConfig, with_fields
+from inl_jax.config import InputError, MeshConfig, Phase, with_fields
 from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
@@ -209,6 +209,45 @@ def test_train_refuses_a_prompt_that_cannot_be_continued_before_it_computes(trai
     assert not Path(config.run_dir).exists()
 
 
+def test_train_stopped_in_one_phase_and_resumed_into_another_is_bit_identical(
+    train_config, tmp_path, text_file, said, monkeypatch
+):
+    """The second phase has longer sequences and other sources."""
+    paths = (str(text_file), str(tmp_path / "more.txt"))
+    (tmp_path / "more.txt").write_text(text_file.read_text()[::-1])
+    phases = (Phase(share=0.5, weights=(1, 0), seq_len=16), Phase(share=0.5, weights=(1, 3)))
+    whole = train_config(
+        run_dir=str(tmp_path / "whole"),
+        model={"num_layers": 1, "num_iterations": 1},
+        data={"paths": paths, "phases": phases, "validation_fraction": 0.0},
+        save_every=0,
+    )
+    parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
+    asked, compiled, compile_step = [], {}, trainer.compile_step
+
+    def compile_once(config, *args):
+        seq_len = config.data.seq_len
+        asked.append((seq_len, any(line.startswith("update") for line in said)))
+        if seq_len not in compiled:
+            compiled[seq_len] = compile_step(config, *args)
+        return compiled[seq_len]
+
+    monkeypatch.setattr(trainer, "compile_step", compile_once)
+    expected = trainer.train(whole)
+    assert asked == [(16, False), (32, False)], "before the first update"
+    assert [r["tokens"] for r in expected.history] == [128, 256, 384, 512, 768, 1024, 1280, 1536]
+
+    stopped = trainer.train(parts, on_record=stop_at(2))
+    assert stopped.interrupted and stopped.step < 4
+    resumed = trainer.train(parts)
+    assert_same(expected.params, resumed.params)
+    assert any(line.startswith("phase 2 of 2 (0.5:1,3): updates 5 to 8") for line in said)
+    changed = with_fields(parts, {"data.phases": phases[::-1], "num_steps": 12})
+    with pytest.raises(InputError, match="phase 1 is 0.5:1,3, but it is over .* 0.5@16:1,0"):
+        trainer.train(changed)
+    assert read_config(parts.run_dir) == parts
+
+
 def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_config, monkeypatch):
     config = train_config(num_steps=4)
     trainer.train(config)
@@ -227,7 +266,10 @@ def test_train_leaves_the_checkpoint_alone_on_a_signal_while_restoring(train_con
     with pytest.raises(Stopped):
         trainer.train(dataclasses.replace(config, num_steps=8))
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert {p for p in before if before[p] != after.get(p)} <= {folder / "config.json", folder / "env.json"}
+    assert {p for p in before if before[p] != after.get(p)} <= {
+        folder / "config.json",
+        folder / "env.json",
+    }
 
 
 def test_train_changes_nothing_in_a_finished_run(train_config, capsys):
@@ -344,8 +386,7 @@ def test_train_leaves_the_config_as_it_was_if_restoring_fails(train_config, monk
     assert (Path(config.run_dir) / "config.json").read_text() == before
 
 
-def test_resumed_position_survives_other_batch_sizes_and_windows(train_config, capsys):
-    """Epochs are counted in samples, whatever batches they were read in."""
+def test_count_steps_counts_epochs_in_samples_at_any_batch_size(train_config):
     fields = dict(num_steps=0, num_epochs=0.1, optim={"warmup_steps": 0})
     config = train_config(**fields, batch_size=8)
     corpus = prepare(config.data)
@@ -357,13 +398,6 @@ def test_resumed_position_survives_other_batch_sizes_and_windows(train_config, c
     smaller = dataclasses.replace(config, batch_size=2)
     steps = trainer.count_steps(smaller, corpus, step=5, position=40)
     assert 40 + 2 * (steps - 5) in (int(0.1 * windows), int(0.1 * windows) - 1)
-
-    saved = {"samples_seen": 100, "seq_len": 32, "data": corpus.fingerprint}
-    assert trainer.resumed_position(saved, config, corpus) == 100
-    assert capsys.readouterr().out.count("data.seq_len was") == 0
-    halved = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
-    assert trainer.resumed_position(saved, halved, corpus) == 200
-    assert "data.seq_len was 32" in capsys.readouterr().out
 
 
 def test_run_fetches_metrics_one_update_late(train_config, monkeypatch):

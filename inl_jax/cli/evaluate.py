@@ -69,11 +69,13 @@ def evaluate_run(flags):
             data,
             paths=tuple(flags.data),
             weights=(),
+            phases=(),
             validation_fraction=1.0,
             column="",
             max_documents=0,
         )
-    data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len)
+    phases = tuple(dataclasses.replace(phase, seq_len=0) for phase in data.phases)
+    data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len, phases=phases)
     dataclasses.replace(config, data=data)  # checks the length against the model
     corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)

@@ -58,6 +58,10 @@ _ANSWERS = {
         "train_file",
         "input_file",
     ): "write --data.paths {PATH}",
+    ("curriculum", "curriculum_learning", "data_stages", "stages"): (
+        "write --data.phases PHASES, as in 0.5:1,0 0.5:1,1: the share of each in the run, and a "
+        "weight per path"
+    ),
     ("tokenizer_name", "tokenizer_path"): "write --data.tokenizer {NAME}",
     (
         "block_size",

@@ -17,7 +17,7 @@ from inl_jax.cli.command_line import (
     join_processes,
 )
 from inl_jax.config import InputError
-from inl_jax.console import flush
+from inl_jax.console import flush, say
 from inl_jax.training.stop import (
     EXIT_CTRL_C,
     EXIT_DIVERGED,
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
     from inl_jax.checklist import check_setup
+    from inl_jax.curriculum import describe, make_curriculum
     from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
@@ -73,6 +74,8 @@ def run(config, flags) -> int:
     if flags.dry_run:
         check_setup(config)
         plan_run(config)
+        for line in describe(make_curriculum(config, config.num_steps), config, config.num_steps):
+            say(line)
         return 0
     use_compile_cache()
     return EXIT_INTERRUPTED if train(config).interrupted else 0

@@ -16,6 +16,7 @@ import numpy as np
 from inl_jax.config import DataConfig, InputError
 from inl_jax.data.cache import TokenFiles
 from inl_jax.data.corpus import Corpus
+from inl_jax.data.phases import Curriculum, PhasedSamples
 
 if TYPE_CHECKING:
     import grain  # here and in the functions below only: it imports jax
@@ -71,14 +72,8 @@ def check(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> "grain.MapDataset":
-    """The endless sequence of training windows: shuffled each epoch, sources mixed by weight.
-
-    Raises:
-      InputError: a source has fewer tokens than one window.
-    """
-    import grain
-
+def check_windows(corpus: Corpus, data: DataConfig) -> None:
+    """Raises `InputError` if a source has fewer training tokens than one window."""
     for files in corpus.sources:
         if count_windows(files, data.seq_len) == 0:
             raise InputError(
@@ -86,17 +81,35 @@ def training_samples(corpus: Corpus, data: DataConfig, seed: int) -> "grain.MapD
                 f"window of data.seq_len={data.seq_len} + 1; add text, or lower data.seq_len or "
                 f"data.validation_fraction={data.validation_fraction}"
             )
+
+
+def training_samples(
+    corpus: Corpus, data: DataConfig, seed: int, curriculum: Curriculum | None = None
+) -> "grain.MapDataset | PhasedSamples":
+    """The endless sequence of training windows: sources shuffled each epoch, and mixed by weight.
+
+    With a curriculum they are mixed by phase, and may be parts of windows.
+    """
+    import grain
+
     datasets = [
         grain.MapDataset.source(Windows(files, data.seq_len)).seed(seed + i).shuffle().repeat()
         for i, files in enumerate(corpus.sources)
     ]
+    if data.phases:
+        return PhasedSamples(datasets, curriculum)
     if len(datasets) == 1:
         return datasets[0]
     return grain.MapDataset.mix(datasets, weights=corpus.weights)
 
 
 def training_batches(
-    samples: "grain.MapDataset", *, position: int, batch_size: int, rows: slice, num_batches: int
+    samples: "grain.MapDataset | PhasedSamples",
+    *,
+    position: int,
+    batch_size: int,
+    rows: slice,
+    num_batches: int,
 ) -> Iterator[np.ndarray]:
     """Yields this process's rows of each batch, int32 [rows, S + 1]; threads read ahead.
 

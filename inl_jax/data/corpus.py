@@ -45,12 +45,12 @@ SECONDS_PER_LINE = 10
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared tokens: one source per entry of `data.paths` if they have weights, else one."""
+    """Prepared tokens: one source per entry of `data.paths` if these are weighted, else one."""
 
     tokenizer: Tokenizer
     sources: tuple[TokenFiles, ...]
     weights: tuple[float, ...]
-    """`data.weights`, or `(1.0,)`."""
+    """`data.weights`, or 1.0 for each source."""
     fingerprint: str
     """Hex digest of the sources' tokens and the tokenizer, without weights and places."""
 
@@ -80,10 +80,10 @@ def prepare(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
             tokenizer = _trained_bpe(entries, data, cache)
         else:
             tokenizer = tokenizers.load_tokenizer(data.tokenizer)
-    groups = tuple((entry,) for entry in entries) if data.weights else (entries,)
+    groups = tuple((entry,) for entry in entries) if data.weights or data.phases else (entries,)
     sources = tuple(_prepare_source(group, data, tokenizer, cache) for group in groups)
     fingerprint = digest(*[files.fingerprint for files in sources])
-    return Corpus(tokenizer, sources, data.weights or (1.0,), fingerprint)
+    return Corpus(tokenizer, sources, data.weights or (1.0,) * len(sources), fingerprint)
 
 
 def _trained_bpe(entries: tuple[Entry, ...], data: DataConfig, cache: Path) -> Tokenizer:

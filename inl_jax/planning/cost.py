@@ -26,14 +26,16 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return c.num_layers * (context + integrator + feed_forward) + 2 * D * c.vocab_size
 
 
-def utilization(config: TrainConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+def utilization(
+    config: TrainConfig, mesh: Mesh, tokens_per_second: float, seq_len: int = 0
+) -> dict[str, float]:
     """`{"mfu": share}` of the devices' bfloat16 peak that training uses; {} if no peak is known.
 
     Model FLOP utilisation as Chowdhery et al. (PaLM, 2022) define it, 0 to 1: recomputation does
-    not count as use.
+    not count as use. `seq_len` is of these tokens' sequences, `data.seq_len` if 0.
     """
     gpu = gpu_of(mesh.devices.flat[0].device_kind)
     if gpu is None or gpu.peak_flops is None:
         return {}
-    flops = 3 * flops_per_token(config.model, config.data.seq_len)
+    flops = 3 * flops_per_token(config.model, seq_len or config.data.seq_len)
     return {"mfu": tokens_per_second * flops / (gpu.peak_flops * mesh.size)}

@@ -246,8 +246,8 @@ def prepare_data(config: TrainConfig) -> Corpus:
     """The corpus of a run, checked, and the same on every process.
 
     Raises:
-      InputError: as `read_corpus`; or the model has too few ids, a sample prompt is too long, or
-        the epochs are shorter than the warmup.
+      InputError: as `read_corpus`; or the model has too few ids, a source is shorter than a window,
+        a sample prompt is too long, or the epochs are shorter than the warmup.
     """
     corpus = read_corpus(config)
     for check in examine(DATA_CHECKS, config, corpus):
@@ -287,6 +287,7 @@ def _check_samples(config: TrainConfig, corpus: Corpus) -> Finding:
 
 
 def _check_tokens(config: TrainConfig, corpus: Corpus) -> Finding:
+    data.check_windows(corpus, config.data)
     tokens = sum(files.train_tokens for files in corpus.sources)
     num_params = param_count(config.model)
     trained = count_steps(config, corpus) * config.batch_size * config.data.seq_len

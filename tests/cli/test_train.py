@@ -39,11 +39,12 @@ def test_train_applies_the_compiler_flags_of_the_config_before_jax_starts(tmp_pa
 
 
 def test_dry_run_says_size_and_memory_and_creates_nothing(tmp_path):
-    flags = ["--config", "tiny", "--dry-run", "--run-dir", "out"]
+    flags = ["--config", "tiny", "--dry-run", "--run-dir", "out", "--data.phases", "1:1"]
     code, out, err, _ = run(sys.executable, ROOT / "scripts/train.py", *flags, cwd=tmp_path)
     assert code == 0, err
     assert f"{param_count(load_config('tiny').model):,} parameters" in out
     assert "GiB" in out and "found" in out
+    assert "phase 1 of 1 (1:1): updates 1 to 450 in sequences of 128: stdlib 100%\n" in out
     assert list(tmp_path.iterdir()) == []
 
 

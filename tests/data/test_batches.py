@@ -157,6 +157,6 @@ def test_corpus_that_does_not_fit_the_model_is_named(corpora):
     with pytest.raises(InputError, match="model.vocab_size=256.* 257 ids"):
         data.check(corpus, 256)
     n = corpus.sources[0].train_tokens
-    data.training_samples(corpus, dataclasses.replace(config, seq_len=n - 1), 0)
+    data.check_windows(corpus, dataclasses.replace(config, seq_len=n - 1))
     with pytest.raises(InputError, match=f"{n} training tokens.*data.seq_len={n}"):
-        data.training_samples(corpus, dataclasses.replace(config, seq_len=n), 0)
+        data.check_windows(corpus, dataclasses.replace(config, seq_len=n))

@@ -30,6 +30,12 @@ def test_count_steps_counts_epochs_in_windows(train_config):
         preflight.count_steps(with_fields(config, {"optim.warmup_steps": 9999}), corpus)
 
 
+def test_prepare_data_refuses_a_source_without_a_whole_window(train_config, tmp_path):
+    (tmp_path / "short.txt").write_text("short\n")
+    with pytest.raises(InputError, match="fewer than one window"):
+        preflight.prepare_data(train_config(data={"paths": (str(tmp_path / "short.txt"),)}))
+
+
 def test_train_checks_memory_before_it_allocates(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
     config = train_config(model={"d_model": 2**17, "d_ff": 2**17})
