@@ -1,0 +1,99 @@
+"use strict";
+
+const X_TITLES = { updates: "updates", tokens: "tokens", hours: "hours of training" };
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const touch = matchMedia("(pointer: coarse)").matches;
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+const charts = [...document.querySelectorAll(".chart")].map((box) => ({
+  box,
+  plot: box.querySelector(".plot"),
+  ...JSON.parse(box.querySelector("script").textContent),
+}));
+const state = { x: "updates", smooth: false };
+
+// The layout of a chart in the colours of the theme. The chart's own settings win.
+function themed(layout) {
+  const ink = color("--ink"), soft = color("--soft"), line = color("--line"), card = color("--card");
+  const full = {
+    height: 300, margin: { l: 8, r: 8, t: 12, b: 8 }, hovermode: "x unified",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    legend: { orientation: "h", y: -0.28, yref: "paper", yanchor: "top", x: 0, font: { color: ink } },
+    xaxis: {}, yaxis: {}, ...layout,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft, ...layout.font },
+    hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, ...layout.hoverlabel },
+    dragmode: touch ? false : "zoom",
+  };
+  for (const name of Object.keys(full).filter((key) => /^[xy]axis\d*$/.test(key))) {
+    full[name] = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true,
+      exponentformat: "SI", ...full[name] };
+  }
+  return full;
+}
+
+// Traces at the chosen horizontal positions, with their smoothed companions or without.
+function placed(data) {
+  return data.map((trace) => {
+    const { x, role } = trace.meta ?? {};
+    return { ...trace, ...(x && { x: x[state.x] }),
+      ...(role === "smooth" && { visible: state.smooth }),
+      ...(role === "raw" && state.smooth && { opacity: 0.25 }) };
+  });
+}
+
+function draw({ plot, data, layout }) {
+  const full = themed(layout);
+  if (data.some((trace) => trace.meta?.x)) full.xaxis.title = { text: X_TITLES[state.x] };
+  plot.style.height = `${full.height}px`;
+  return Plotly.react(plot, placed(data), full, { responsive: true, displaylogo: false,
+    displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+}
+
+const drawAll = () => Promise.all(charts.map(draw));
+
+function button(text, pressed, onClick) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = text;
+  made.setAttribute("aria-pressed", pressed);
+  made.onclick = () => onClick(made);
+  return made;
+}
+
+function addControls(controls) {
+  const positions = charts.flatMap(({ data }) => data.map((trace) => trace.meta?.x).filter(Boolean));
+  const choices = Object.keys(X_TITLES).filter((name) => positions.every((x) => x[name]));
+  if (positions.length && choices.length > 1) {
+    const choose = document.createElement("span");
+    choose.className = "switch";
+    choose.append(...choices.map((name) => button(name, name === state.x, (chosen) => {
+      state.x = name;
+      for (const other of choose.children) other.setAttribute("aria-pressed", other === chosen);
+      drawAll();
+    })));
+    controls.append("Over", choose);
+  }
+  if (charts.some(({ data }) => data.some((trace) => trace.meta?.role === "smooth"))) {
+    const label = document.createElement("label");
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.onchange = () => { state.smooth = box.checked; drawAll(); };
+    label.append(box, "smooth");
+    controls.append(label);
+  }
+}
+
+for (const chart of charts.filter(({ layout }) => layout.meta?.log)) {
+  chart.layout.yaxis ??= {};
+  chart.box.append(button("log", chart.layout.yaxis.type === "log", (pressed) => {
+    const log = chart.layout.yaxis.type !== "log";
+    chart.layout.yaxis.type = log ? "log" : "linear";
+    pressed.setAttribute("aria-pressed", log);
+    draw(chart);
+  }));
+  chart.box.lastChild.className = "log";
+}
+
+if (document.getElementById("controls")) addControls(document.getElementById("controls"));
+dark.addEventListener("change", drawAll);
+drawAll().then(() => document.documentElement.setAttribute("data-drawn", charts.length));
