@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continues prompts with a trained model",
     "estimate": "predicts memory and traffic of a run, without a device",
     "plot": "draws the loss of a run",
+    "report": "writes a page about a run, or several compared",
     "import": "makes a run directory from published PyTorch weights",
 }
 SPELLINGS = {"prepare_data": "prepare", "import_torch": "import"}

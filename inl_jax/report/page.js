@@ -10,15 +10,16 @@ const charts = [...document.querySelectorAll(".chart")].map((box) => ({
   plot: box.querySelector(".plot"),
   ...JSON.parse(box.querySelector("script").textContent),
 }));
+const positions = charts.flatMap(({ data }) => data.map((trace) => trace.meta?.x).filter(Boolean));
 const state = { x: "updates", smooth: false };
 
 // The layout of a chart in the colours of the theme. The chart's own settings win.
 function themed(layout) {
   const ink = color("--ink"), soft = color("--soft"), line = color("--line"), card = color("--card");
   const full = {
-    height: 300, margin: { l: 8, r: 8, t: 12, b: 8 }, hovermode: "x unified",
+    height: 300, margin: { l: 8, r: 12, t: 10, b: 8 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    legend: { orientation: "h", y: -0.28, yref: "paper", yanchor: "top", x: 0, font: { color: ink } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
     xaxis: {}, yaxis: {}, ...layout,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft, ...layout.font },
     hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, ...layout.hoverlabel },
@@ -29,6 +30,19 @@ function themed(layout) {
       exponentformat: "SI", ...full[name] };
   }
   return full;
+}
+
+// The same horizontal axis on all charts over updates, tokens or hours.
+function placeAxes(full, data) {
+  const end = Math.max(...positions.map((x) => x[state.x].at(-1)));
+  Object.assign(full, { hovermode: "x unified" });
+  Object.assign(full.xaxis, { title: { text: X_TITLES[state.x] }, range: [0, end],
+    hoverformat: { updates: ",d", tokens: ".4s", hours: ".3f" }[state.x] });
+  if (full.yaxis.type === "log") { // over a decade or more, label 1, 2, 5 and no other digits
+    const values = data.flatMap(({ y }) => y.filter((value) => value > 0));
+    const [low, high] = values.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
+    if (high > 10 * low) full.yaxis.dtick = "D2";
+  }
 }
 
 // Traces at the chosen horizontal positions, with their smoothed companions or without.
@@ -43,7 +57,12 @@ function placed(data) {
 
 function draw({ plot, data, layout }) {
   const full = themed(layout);
-  if (data.some((trace) => trace.meta?.x)) full.xaxis.title = { text: X_TITLES[state.x] };
+  if (data.some((trace) => trace.meta?.x)) placeAxes(full, data);
+  if (full.showlegend) { // the legend must not make the plot flatter
+    const width = data.filter((trace) => trace.showlegend !== false)
+      .reduce((sum, { name }) => sum + 50 + 7 * name.length, 0);
+    full.height += 20 * Math.ceil(width / plot.clientWidth);
+  }
   plot.style.height = `${full.height}px`;
   return Plotly.react(plot, placed(data), full, { responsive: true, displaylogo: false,
     displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
@@ -61,7 +80,6 @@ function button(text, pressed, onClick) {
 }
 
 function addControls(controls) {
-  const positions = charts.flatMap(({ data }) => data.map((trace) => trace.meta?.x).filter(Boolean));
   const choices = Object.keys(X_TITLES).filter((name) => positions.every((x) => x[name]));
   if (positions.length && choices.length > 1) {
     const choose = document.createElement("span");
