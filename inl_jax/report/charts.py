@@ -278,7 +278,7 @@ def _traces(
             "color": color,
             "width": 1.6,
             "dash": dash,
-            "shape": "hv" if chart.above == 0 else "linear",
+            "shape": chart.shape,
         },
         "cliponaxis": False,
         "marker": {"size": 5, "line": {"width": 0}},

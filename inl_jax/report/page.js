@@ -22,7 +22,8 @@ function themed(layout) {
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
     xaxis: {}, yaxis: {}, ...layout,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: soft, ...layout.font },
-    hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, ...layout.hoverlabel },
+    hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, namelength: -1, ...layout.hoverlabel },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink },
     dragmode: touch ? false : "zoom",
   };
   for (const name of Object.keys(full).filter((key) => /^[xy]axis\d*$/.test(key))) {
@@ -65,7 +66,8 @@ function draw({ plot, data, layout }) {
   }
   plot.style.height = `${full.height}px`;
   return Plotly.react(plot, placed(data), full, { responsive: true, displaylogo: false,
-    displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    displayModeBar: touch ? false : "hover",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
 }
 
 const drawAll = () => Promise.all(charts.map(draw));
@@ -91,6 +93,9 @@ function addControls(controls) {
     })));
     controls.append("Over", choose);
   }
+  const partial = Object.keys(X_TITLES)
+    .filter((name) => positions.some((x) => x[name]) && !choices.includes(name));
+  if (partial.length) controls.append(`(${partial.join(" and ")} not recorded by every run)`);
   if (charts.some(({ data }) => data.some((trace) => trace.meta?.role === "smooth"))) {
     const label = document.createElement("label");
     const box = document.createElement("input");
