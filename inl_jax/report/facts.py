@@ -53,8 +53,16 @@ def parameters(run: Run) -> str:
 
 
 def best_evaluation(run: Run) -> Record | None:
-    """The evaluation with the lowest loss; None if none has a finite one."""
-    found = [record for record in run.records if _finite(record.get("validation_loss"))]
+    """The evaluation with the lowest loss; None if none has a finite one.
+
+    Evaluations of another validation text than the latest one are left out.
+    """
+    basis = run.latest("basis")
+    found = [
+        record
+        for record in run.records
+        if _finite(record.get("validation_loss")) and record.get("basis") == basis
+    ]
     return min(found, key=lambda record: record["validation_loss"], default=None)
 
 

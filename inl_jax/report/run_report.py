@@ -35,7 +35,7 @@ def report(runs: Sequence[Run]) -> str:
       InputError: plotly is not installed.
     """
     sections = [
-        _header(runs),
+        _header(runs[0]) if len(runs) == 1 else _comparison(runs),
         '<div id="controls"></div>',
         _charts("Learning", learning_figures(runs)),
         _aims(runs),
@@ -55,39 +55,41 @@ def _of(run: Run, runs: Sequence[Run], title: str) -> str:
     return title if len(runs) == 1 else f"{title}: {run.name}"
 
 
-def _header(runs: Sequence[Run]) -> str:
-    """Names and sizes; then tiles for one run, a table for several."""
-    if len(runs) == 1:
-        (run,) = runs
-        tiles = "".join(
-            f'<div class="tile"><dt>{fact.label}</dt>'
-            f'<dd class="value {_tone(fact)}">{escape(fact.value)}</dd>'
-            f'<dd class="more">{escape(fact.more)}</dd></div>'
-            for fact in facts(run)
-        )
-        return (
-            f"<header><h1>{escape(run.name)}</h1>"
-            f'<p class="soft">{escape(_about(run))}</p></header><dl class="tiles">{tiles}</dl>'
-        )
-    found = [facts(run) for run in runs]
+def _header(run: Run) -> str:
+    """The name of a run and its numbers as tiles."""
+    tiles = "".join(
+        f'<div class="tile"><dt>{fact.label}</dt>'
+        f'<dd class="value {_tone(fact)}">{escape(fact.value)}</dd>'
+        f'<dd class="more">{escape(fact.more)}</dd></div>'
+        for fact in facts(run)
+    )
+    return (
+        f'<header><h1>{escape(run.name)}</h1><p class="soft">{escape(_about(run))}</p></header>'
+        f'<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    """The names of several runs and their numbers as a table, a column for each."""
     names = "".join(
         f'<th><span class="swatch" style="background:{color_of(i)}"></span>{escape(run.name)}</th>'
         for i, run in enumerate(runs)
     )
-    rows = [
-        f"<tr><th>{row[0].label}</th>"
+    abouts = "".join(f'<td class="soft">{escape(_about(run))}</td>' for run in runs)
+    rows = "".join(
+        f"<tr><th>{of_runs[0].label}</th>"
         + "".join(
             f'<td><span class="{_tone(fact)}">{escape(fact.value)}</span>'
             f'<div class="soft">{escape(fact.more)}</div></td>'
-            for fact in row
+            for fact in of_runs
         )
-        for row in zip(*found, strict=True)
-    ]
-    about = "".join(f'<td class="soft">{escape(_about(run))}</td>' for run in runs)
+        + "</tr>"
+        for of_runs in zip(*map(facts, runs), strict=True)
+    )
     return (
         f"<header><h1>{plural(len(runs), 'run')} compared</h1></header>"
-        f'<div class="scroll"><table class="runs"><tr><th></th>{names}</tr>'
-        f"<tr><th>Run</th>{about}</tr>{''.join(rows)}</table></div>"
+        f'<div class="scroll"><table><tr><th></th>{names}</tr><tr><th>Run</th>{abouts}</tr>{rows}'
+        "</table></div>"
     )
 
 

@@ -33,6 +33,11 @@ def test_an_evaluation_without_a_finite_loss_is_never_the_best(make_run, evaluat
     assert values(run)["Validation loss"] == "not finite"
 
 
+def test_the_best_evaluation_is_one_of_the_latest_validation_text(make_run, evaluation):
+    records = [evaluation(5, 1.0, basis="old"), evaluation(10, 4.0, basis="new")]
+    assert best_evaluation(make_run(records=records)) is records[1]
+
+
 @pytest.mark.parametrize(
     ("kinds", "price"),
     [
