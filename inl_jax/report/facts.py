@@ -158,7 +158,8 @@ def _price(run: Run) -> Fact:
     total = before = 0.0
     rates = {}
     for record in timed:
-        _, devices = max((s for s in starts if s[0] <= record["time"]), default=starts[0])
+        since = [devices for start, devices in starts if start <= record["time"]]
+        devices = since[-1] if since else starts[0][1]
         gpu = gpu_of(devices["kind"])
         if gpu is None or gpu.price is None:
             return Fact("Price", UNKNOWN, f"no price for {devices['kind']}")
@@ -173,7 +174,7 @@ def _energy(run: Run) -> Fact:
     energy = run.latest("energy_kwh")
     if energy is None:
         return Fact("Energy", UNKNOWN, "the GPUs' power was not recorded")
-    return Fact("Energy", f"{energy:,.3g} kWh", "of the GPUs, as they report it")
+    return Fact("Energy", f"{energy:,.3g} kWh", "as the GPUs of process 0 report it")
 
 
 def _finite(value: Any) -> bool:

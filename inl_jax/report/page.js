@@ -34,16 +34,18 @@ function themed(layout) {
 }
 
 // The same horizontal axis on all charts over updates, tokens or hours.
-function placeAxes(full, data) {
+function placeAxes(full) {
   const end = Math.max(...positions.map((x) => x[state.x].at(-1)));
   Object.assign(full, { hovermode: "x unified" });
   Object.assign(full.xaxis, { title: { text: X_TITLES[state.x] }, range: [0, end],
     hoverformat: { updates: ",d", tokens: ".4s", hours: ".3f" }[state.x] });
-  if (full.yaxis.type === "log") { // over a decade or more, label 1, 2, 5 and no other digits
-    const values = data.flatMap(({ y }) => y.filter((value) => value > 0));
-    const [low, high] = values.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
-    if (high > 10 * low) full.yaxis.dtick = "D2";
-  }
+}
+
+// Over a decade or more a logarithmic axis labels 1, 2, 5 and no other digits.
+function labelDecades(axis, data) {
+  const values = data.flatMap(({ y }) => y.filter((value) => value > 0));
+  const [low, high] = values.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
+  if (high > 10 * low) axis.dtick = "D2";
 }
 
 // Traces at the chosen horizontal positions, with their smoothed companions or without.
@@ -58,7 +60,8 @@ function placed(data) {
 
 function draw({ plot, data, layout }) {
   const full = themed(layout);
-  if (data.some((trace) => trace.meta?.x)) placeAxes(full, data);
+  if (data.some((trace) => trace.meta?.x)) placeAxes(full);
+  if (full.yaxis.type === "log") labelDecades(full.yaxis, data);
   if (full.showlegend) { // the legend must not make the plot flatter
     const width = data.filter((trace) => trace.showlegend !== false)
       .reduce((sum, { name }) => sum + 50 + 7 * name.length, 0);
