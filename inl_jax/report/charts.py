@@ -327,7 +327,7 @@ def _figure(chart: _Chart, traces: list[dict[str, Any]]) -> Figure:
     layout = {
         "showlegend": len({trace["name"] for trace in traces if "showlegend" not in trace}) > 1,
         "yaxis": {
-            "title": {"text": chart.unit},
+            "title": {"text": chart.unit, "standoff": 8},
             "type": "log" if chart.axis == "log or linear" else "linear",
             "hoverformat": ".5~g",
             "rangemode": "tozero" if chart.from_zero else "normal",
