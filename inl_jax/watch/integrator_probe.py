@@ -69,15 +69,18 @@ def measure_dynamics(
     The arguments are those of `watch_tokens`. The cosine of the first iteration is None. Without
     iterations the result is empty.
     """
-    watched = watch_tokens(config, params, tokens_BS, mesh=mesh)
-    return {name: over_tokens(name, values) for name, values in watched.items()}
+    return over_tokens(watch_tokens(config, params, tokens_BS, mesh=mesh))
 
 
-def over_tokens(name: str, values_LTBS: np.ndarray) -> list[list[float | None]]:
-    """One quantity over all tokens, [L][T], as `measure_dynamics` gives it."""
-    reduce = np.max if name == "stiffness" else np.mean
-    found_LT = reduce(values_LTBS.astype(np.float64), axis=(2, 3)).tolist()
-    return [[None if math.isnan(value) else value for value in layer] for layer in found_LT]
+def over_tokens(watched: dict[str, np.ndarray]) -> dict[str, list[list[float | None]]]:
+    """What `measure_dynamics` gives, from arrays [L, T, ...] of `watch_tokens`."""
+
+    def reduced(name: str, values_LTX: np.ndarray) -> list[list[float | None]]:
+        values = values_LTX.reshape(*values_LTX.shape[:2], -1).astype(np.float64)
+        found_LT = values.max(axis=-1) if name == "stiffness" else values.mean(axis=-1)
+        return [[None if math.isnan(a) else a for a in layer] for layer in found_LT.tolist()]
+
+    return {name: reduced(name, values) for name, values in watched.items()}
 
 
 def fixed_batch(

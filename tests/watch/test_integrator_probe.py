@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
 
-from inl_jax.config import ModelConfig
+from inl_jax.config import MeshConfig, ModelConfig
 from inl_jax.model import language_model as model
 from inl_jax.model.dynamics import CONTROLLERS, Dynamics
 from inl_jax.model.integrator import Integrator
-from inl_jax.parallel.sharding import param_shardings
+from inl_jax.parallel.sharding import make_mesh, param_shardings
 from inl_jax.watch.integrator_probe import (
     QUANTITIES,
     fixed_batch,
@@ -127,7 +126,7 @@ def test_measured_dynamics_are_means_over_tokens_and_the_largest_stiffness(decay
 def test_measured_dynamics_of_a_mesh_are_those_of_one_device(decay_model):
     """Of three rows, which four batch shards do not divide."""
     config, params = decay_model
-    mesh = mesh_of(2, 2, 2)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharded = jax.device_put(params, param_shardings(mesh, config))
     alone = watch_tokens(config, params, TOKENS)
     for name, values in watch_tokens(config, sharded, TOKENS, mesh=mesh).items():
