@@ -1,11 +1,11 @@
-# make demo | test | test-slow | lint; PYTHON=python3.12 chooses the interpreter.
+# make demo | test | test-slow | browser | lint; PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow browser lint format clean
 
 demo: $(DEMO)
 	$(BIN)/python scripts/train.py --config configs/tiny.py
@@ -19,6 +19,12 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
+
+# The report in a real browser; test-slow includes these tests once Chromium is installed.
+browser: $(DEV)
+	command -v chromium || { apt-get update && apt-get install -y chromium; }
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m slow tests/report
 
 lint: $(DEV)
 	$(BIN)/ruff check .

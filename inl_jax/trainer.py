@@ -53,6 +53,7 @@ from inl_jax.training.step import compile_step
 from inl_jax.training.stop import StopRequest
 from inl_jax.training.trackers import Trackers
 from inl_jax.watch.gpu_use import GpuUse, peak_memory
+from inl_jax.watch.integrator_probe import fixed_batch, measure_dynamics
 from inl_jax.watch.progress import Stretch, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
 
@@ -339,6 +340,10 @@ class Run:
             "time": time.time(),
         }
 
+    def stamped(self, step: int) -> Record:
+        """The beginning of a record."""
+        return {"step": step, "num_steps": self.num_steps, "time": time.time()}
+
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving the state, once for each step."""
         if self.checkpoints.latest_step() == step:
@@ -373,6 +378,10 @@ class Run:
         if best:
             self.save(state, step)
             self.checkpoints.note_best(step, result.loss, basis=self.basis)
+        with aside(f"the integrator's dynamics at update {step}"):
+            tokens = fixed_batch(self.corpus, c.model)
+            if dynamics := measure_dynamics(c.model, state.params, tokens, mesh=self.mesh):
+                self.log.write(self.stamped(step) | {"dynamics": dynamics})
 
     def out_of_patience(self, step: int, *, tell: bool = True) -> bool:
         """Whether the evaluations up to `step` stop the run early; says so."""
@@ -394,8 +403,7 @@ class Run:
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer, mesh=self.mesh)
         with aside(f"the samples at update {step}"):
             samples = make_samples(model, c.sample_prompts, max_new_tokens=c.sample_tokens)
-            record = {"step": step, "num_steps": self.num_steps, "samples": samples}
-            record["time"] = time.time()
+            record = self.stamped(step) | {"samples": samples}
             if processes.first():
                 write_samples(c.run_dir, record)
             self.log.write(record)

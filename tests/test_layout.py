@@ -13,7 +13,7 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli"},
-    {"trainer", "evaluation", "sampling", "guide", "checklist", "curriculum", "watch"},
+    {"trainer", "evaluation", "sampling", "guide", "checklist", "curriculum", "watch", "report"},
     {"interop"},
     {"planning"},
     {"training", "tracking"},

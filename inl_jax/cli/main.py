@@ -24,9 +24,11 @@ VERBS = {
     "generate": "continues prompts with a trained model",
     "estimate": "predicts memory, time and price of a run, without a device",
     "plot": "draws the loss of a run",
+    "report": "writes a page about a run, or several compared",
+    "inspect": "draws what the integrator does with a text",
     "import": "makes a run directory from published PyTorch weights",
 }
-SPELLINGS = {"prepare_data": "prepare", "import_torch": "import"}
+SPELLINGS = {"prepare_data": "prepare", "import_torch": "import", "inspect_run": "inspect"}
 
 
 def main(*words: str) -> NoReturn:

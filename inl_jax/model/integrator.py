@@ -120,6 +120,7 @@ class Integrator(nn.Module):
             name: declare(self, name, *declaration, param_dtype=c.param_dtype)
             for name, declaration in declared.items()
         }
+        self.sow("intermediates", "inputs", (h_BSD, x_BSD))  # kept only if the caller asks for it
         return integrate(
             params,
             h_BSD,

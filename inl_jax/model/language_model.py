@@ -129,7 +129,7 @@ class INLModel(Layer):
         blocks = nn.scan(
             block,
             length=c.num_layers,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -15,6 +15,7 @@ REQUIRED = {
     "evaluate": ["--checkpoint", "nowhere"],
     "generate": ["--checkpoint", "nowhere"],
     "plot": ["nowhere"],
+    "report": ["nowhere"],
     "import": ["--weights", "w.pt", "--num_iterations", "3", "--out", "nowhere"],
 }
 
@@ -91,6 +92,7 @@ def test_dashes_in_a_flag_are_underscores_and_values_stay():
         (["evaluate", "--checkpoint", "x", "--batch_size", "0"], "--batch_size 0: must be posit"),
         (["generate", "--checkpoint", "x", "--top-k", "many"], "--top_k: invalid int value"),
         (["plot"], "required: run_dir"),
+        (["report"], "required: RUN"),
         (["import", "--weights", "w"], "required: --num_iterations, --out"),
         (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be positive"),
     ],

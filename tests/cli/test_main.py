@@ -66,7 +66,8 @@ def doors():
 
 
 def test_every_verb_has_a_door_and_every_door_is_three_lines():
-    assert {door.stem for door in doors()} == {*main.VERBS, *main.SPELLINGS}
+    # scripts/inspect.py would hide Python's own module of that name: its door is inspect_run.py.
+    assert {door.stem for door in doors()} == {*main.VERBS, *main.SPELLINGS} - {"inspect"}
     for door in doors():
         code = [line for line in door.read_text().splitlines() if line and line[0] != '"']
         verb = main.SPELLINGS.get(door.stem, door.stem)
