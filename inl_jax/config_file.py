@@ -91,8 +91,9 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
 
     Raises:
       InputError: as `load_config` does.
-      SystemExit: after `--help`, which prints every field.
     """
+    if not overrides:
+        return config
     import tyro  # late: listing the configs needs none of it
 
     args = [
@@ -108,11 +109,10 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
                 args=args,
                 prog="",
                 use_underscores=True,
+                add_help=False,
                 config=(tyro.conf.FlagConversionOff,),
             )
-    except SystemExit as stop:
-        if stop.code == 0:  # --help was printed
-            raise
+    except SystemExit:
         raise InputError(_one_line(complaint.getvalue())) from None
 
 

@@ -101,11 +101,6 @@ def test_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
     assert named in err
 
 
-def test_help_of_a_verb_lists_its_flags_and_every_field(inl):
-    code, out, _ = inl("train", "--help")
-    assert code == 0 and "--num_processes" in out and "--optim.learning_rate" in out
-
-
 def test_help_shows_the_defaults(inl):
     code, out, _ = inl("generate", "--help")
     assert code == 0 and "(default: 128)" in out and "(default: None)" not in out
