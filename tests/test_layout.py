@@ -19,7 +19,16 @@ FLOORS = [
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
-    {"checks", "config", "config_file", "console", "internals", "redact", "environment"},
+    {
+        "checks",
+        "config",
+        "config_file",
+        "console",
+        "environment",
+        "internals",
+        "other_names",
+        "redact",
+    },
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

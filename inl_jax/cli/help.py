@@ -129,8 +129,8 @@ def verb_flags(parser: argparse.ArgumentParser) -> Iterator[Flag]:
             kind = kind_of(Literal[tuple(action.choices)])
         if action.nargs == "?":
             kind = f"[{kind}]"
-        default = "" if action.default in (None, False) else _shown(action.default)
-        yield Flag(name, kind, default, action.help[0].upper() + action.help[1:])
+        text = action.help[0].upper() + action.help[1:]
+        yield Flag(name, kind, _shown(action.default or ""), text)
 
 
 def kind_of(kind: Any) -> str:
@@ -144,7 +144,7 @@ def kind_of(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return shlex.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return shlex.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def field_docs(section: type) -> dict[str, str]:
