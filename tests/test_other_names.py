@@ -64,10 +64,8 @@ def test_usual_names_of_other_programs_are_answered_in_one_line(inl, name):
 def flags_in(answer):
     """Each flag that an answer tells to write, with its value; an example value for a word."""
     told = answer.split(";")[0].split(", the")[0]
-    found = re.findall(
-        r"(--[a-z_0-9]+[.\w]*)(?: ([A-Z_]+\b|bfloat16|block|optimizer|cosine|wandb|tensorboard|0))?",
-        told,
-    )
+    value = r"[A-Z_]+\b|bfloat16|block|optimizer|cosine|wandb|tensorboard|0"
+    found = re.findall(rf"(--[a-z_0-9]+[.\w]*)(?: ({value}))?", told)
     return [(flag, VALUES.get(value, value)) for flag, value in found]
 
 

@@ -38,6 +38,12 @@ class Parser(argparse.ArgumentParser):
         """Instead of the usage and exit."""
         raise InputError(message)
 
+    def add_run(self) -> None:
+        """Adds `--checkpoint RUN`, which `parse_flags` also finds as `RUN` alone."""
+        self.add_argument(
+            "--checkpoint", metavar="RUN", help="run directory; RUN alone means the same"
+        )
+
     def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of the flags.
 
@@ -45,6 +51,10 @@ class Parser(argparse.ArgumentParser):
           InputError: one flag is unknown or missing, or its value is not of its type.
         """
         flags, unknown = self.parse_known_args(with_underscores(argv))
+        if getattr(flags, "checkpoint", "") is None:
+            if not unknown or unknown[0].startswith("-"):
+                raise InputError(f"name a run directory: {self.prog} RUN")
+            flags.checkpoint = unknown.pop(0)
         if unknown:
             name = unknown[0].partition("=")[0]
             raise InputError(f"{name}: no such flag{closest(name, self._option_string_actions)}")
