@@ -118,6 +118,14 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         raise InputError(_one_line(complaint.getvalue())) from None
 
 
+def as_overrides(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The words of a command line that make `new` of `old`, for `override`."""
+    words = []
+    for name, _, value in differences(old, new):
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def _assigns(arg: str, previous: str) -> bool:
     """Whether `arg` is field=value, and not the value of the flag `previous` with a = in it.
 

@@ -23,6 +23,7 @@ FLOORS = [
         "checks",
         "config",
         "config_file",
+        "config_help",
         "console",
         "environment",
         "internals",

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from inl_jax import console
-from inl_jax.cli.help import HELP, help_text
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
+from inl_jax.config_help import HELP, help_text
 from inl_jax.other_names import check_names, closest
 
 

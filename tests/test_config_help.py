@@ -4,8 +4,8 @@ import typing
 import pytest
 
 from inl_jax.cli import estimate, prepare, train
-from inl_jax.cli.help import GROUPS, WIDTH, field_docs, kind_of
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from inl_jax.config_help import GROUPS, WIDTH, field_docs, kind_of
 
 FIRST = {"train": train.FIRST, "estimate": estimate.FIRST, "prepare": prepare.FIRST}
 

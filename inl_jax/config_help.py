@@ -1,4 +1,4 @@
-"""`--help` of the verbs that take a config: the flags that most people need, and groups of fields.
+"""A config as `--help` shows it: the fields that most people need, and all of them in groups.
 
 The text of a field is the docstring under it in config.py.
 """
