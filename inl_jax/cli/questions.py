@@ -115,7 +115,7 @@ def read_answers(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
     for question in QUESTIONS:
         if question not in missing:
             answers[question.flag] = question.read(answers[question.flag])
-    if missing:
+    if answers["size"] is None:
         print("\n".join(config_lines()))
     for question in missing:
         answers[question.flag] = question.ask()
