@@ -95,7 +95,8 @@ def _listed(config: TrainConfig, group: str, layout: Callable[[Flag], str]) -> s
 
 def _cut(head: str, text: str) -> str:
     """`head`, and as much of `text` as one line has room for."""
-    return head + "  " + textwrap.shorten(text, WIDTH - 2 - len(head), placeholder=" ...")
+    text = textwrap.shorten(text, WIDTH - 2 - len(head), placeholder=" ...")
+    return f"{head}  {text}".rstrip()
 
 
 def _about(config: TrainConfig, group: str) -> str:
@@ -127,10 +128,9 @@ def verb_flags(parser: argparse.ArgumentParser) -> Iterator[Flag]:
         kind = "" if action.nargs == 0 else action.metavar or kind_of(action.type or str)
         if action.choices:
             kind = kind_of(Literal[tuple(action.choices)])
-        if action.nargs == "?":
-            kind = f"[{kind}]"
-        text = action.help[0].upper() + action.help[1:]
-        yield Flag(name, kind, _shown(action.default or ""), text)
+        kind = {"?": f"[{kind}]", "+": f"{kind} ..."}.get(action.nargs, kind)
+        text = action.help or ""
+        yield Flag(name, kind, _shown(action.default or ""), text[:1].upper() + text[1:])
 
 
 def kind_of(kind: Any) -> str:

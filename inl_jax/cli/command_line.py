@@ -75,7 +75,7 @@ def from_command_line(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
     *,
-    first: Sequence[str],
+    first: Sequence[str] = (),
 ) -> tuple[TrainConfig, argparse.Namespace]:
     """The config of `--config FILE --section.field value ...`, and the verb's own flags.
 
@@ -97,7 +97,8 @@ def from_command_line(
     flags, overrides = parser.parse_known_args(argv)
     if flags.help:
         config = load_config(flags.config or "tiny", overrides)
-        print(help_text(parser, config, first, about=flags.help))
+        with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+            print(help_text(parser, config, first, about=flags.help), flush=True)
         raise SystemExit
     if flags.config is None:
         named = next((word for word in overrides if word in presets() or word[-3:] == ".py"), None)
