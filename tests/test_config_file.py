@@ -7,7 +7,14 @@ import jax
 import pytest
 
 from inl_jax.config import InputError, TrainConfig, with_fields
-from inl_jax.config_file import differences, load_config, override, presets, read_lab_note
+from inl_jax.config_file import (
+    as_overrides,
+    differences,
+    load_config,
+    override,
+    presets,
+    read_lab_note,
+)
 from inl_jax.model.language_model import param_count
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import memory_needed
@@ -172,6 +179,12 @@ def test_3b_16gb_says_only_what_differs_from_the_3b():
         "optim.state_memory",
         "run_dir",
     ]
+
+
+def test_as_overrides_makes_one_config_of_another():
+    old, new = load_config("3b"), load_config("3b_16gb", ["data.paths=a b.txt", "optim.eps=1e-7"])
+    words = as_overrides(old, new)
+    assert words[:2] == ["--name", "3b_16gb"] and override(old, words) == new
 
 
 def test_configs_load_in_several_threads_and_leave_stderr_alone():

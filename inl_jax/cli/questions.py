@@ -37,13 +37,24 @@ class Question(NamedTuple):
         """Asks on the terminal until the answer can be used."""
         prompt = f"{self.text} [{self.default}]: " if self.default else f"{self.text}: "
         while True:
+            answer = read_line(prompt) or self.default
             try:
-                return self.read(input(prompt).strip() or self.default)
+                return self.read(answer)
             except InputError as error:
                 print(f"  {error}")
-            except EOFError:
-                print()
-                raise InputError(f"the input ended; write {EXAMPLE}") from None
+
+
+def read_line(prompt: str) -> str:
+    """What is typed on the terminal.
+
+    Raises:
+      InputError: nothing more comes, as after Ctrl-D.
+    """
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        raise InputError(f"the input has ended; write {EXAMPLE}") from None
 
 
 def read_size(text: str) -> str:
@@ -94,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
         answers, asked = read_answers(argv)
         words = plan(answers, show=asked)
         print(f"the same run: {shlex.join(['inl', 'train', *words])}", flush=True)
-        if asked and input("Start? [Y/n]: ").strip().lower() not in ("", "y", "yes", "o", "oui"):
+        if asked and read_line("Start? [Y/n]: ").lower() not in ("", "y", "yes", "o", "oui"):
             return 0
         return train.main(words)
 
@@ -137,14 +148,14 @@ def plan(answers: dict[str, Any], *, show: bool) -> list[str]:
     from inl_jax.guide import guide_config, time_needed, with_warmup
 
     signals.unwind(patience=None)
-    size = answers["size"]
+    size, rate = answers["size"], answers["learning_rate"]
     base = load_config(size)
     config = guide_config(
         data_path=answers["data"],
         model_size=size,
         num_epochs=answers["epochs"],
         batch_size=answers["batch_size"],
-        learning_rate=answers["learning_rate"] or base.optim.learning_rate,
+        learning_rate=base.optim.learning_rate if rate is None else rate,
         max_samples=None,
         save_dir=answers["save_dir"] or f"runs/inl_{size}",
     )

@@ -85,16 +85,18 @@ def test_checklist_is_shown_and_no_starts_nothing(ask, text_file):
     assert (code, trained) == (0, []) and "\nok           memory of each device " in out
 
 
-def test_failed_check_ends_before_the_data_is_read(ask, text_file, monkeypatch, capsys):
+def test_failed_check_ends_before_the_data_is_read(ask, text_file, monkeypatch):
     flags = ["--size", "4b", "--data", text_file, "--epochs", 1]
     monkeypatch.setattr("inl_jax.data.corpus.prepare", lambda data: 1 / 0)
     code, out, trained = ask("1000000", argv=flags)
     assert (code, trained) == (2, []) and "\nfailed       memory of each device " in out
 
 
-def test_end_of_the_input_is_answered_with_the_command(ask):
-    code, _, trained = ask("tiny")
-    assert (code, trained) == (2, [])
+def test_end_of_the_input_starts_nothing(ask, text_file, monkeypatch):
+    monkeypatch.setattr(questions, "show_checklist", lambda config, **_: None)
+    for answers in (["tiny"], ["tiny", str(text_file), "1", "8"]):
+        code, _, trained = ask(*answers)
+        assert (code, trained) == (2, [])
 
 
 def test_flags_answer_every_question_without_a_terminal(ask, text_file, monkeypatch):
