@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inl_jax.config import InputError, Phase, TrainConfig
+from inl_jax.other_names import answer_to, check_names
 
 # Held while a file runs and a command line is parsed: both change what the whole process shares
 # (`redirect_stderr` swaps sys.stderr, `run_path` sys.argv). A config file may load another one.
@@ -92,8 +93,9 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
 
     Raises:
       InputError: as `load_config` does.
-      SystemExit: after `--help`, which prints every field.
     """
+    if not overrides:
+        return config
     import tyro  # late: listing the configs needs none of it
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -114,6 +116,7 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         f"--{arg}" if _assigns(arg, previous) else arg
         for previous, arg in itertools.pairwise(["", *overrides])
     ]
+    check_names(args, own=())
     complaint = io.StringIO()
     try:
         with _lock, contextlib.redirect_stderr(complaint):
@@ -123,21 +126,33 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
                 args=args,
                 prog="",
                 use_underscores=True,
+                add_help=False,
                 config=(tyro.conf.FlagConversionOff,),
                 registry=registry,
             )
-    except SystemExit as stop:
-        if stop.code == 0:  # --help was printed
-            raise
+    except SystemExit:
         raise InputError(_one_line(complaint.getvalue())) from None
 
 
+def as_overrides(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The words of a command line that make `new` of `old`, for `override`."""
+    words = []
+    for name, _, value in differences(old, new):
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def _assigns(arg: str, previous: str) -> bool:
-    """Whether `arg` is field=value, and not the value of the flag `previous` with a = in it."""
+    """Whether `arg` is field=value, and not the value of the flag `previous` with a = in it.
+
+    A name that other programs give a field counts, so that it is answered with ours.
+    """
     field, equals, _ = arg.partition("=")
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    known = re.fullmatch(r"\w+(\.\w+)?", field) and field.partition(".")[0] in names
-    return bool(equals and known and not (previous.startswith("--") and "=" not in previous))
+    if not (equals and re.fullmatch(r"\w+(\.\w+)?", field)):
+        return False
+    known = field.partition(".")[0] in {f.name for f in dataclasses.fields(TrainConfig)}
+    is_value = previous.startswith("--") and "=" not in previous
+    return (known or bool(answer_to(field))) and not is_value
 
 
 def _one_line(boxed: str) -> str:

@@ -1,14 +1,20 @@
 """The published guide's entry point."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from inl_jax.config import InputError, with_fields
+from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import load_config
-from inl_jax.data.corpus import prepare
+from inl_jax.console import duration, say
+from inl_jax.data.corpus import Corpus, prepare
+from inl_jax.data.sources import is_rows
 from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.planning.budget import ASSUMED_MFU, budget
+from inl_jax.planning.hardware import find_gpu, gpu_of
 from inl_jax.planning.preflight import count_steps
 from inl_jax.sampling import LanguageModel
 from inl_jax.trainer import train
@@ -16,16 +22,16 @@ from inl_jax.training.metrics import Record
 
 
 def train_inl_llm(
-    data_path: str | Path | Sequence[str],
+    data_path: str | Path | Sequence[str | Path],
     model_size: str = "small",
     num_epochs: float = 3,
     batch_size: int = 8,
     learning_rate: float = 3e-4,
     max_samples: int | None = None,
-    save_dir: str = "runs/inl_llm",
+    save_dir: str | Path = "runs/inl_llm",
     device: str = "auto",
 ) -> tuple[LanguageModel, Tokenizer, list[Record]]:
-    """The published guide's entry point, over `train`.
+    """The published guide's entry point, over `train`. Numbers may be NumPy scalars.
 
     Args:
       data_path: a source as in `DataConfig.paths`, or several.
@@ -33,7 +39,8 @@ def train_inl_llm(
       num_epochs: passes over the training tokens.
       batch_size: sequences per update.
       learning_rate: peak learning rate.
-      max_samples: documents to read; None reads all.
+      max_samples: documents to read: rows of a .jsonl or .parquet file, or files of a directory. A
+        text file is one document, so it is read whole, and a line says so. None reads all.
       save_dir: the run directory; a second call resumes the run.
       device: "auto", or the one that JAX must run on: "cpu", "cuda" (or "gpu").
 
@@ -42,6 +49,8 @@ def train_inl_llm(
 
     Raises:
       InputError: as `train` does; also if JAX does not run on `device`.
+      KeyboardInterrupt: Ctrl-C or SIGTERM ended the run early. It is saved, and the same call
+        resumes it. A loop over several runs ends as well.
     """
     wanted = {"auto": jax.default_backend(), "cuda": "gpu"}.get(device, device)
     if wanted != jax.default_backend():
@@ -49,22 +58,69 @@ def train_inl_llm(
             f"device={device}: JAX runs on {jax.default_backend()} here; install inl_jax[cuda] for "
             "a GPU, set JAX_PLATFORMS=cpu for the CPU, or pass device='auto'"
         )
-    base = load_config(model_size)
+    config = guide_config(
+        data_path, model_size, num_epochs, batch_size, learning_rate, max_samples, save_dir
+    )
+    result = train(with_warmup(config, prepare(config.data)))  # `train` finds the tokens cached
+    if result.interrupted:
+        raise KeyboardInterrupt(f"stopped at update {result.step}; the same call resumes the run")
+    return result.model, result.tokenizer, result.history
+
+
+def guide_config(
+    data_path: str | Path | Sequence[str | Path],
+    model_size: str,
+    num_epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    max_samples: int | None,
+    save_dir: str | Path,
+) -> TrainConfig:
+    """The run that these arguments of `train_inl_llm` describe, with the warmup of the preset.
+
+    Raises:
+      InputError: there is no such size, or a value is impossible.
+    """
     one = isinstance(data_path, str | Path)
+    paths = tuple(map(os.fspath, [data_path] if one else data_path))
+    for path in paths if max_samples else ():
+        if Path(path).expanduser().is_file() and not is_rows(Path(path)):
+            say(
+                f"max_samples={max_samples} does nothing for {path}: a text file is one document; "
+                f"take its first lines (head -n {max_samples}), or make it .jsonl, a row a sample"
+            )
     fields = {
-        "data.paths": (str(data_path),) if one else tuple(map(str, data_path)),
+        "data.paths": paths,
         "data.max_documents": max_samples or 0,
         "optim.learning_rate": learning_rate,
-        "optim.warmup_steps": 0,
         "num_steps": 0,
         "num_epochs": num_epochs,
         "batch_size": batch_size,
         "accumulate_steps": 1,
-        "run_dir": save_dir,
+        "run_dir": os.fspath(save_dir),
     }
-    config = with_fields(base, fields)
-    # The preset's warmup, if the run is long enough for it. `train` finds the tokens in the cache.
-    num_steps = count_steps(config, prepare(config.data))
-    warmup = min(base.optim.warmup_steps, num_steps // 10)
-    result = train(with_fields(config, {"optim.warmup_steps": warmup}))
-    return result.model, result.tokenizer, result.history
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in fields.items()}
+    return with_fields(load_config(model_size), plain)
+
+
+def with_warmup(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """`config` with a warmup of at most a tenth of its updates on `corpus`."""
+    num_steps = count_steps(with_fields(config, {"optim.warmup_steps": 0}), corpus)
+    warmup = min(config.optim.warmup_steps, num_steps // 10)
+    return with_fields(config, {"optim.warmup_steps": warmup})
+
+
+def time_needed(config: TrainConfig, corpus: Corpus) -> str:
+    """Updates, and the time on the GPUs of this machine, or on one H100 if it has none we know."""
+    num_steps, per_update = count_steps(config, corpus), config.batch_size * config.data.seq_len
+    kind, number = jax.devices()[0].device_kind, jax.device_count()
+    gpu, elsewhere = gpu_of(kind), ""
+    if gpu is None or gpu.peak_flops is None:
+        gpu, number, elsewhere = find_gpu("h100"), 1, f"; not known for {kind}"
+    tokens = num_steps * per_update
+    cost = budget(config, tokens, gpu, number, mfu=ASSUMED_MFU, mfu_source="assumed")
+    return (
+        f"time: {num_steps:,} updates of {per_update:,} tokens, about "
+        f"{duration(cost.hours * 3600)} on {number} x {gpu.name} at {cost.mfu:.0%} of its peak "
+        f"(assumed){elsewhere}"
+    )

@@ -1,5 +1,4 @@
 import concurrent.futures
-import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -8,7 +7,14 @@ import jax
 import pytest
 
 from inl_jax.config import InputError, TrainConfig, with_fields
-from inl_jax.config_file import differences, load_config, override, presets, read_lab_note
+from inl_jax.config_file import (
+    as_overrides,
+    differences,
+    load_config,
+    override,
+    presets,
+    read_lab_note,
+)
 from inl_jax.model.language_model import param_count
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import memory_needed
@@ -139,22 +145,6 @@ def test_override_takes_a_value_with_an_equals_sign():
     assert (config.name, config.batch_size, config.optim.b1) == ("seed=2", 6, 0.5)
 
 
-def test_help_lists_every_field(capsys):
-    with pytest.raises(SystemExit) as stop:
-        override(TrainConfig(), ["--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    config = TrainConfig()
-    for field in dataclasses.fields(config):
-        section = getattr(config, field.name)
-        if dataclasses.is_dataclass(section):
-            names = [f"--{field.name}.{inner.name}" for inner in dataclasses.fields(section)]
-        else:
-            names = [f"--{field.name}"]
-        for name in names:
-            assert name in shown
-
-
 @pytest.mark.parametrize("name", presets())
 def test_lab_notes_hold_the_figures_of_their_configs(name):
     note, config = read_lab_note(presets()[name]), load_config(name)
@@ -189,6 +179,12 @@ def test_3b_16gb_says_only_what_differs_from_the_3b():
         "optim.state_memory",
         "run_dir",
     ]
+
+
+def test_as_overrides_makes_one_config_of_another():
+    old, new = load_config("3b"), load_config("3b_16gb", ["data.paths=a b.txt", "optim.eps=1e-7"])
+    words = as_overrides(old, new)
+    assert words[:2] == ["--name", "3b_16gb"] and override(old, words) == new
 
 
 def test_configs_load_in_several_threads_and_leave_stderr_alone():

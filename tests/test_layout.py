@@ -19,7 +19,18 @@ FLOORS = [
     {"training", "tracking"},
     {"parallel"},
     {"data", "model"},
-    {"checks", "config", "config_file", "console", "internals", "phase", "redact", "environment"},
+    {
+        "checks",
+        "config",
+        "config_file",
+        "config_help",
+        "console",
+        "environment",
+        "internals",
+        "other_names",
+        "phase",
+        "redact",
+    },
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

@@ -39,7 +39,15 @@ def run(*command):
     """Runs a command at / with nothing of this repository on the path."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd="/",
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -50,6 +58,19 @@ def test_wheel_works_in_a_clean_environment_outside_the_repository(installed):
     code, listed, err = run(installed / "inl")
     assert code == 2 and "\n  3b_16gb  1,698,414,592 parameters (1.70B)" in listed, err
     assert run(installed / "python", "-m", "inl_jax") == (2, listed, "")
+
+
+def test_wheel_has_the_script_of_the_guide(installed):
+    code, out, err = run(installed / "python", "-m", "train_inl_llm_large")
+    assert code == 2 and out == "" and "write python3 train_inl_llm_large.py --size " in err
+
+
+@pytest.mark.slow
+def test_wheel_has_the_function_of_the_guide(installed):
+    lines = "from train_inl_llm_large import train_inl_llm as f; import inl_jax; "
+    lines += "print(f is inl_jax.train_inl_llm, inl_jax.__file__)"
+    code, out, err = run(installed / "python", "-c", lines)
+    assert code == 0 and out.startswith(f"True {installed.parent}"), err
 
 
 @pytest.mark.slow
@@ -67,7 +88,7 @@ def test_source_distribution_holds_configs_docs_tests_and_license(tmp_path):
     with tarfile.open(archive) as tar:
         files = {name.partition("/")[2] for name in tar.getnames()}
     assert {"LICENSE", "README.md", "configs/3b.py", "docs/memory.md", "scripts/train.py"} <= files
-    assert {"tests/conftest.py", "inl_jax/cli/main.py"} <= files
+    assert {"tests/conftest.py", "inl_jax/cli/main.py", "train_inl_llm_large.py"} <= files
     assert not any("__pycache__" in name for name in files)
 
 

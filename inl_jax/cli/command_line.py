@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from inl_jax import console
-from inl_jax.cli.other_names import check_names, closest
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
+from inl_jax.config_help import HELP, help_text
+from inl_jax.other_names import check_names, closest
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -37,6 +38,12 @@ class Parser(argparse.ArgumentParser):
         """Instead of the usage and exit."""
         raise InputError(message)
 
+    def add_run(self) -> None:
+        """Adds `--checkpoint RUN`, which `parse_flags` also finds as `RUN` alone."""
+        self.add_argument(
+            "--checkpoint", metavar="RUN", help="run directory; RUN alone means the same"
+        )
+
     def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of the flags.
 
@@ -44,6 +51,10 @@ class Parser(argparse.ArgumentParser):
           InputError: one flag is unknown or missing, or its value is not of its type.
         """
         flags, unknown = self.parse_known_args(with_underscores(argv))
+        if getattr(flags, "checkpoint", "") is None:
+            if not unknown or unknown[0].startswith("-"):
+                raise InputError(f"name a run directory: {self.prog} RUN")
+            flags.checkpoint = unknown.pop(0)
         if unknown:
             name = unknown[0].partition("=")[0]
             raise InputError(f"{name}: no such flag{closest(name, self._option_string_actions)}")
@@ -61,27 +72,34 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
 
 
 def from_command_line(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    *,
+    first: Sequence[str] = (),
 ) -> tuple[TrainConfig, argparse.Namespace]:
     """The config of `--config FILE --section.field value ...`, and the verb's own flags.
 
     Args:
       parser: made with `add_help=False`; holds the flags of the verb itself.
       argv: the command line; the process's own by default.
+      first: dotted names of the fields that `--help` shows first.
 
     Raises:
       InputError: a flag, a field or a value is wrong.
+      SystemExit: after `--help`.
     """
-    parser.add_argument("--config", help=f"a config file, or one of {', '.join(presets())}")
-    parser.add_argument("-h", "--help", action="store_true", help="show these and every field")
+    parser.add_argument(
+        "--config", metavar="NAME", help="a config file, or a name that `inl` lists, such as tiny"
+    )
+    parser.add_argument("-h", "--help", nargs="?", const="short", choices=HELP)
     argv = with_underscores(sys.argv[1:] if argv is None else argv)
-    if "-h" in argv or "--help" in argv:
-        parser.print_help()
-        print("\nevery other flag replaces a field of the config:")
-        flags, overrides = parser.parse_known_args(argv)
-        return load_config(flags.config or "tiny", [*overrides, "--help"]), flags
     check_names(argv, own=parser._option_string_actions)
     flags, overrides = parser.parse_known_args(argv)
+    if flags.help:
+        config = load_config(flags.config or "tiny", overrides)
+        with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+            print(help_text(parser, config, first, about=flags.help), flush=True)
+        raise SystemExit
     if flags.config is None:
         named = next((word for word in overrides if word in presets() or word[-3:] == ".py"), None)
         if named:

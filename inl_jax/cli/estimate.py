@@ -25,10 +25,15 @@ from inl_jax.config import InputError
 from inl_jax.console import count, duration, plural, size
 from inl_jax.training.stop import EXIT_MISTAKE
 
+# The fields that most people need.
+FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat
+model.integrator_segment optim.optimizer optim.moment_dtype optim.state_memory mesh.data mesh.fsdp
+mesh.tensor""".split()
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    config, flags = from_command_line(make_parser(), argv)
+    config, flags = from_command_line(make_parser(), argv, first=FIRST)
     check(flags)
     import jax
 

@@ -1,6 +1,6 @@
 """Computes loss, perplexity and bits per byte of a run, on its validation split or on any text.
 
-inl evaluate --checkpoint runs/tiny [--data PATH ...] [--step best] [--json]
+inl evaluate runs/tiny [--data PATH ...] [--step best] [--json]
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from inl_jax.config import InputError
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("evaluate", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="run directory")
+    parser.add_run()
     parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
     parser.add_argument("--data", nargs="+", help="sources as in data.paths; all of their text")
     parser.add_argument("--seq_len", type=int, help="tokens per window; the run's by default")

@@ -1,6 +1,6 @@
 """Continues prompts with a trained model.
 
-inl generate --checkpoint runs/tiny --prompt "def fibonacci(n):" "import os"
+inl generate runs/tiny --prompt "def fibonacci(n):" "import os"
 
 Prompts of any lengths are continued in one batch.
 """
@@ -15,7 +15,7 @@ from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, me
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("generate", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="run directory")
+    parser.add_run()
     parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
     parser.add_argument("--prompt", nargs="+", default=[""], help="one or more")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="for each prompt")

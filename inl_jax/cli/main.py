@@ -8,7 +8,7 @@ more of theirs.
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from inl_jax import __version__
@@ -33,9 +33,14 @@ SPELLINGS = {"prepare_data": "prepare", "import_torch": "import", "inspect_run":
 
 def main(*words: str) -> NoReturn:
     """Runs `words` (a door in scripts/ names its verb) and the command line, and exits."""
+    exit_with(run, [*words, *sys.argv[1:]])
+
+
+def exit_with(program: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
+    """Runs a program with its command line, and exits with its code, or with that of a signal."""
     signals.end_at_once()  # before anything heavy is imported
     try:
-        code = run([*words, *sys.argv[1:]])
+        code = program(argv)
         flush()
     except KeyboardInterrupt as stopped:
         signals.leave(signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT)
@@ -71,6 +76,24 @@ def run(argv: Sequence[str]) -> int:
 
 def overview() -> str:
     """The verbs, the configs that come with the project, and a command to start with."""
+    lines = [
+        "usage: inl VERB [--flag value ...]; inl VERB --help lists the flags",
+        "",
+        *(f"  inl {verb:10} {what}" for verb, what in VERBS.items()),
+        "",
+        "configs (--config NAME), their parameters, and the estimated memory of one GPU to train:",
+        "",
+        *config_lines(),
+        "",
+        "a first run, on the standard library of this Python, in minutes on two CPU cores:",
+        "",
+        "  inl train --config tiny",
+    ]
+    return "\n".join(lines)
+
+
+def config_lines() -> list[str]:
+    """The configs that come with the project, a line for each: name, parameters, memory."""
     from inl_jax.config_file import presets, read_lab_note
 
     notes = {name: read_lab_note(path) for name, path in presets().items()}
@@ -79,20 +102,7 @@ def overview() -> str:
         for name, note in sorted(notes.items(), key=lambda item: item[1].num_params)
     ]
     name_width, size_width = (max(len(row[i]) for row in rows) for i in range(2))
-    lines = [
-        "usage: inl VERB [--flag value ...]; inl VERB --help lists the flags",
-        "",
-        *(f"  inl {verb:10} {what}" for verb, what in VERBS.items()),
-        "",
-        "configs (--config NAME), their parameters, and the estimated memory of one GPU to train:",
-        "",
-        *(f"  {name:{name_width}}  {size:>{size_width}}  {memory}" for name, size, memory in rows),
-        "",
-        "a first run, on the standard library of this Python, in minutes on two CPU cores:",
-        "",
-        "  inl train --config tiny",
-    ]
-    return "\n".join(lines)
+    return [f"  {name:{name_width}}  {size:>{size_width}}  {memory}" for name, size, memory in rows]
 
 
 def _closest(verb: str) -> str:

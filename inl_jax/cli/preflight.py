@@ -18,6 +18,7 @@ from inl_jax.cli.command_line import (
     join_processes,
     lines_on_stderr,
 )
+from inl_jax.cli.train import FIRST
 from inl_jax.config import InputError
 from inl_jax.training.stop import EXIT_FAILED, EXIT_MISTAKE
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--skip_data", action="store_true", help="do not read the text")
     parser.add_argument("--json", action="store_true", help="print a JSON list of checks instead")
     add_launch_flags(parser)
-    config, flags = from_command_line(parser, argv)
+    config, flags = from_command_line(parser, argv, first=FIRST)
     from inl_jax.parallel import processes
 
     signals.unwind()

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 
+# The fields that most people need.
+FIRST = """data.paths data.weights data.column data.hf_split data.max_documents data.tokenizer
+data.validation_fraction data.bad_utf8 data.cache_dir""".split()
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    config, _ = from_command_line(Parser("prepare", __doc__, add_help=False), argv)
+    parser = Parser("prepare", __doc__, add_help=False)
+    config, _ = from_command_line(parser, argv, first=FIRST)
     from inl_jax.data.corpus import prepare
 
     signals.unwind()

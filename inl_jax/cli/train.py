@@ -27,6 +27,10 @@ from inl_jax.training.stop import (
     Stopped,
 )
 
+# The fields that most people need.
+FIRST = """data.paths data.tokenizer run_dir num_steps num_epochs batch_size accumulate_steps
+optim.learning_rate eval_every save_every sample_prompts track mesh.fsdp""".split()
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code, the same on every process."""
@@ -35,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         "--dry_run", action="store_true", help="say what the run needs and stop; allocates nothing"
     )
     add_launch_flags(parser)
-    config, flags = from_command_line(parser, argv)
+    config, flags = from_command_line(parser, argv, first=FIRST)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.parallel import processes
     from inl_jax.trainer import Diverged

@@ -40,8 +40,10 @@ def test_evaluate_reads_any_text_and_counts_its_bytes(trained, inl, tmp_path):
 
 
 def test_evaluate_names_what_does_not_fit(trained, inl):
-    code, _, err = inl("evaluate", "--checkpoint", "nowhere")
-    assert code == 2 and "nowhere: not a run directory" in err and err.count("\n") == 1
+    for words in (["--checkpoint", "nowhere"], ["nowhere"], ["--step", "best", "nowhere"]):
+        code, _, err = inl("evaluate", *words)
+        assert code == 2 and err.startswith("error: nowhere: not a run directory"), words
+        assert err.count("\n") == 1
     flags = ["--batch_size", 3, "--mesh.fsdp", 2, "--mesh.data", 1]
     code, _, err = inl("evaluate", "--checkpoint", trained[1], *flags)
     assert code == 2 and "--batch_size 3: must be a multiple of the 2 devices" in err

@@ -37,6 +37,12 @@ def test_inl_lists_the_configs_without_jax_in_well_under_a_second():
     assert loaded_by("from inl_jax.cli import main; main.run([])") == set()
 
 
+def test_help_of_train_loads_nothing_heavy():
+    code = "import contextlib; from inl_jax.cli import main\n"
+    code += "with contextlib.suppress(SystemExit): main.run(['train', '--help'])"
+    assert loaded_by(code) == set()
+
+
 def test_help_of_inl_is_the_list_with_exit_code_0(inl):
     code, out, _ = inl("--help")
     assert code == 0 and "inl train --config tiny" in out

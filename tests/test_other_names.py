@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from inl_jax.cli.other_names import ANSWERS, answer_to
-from inl_jax.config import TrainConfig
+from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import load_config
+from inl_jax.other_names import ANSWERS, answer_to
 
 VALUES = {
     "N": "2",
@@ -19,6 +19,9 @@ VALUES = {
     "PATH": "text.txt",
     "PHASES": "1:1",
     "NAME": "bytes",
+    "TRACKER": "wandb",
+    "NATS": "0.01",
+    "TEXT": "The",
 }
 ASKED = """lr learning_rate epochs num_train_epochs max_steps max_iters steps resume
 resume_from_checkpoint output_dir out_dir report_to gradient_accumulation_steps
@@ -26,7 +29,9 @@ per_device_train_batch_size micro_batch_size dataset data_path train_file block_
 context_length n_layer num_hidden_layers n_embd hidden_size n_head dtype bf16 fp16 precision
 mixed_precision gradient_checkpointing weight_decay warmup_steps warmup_iters grad_clip
 max_grad_norm eval_interval eval_steps log_interval logging_steps save_steps save_interval
-save_total_limit beta1 beta2 adam_beta1 adam_beta2 wandb_project model_name_or_path deepspeed fsdp
+save_total_limit beta1 beta2 adam_beta1 adam_beta2 wandb wandb_project wandb_run_name tensorboard
+logger early_stopping_patience early_stopping_threshold lr_scheduler_type lr_schedule scheduler
+sample_prompt prompts model_name_or_path deepspeed fsdp
 seq_len""".split()
 
 
@@ -60,7 +65,8 @@ def test_usual_names_of_other_programs_are_answered_in_one_line(inl, name):
 def flags_in(answer):
     """Each flag that an answer tells to write, with its value; an example value for a word."""
     told = answer.split(";")[0].split(", the")[0]
-    found = re.findall(r"(--[a-z_0-9]+[.\w]*)(?: ([A-Z_]+\b|bfloat16|block|optimizer|0))?", told)
+    value = r"[A-Z_]+\b|bfloat16|block|optimizer|cosine|wandb|tensorboard|0"
+    found = re.findall(rf"(--[a-z_0-9]+[.\w]*)(?: ({value}))?", told)
     return [(flag, VALUES.get(value, value)) for flag, value in found]
 
 
@@ -97,6 +103,12 @@ def test_value_that_was_given_is_in_the_answer(inl):
     assert "--data.seq_len 256" in err and "--model.max_seq_len 256" in err
     _, _, err = inl("estimate", "--config", "tiny", "--seq_len", "64")
     assert err == "error: --seq_len: write --data.seq_len 64\n"
+
+
+@pytest.mark.parametrize("spelled", [["lr=3e-4"], ["--lr=3e-4"], ["--lr", "3e-4"]])
+def test_python_gets_the_same_answers(spelled):
+    with pytest.raises(InputError, match="^--lr: write --optim.learning_rate 3e-4$"):
+        load_config("tiny", ["seed=1", *spelled])
 
 
 def test_flags_of_the_verb_itself_are_not_answered(inl):

@@ -9,7 +9,7 @@ from inl_jax.config import InputError, TrainConfig
 
 # A word in braces is replaced with the value that was given.
 _RESUME = "give the same command again; a run resumes from its --run_dir"
-_RECORDS = "not needed, the records of a run are in metrics.jsonl of its --run_dir; no tracker yet"
+_TRACKERS = "write --track {TRACKER}, one or more of tensorboard, wandb and trackio"
 _ROWS = "write --batch_size N, the sequences of one update over all devices and micro-batches"
 _LENGTH = "write --data.seq_len {N}, and --model.max_seq_len {N} if the model is built for fewer"
 _TYPES = (
@@ -28,15 +28,13 @@ _ANSWERS = {
     ),
     ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path", "init_from_ckpt"): _RESUME,
     ("output_dir", "out_dir", "save_dir", "out"): "write --run_dir {DIR}",
-    (
-        "report_to",
-        "wandb",
-        "wandb_log",
-        "wandb_project",
-        "wandb_run_name",
-        "tensorboard",
-        "logger",
-    ): _RECORDS,
+    ("report_to", "logger", "tracker", "log_with"): _TRACKERS,
+    ("wandb", "use_wandb", "wandb_log"): "write --track wandb",
+    ("tensorboard", "use_tensorboard", "logging_dir"): "write --track tensorboard",
+    ("wandb_project", "project_name"): "write --track wandb --project {NAME}",
+    ("wandb_run_name", "run_name"): (
+        "write --run_dir {DIR}; trackers call a run as its directory is called"
+    ),
     ("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"): (
         "write --accumulate_steps {N}; it splits --batch_size, the sequences of one update"
     ),
@@ -81,6 +79,9 @@ _ANSWERS = {
         "write --model.remat block"
     ),
     ("wd",): "write --optim.weight_decay {RATE}",
+    ("lr_scheduler_type", "lr_scheduler", "lr_schedule", "lr_decay_style", "scheduler"): (
+        "write --optim.schedule cosine, or wsd, or constant; the warmup is linear"
+    ),
     ("warmup", "warmup_iters", "lr_warmup_steps", "num_warmup_steps"): (
         "write --optim.warmup_steps {N}"
     ),
@@ -91,6 +92,11 @@ _ANSWERS = {
     ("beta2", "adam_beta2"): "write --optim.b2 {B}",
     ("adam_epsilon", "epsilon"): "write --optim.eps {EPS}",
     ("eval_interval", "eval_steps"): "write --eval_every {N}",
+    ("early_stopping_patience", "early_stopping"): "write --patience {N}, in evaluations",
+    ("early_stopping_threshold", "early_stopping_min_delta"): "write --min_delta {NATS}",
+    ("sample_prompt", "prompt", "prompts", "test_prompts"): (
+        "write --sample_prompts {TEXT} --sample_every N"
+    ),
     ("log_interval", "logging_steps"): "write --log_every {N}",
     ("save_interval", "save_steps"): "write --save_every {N}",
     ("save_total_limit",): "write --keep_last {N}",
