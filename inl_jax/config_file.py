@@ -106,7 +106,7 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
-            metavar="[SHARE[@SEQ_LEN]:WEIGHT,WEIGHT,... ...]",
+            metavar="PHASE ...",
             instance_from_str=lambda words: tuple(map(Phase.parse, words)),
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [str(phase) for phase in value],
