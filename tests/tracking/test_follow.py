@@ -19,7 +19,7 @@ def run_dir(tmp_path):
     (folder / "trackers" / "id.json").write_text('{"id": "run-1"}')
     config = {"data": {"paths": ["https://ann:pa55word@host/text"]}, "api_key": "0123456789"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "env.json").write_text('{"host": "node1"}')
+    (folder / "env.json").write_text('{"starts": [{"host": "node0"}, {"host": "node1"}]}')
     return folder
 
 
