@@ -190,12 +190,44 @@ def test_train_stops_early_at_the_same_update_after_a_kill(train_config, monkeyp
     assert found == losses
 
 
-def test_train_goes_on_if_a_sample_fails(train_config, monkeypatch, said):
-    monkeypatch.setattr(trainer, "make_samples", lambda *_, **__: 1 / 0)
+@pytest.mark.parametrize(
+    "track",
+    [
+        ("tensorboard",),
+        pytest.param(("tensorboard", "wandb", "trackio"), marks=pytest.mark.slow),
+    ],
+)
+def test_train_is_the_same_to_the_bit_while_all_is_watched(
+    train_config, tmp_path, monkeypatch, track
+):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    # The probe, samples and trackers change nothing that is kept.
+    with monkeypatch.context() as blind:
+        blind.setattr(trainer, "measure_dynamics", lambda *_, **__: {})
+        plain = train_config(run_dir=str(tmp_path / "plain"))
+        trainer.train(plain)
+    watched = train_config(
+        run_dir=str(tmp_path / "watched"), track=track, sample_every=2, sample_tokens=4
+    )
+    trainer.train(watched)
+    assert_same(saved_state(plain, 8), saved_state(watched, 8))
+    seen = EventAccumulator(watched.run_dir).Reload()
+    assert [point.step for point in seen.Scalars("train/loss")] == list(range(1, 9))
+    assert [point.step for point in seen.Scalars("dynamics/rms_step/mean")] == [4, 8]
+    assert len(seen.Tensors("samples/1")) == 4 and (tmp_path / "watched/samples/000008.md").exists()
+
+
+def test_train_goes_on_if_a_sample_or_the_probe_fails(train_config, monkeypatch, said):
+    for name in ("make_samples", "measure_dynamics"):
+        monkeypatch.setattr(trainer, name, lambda *_, **__: 1 / 0)
     result = trainer.train(train_config(num_steps=4, sample_every=2, sample_tokens=4))
     assert result.ended == "complete"
-    failed = "WARNING: the samples at update 2 failed (ZeroDivisionError: division by zero)"
-    assert failed in said
+    assert "WARNING: the samples at update 2 failed (ZeroDivisionError: division by zero)" in said
+    assert any(line.startswith("WARNING: the integrator's dynamics at update 4") for line in said)
 
 
 def test_train_refuses_a_prompt_that_cannot_be_continued_before_it_computes(train_config):
