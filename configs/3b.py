@@ -14,7 +14,8 @@ Memory     34.3 GiB, estimated for one GPU (inl estimate --config 3b). Of these,
            Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
            (docs/benchmarks.md); on a GPU this is not measured yet.
 Time       Not measured yet for this size; 130,000 updates of 262,144 tokens are about
-           20 tokens per parameter.
+           20 tokens per parameter. At an assumed 40% of its peak one H100 takes 15 days, at 10%
+           61 (inl estimate --config 3b --gpus h100 --mfu .4).
 Loss       Not measured yet for this size.
 """
 
@@ -40,4 +41,10 @@ config = TrainConfig(
     accumulate_steps=64,
     eval_every=500,
     save_every=500,
+    sample_every=5000,
+    sample_prompts=(
+        "def fibonacci(n):",
+        "La capitale de la France est",
+        "Pour implémenter un réseau de neurones",
+    ),
 )

@@ -131,7 +131,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 announce(run)
                 if run.evaluation_is_missing():
                     run.evaluate(state, start.step)
-                ended = run.is_over(again=True)
+                ended = run.is_over(tell=True)
                 if not ended:
                     step_fns = compile_steps(run, layout)
                     samples = batches.training_samples(corpus, config.data, config.seed, curriculum)
@@ -233,14 +233,14 @@ class Run:
         due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
         return due and not any(r["step"] == step for r in self.evaluations)
 
-    def is_over(self, *, again: bool = False) -> Literal["complete", "stopped early", ""]:
-        """How the run ended at the step where this process starts, if it did; says so `again`."""
+    def is_over(self, *, tell: bool = False) -> Literal["complete", "stopped early", ""]:
+        """How the run ended at the step where this process starts, if it did; says so if told to."""
         step = self.start.step
         if step >= self.num_steps:
-            if again:
+            if tell:
                 say(f"the run is complete at update {step}; raise num_steps to continue it")
             return "complete"
-        return "stopped early" if self.out_of_patience(step, tell=again) else ""
+        return "stopped early" if self.out_of_patience(step, tell=tell) else ""
 
     def loop(self, step_fns, state, samples, stop: StopRequest) -> tuple[TrainState, str]:
         """Updates until the end or a stop; returns the state and how it ended."""
