@@ -234,7 +234,7 @@ class Run:
         return due and not any(r["step"] == step for r in self.evaluations)
 
     def is_over(self, *, tell: bool = False) -> Literal["complete", "stopped early", ""]:
-        """How the run ended at the step where this process starts, if it did; says so if told to."""
+        """How the run ended where this process starts, if it did; says so if told to."""
         step = self.start.step
         if step >= self.num_steps:
             if tell:
