@@ -307,7 +307,8 @@ class TrainConfig:
     eval_sequences: int = 256
     """Validation sequences of an evaluation, always the same ones; 0 takes the whole split."""
     save_every: int = 250
-    """Updates between checkpoints; 0 saves only at the end. The last update is always saved."""
+    """Updates between checkpoints; 0: none. The best evaluation and the last update are always
+    saved."""
     keep_last: int = 2
     """Newest checkpoints that are kept, beside the best by validation loss."""
     patience: int = 0
