@@ -383,6 +383,12 @@ class TrainConfig:
             "eval_every, or patience 0",
         )
         require(
+            self.patience == 0 or self.data.validation_fraction > 0,
+            f"patience={self.patience} with data.validation_fraction=0: there is no text to "
+            "evaluate on; raise it, or set patience 0",
+        )
+        require(self.min_delta < float("inf"), f"min_delta={self.min_delta}: must be finite")
+        require(
             self.sample_every == 0 or len(self.sample_prompts) > 0,
             f"sample_every={self.sample_every} with no sample_prompts: name some, or set "
             "sample_every 0",

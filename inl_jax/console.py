@@ -22,7 +22,7 @@ def say(line: str) -> None:
         try:
             tqdm.write(line, file=stream)
             stream.flush()
-        except BrokenPipeError:  # the reader has gone, as `| head` does; the run has not
+        except OSError:  # the reader has gone, as `| head` does, or its disk is full
             mute(True)
 
 

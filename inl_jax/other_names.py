@@ -92,7 +92,8 @@ _ANSWERS = {
     ("beta2", "adam_beta2"): "write --optim.b2 {B}",
     ("adam_epsilon", "epsilon"): "write --optim.eps {EPS}",
     ("eval_interval", "eval_steps"): "write --eval_every {N}",
-    ("early_stopping_patience", "early_stopping"): "write --patience {N}, in evaluations",
+    ("early_stopping_patience",): "write --patience {N}, in evaluations",
+    ("early_stopping",): "write --patience N, the evaluations without an improvement that stop it",
     ("early_stopping_threshold", "early_stopping_min_delta"): "write --min_delta {NATS}",
     ("sample_prompt", "prompt", "prompts", "test_prompts"): (
         "write --sample_prompts {TEXT} --sample_every N"

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 
@@ -15,7 +14,6 @@ from inl_jax.checklist import check_setup
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import aside, count, mute, plural, say
 from inl_jax.data import batches
-from inl_jax.data.corpus import Corpus
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
@@ -25,37 +23,34 @@ from inl_jax.parallel.sharding import (
     local_rows,
     on,
     place,
-    shardings_of,
 )
 from inl_jax.planning.cost import utilization
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
-from inl_jax.training.checkpoint import Checkpoints, read_params
+from inl_jax.start import Start, restore_or_init
+from inl_jax.training.checkpoint import Checkpoints
 from inl_jax.training.metrics import (
     MetricsLog,
     Record,
-    StepTimer,
     latest,
     read_metrics,
     update_record,
 )
 from inl_jax.training.optim import learning_rates
-from inl_jax.training.run_dir import check_run, locked, read_config, record_run
+from inl_jax.training.run_dir import check_run, locked, record_run
 from inl_jax.training.state import (
     Layout,
     TrainState,
-    init_state,
-    join_state,
     split_state,
-    state_from_params,
 )
 from inl_jax.training.step import compile_step
 from inl_jax.training.stop import StopRequest
 from inl_jax.training.trackers import Trackers
 from inl_jax.watch.gpu_use import GpuUse, peak_memory
 from inl_jax.watch.integrator_probe import fixed_batch, measure_dynamics
-from inl_jax.watch.progress import Stretch, over_fitting, standing
+from inl_jax.watch.progress import Stretch, lowest, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
+from inl_jax.watch.step_timer import StepTimer
 
 
 class Diverged(RuntimeError):
@@ -119,6 +114,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             log.resume_from(start.step)
             saved.resume_from(start.step)
             run = Run(fitted, mesh, corpus, curriculum, num_steps, saved, log, start)
+            run.recover_best()
             if not run.is_over():  # a run that is over stays as it is
                 record_run(config, corpus.tokenizer)
                 if processes.first():
@@ -155,52 +151,14 @@ def announce(run: "Run") -> None:
         f"of {config.data.seq_len}, {plural(config.accumulate_steps, 'micro-batch')}) = "
         f"{tokens / train_tokens:.2f} epochs of {count(train_tokens)} tokens"
     )
+    if config.patience and config.patience * config.eval_every >= num_steps:
+        say(
+            f"WARNING: patience={config.patience} cannot stop this run: it ends at update "
+            f"{num_steps}, with evaluations every {config.eval_every}"
+        )
     windows = [batches.count_windows(files, config.data.seq_len) for files in corpus.sources]
     for line in phases.describe(run.curriculum, config, num_steps, *run.start[:2], windows):
         say(line)
-
-
-class Start(NamedTuple):
-    """Where a run starts or resumes."""
-
-    step: int = 0  # updates done
-    position: int = 0  # samples consumed
-    stretch: Stretch = Stretch()  # the updates since the last evaluation
-    read: phases.Read = ()  # the phases of the samples
-
-
-def restore_or_init(
-    config: TrainConfig, layout: Layout, checkpoints: Checkpoints, corpus: Corpus
-) -> tuple[TrainState, Start]:
-    """The state to start from, and where that is.
-
-    A checkpoint is read straight into its shardings, and given weights are donated: memory never
-    holds two states.
-    """
-    found = checkpoints.restore(split_state(layout.state))
-    if found is not None:
-        say(f"resuming from update {found['step']} in {config.run_dir}")
-        saved = found["position"]
-        read, stretch = phases.read_so_far(saved, config, corpus), saved.get("stretch", ())
-        position = phases.resumed_position(saved, config, corpus)
-        return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
-    shardings = shardings_of(layout.state)
-    if config.init_from:
-        # The types that were saved; another parameter type is cast to afterwards.
-        saved = read_config(config.init_from).model.param_dtype
-        source = with_fields(config, {"model.param_dtype": saved}).model
-        step, params = read_params(config.init_from, source, shardings=shardings.params)
-        say(f"starting from the weights of {config.init_from} at update {step}")
-        params = jax.tree.map(lambda p: p.astype(config.model.param_dtype), params)
-        fresh = jax.jit(
-            functools.partial(state_from_params, config=config),
-            out_shardings=shardings,
-            donate_argnums=0,
-        )
-        return fresh(params), Start()
-    say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
-    fresh = jax.jit(functools.partial(init_state, config=config), out_shardings=shardings)
-    return fresh(jax.random.key(config.seed)), Start()
 
 
 def compile_steps(run: "Run", layout: Layout) -> dict[int, Any]:
@@ -232,6 +190,12 @@ class Run:
         step = self.start.step
         due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
         return due and not any(r["step"] == step for r in self.evaluations)
+
+    def recover_best(self) -> None:
+        """Notes the best checkpoint if a kill came between its evaluation and the note."""
+        best = lowest(self.evaluations, basis=self.basis, among=self.checkpoints.steps())
+        if best and self.checkpoints.is_best(best["validation_loss"], basis=self.basis):
+            self.checkpoints.note_best(best["step"], best["validation_loss"], basis=self.basis)
 
     def is_over(self, *, tell: bool = False) -> Literal["complete", "stopped early", ""]:
         """How the run ended where this process starts, if it did; says so if told to."""
@@ -378,10 +342,12 @@ class Run:
         if best:
             self.save(state, step)
             self.checkpoints.note_best(step, result.loss, basis=self.basis)
+        dynamics = {}
         with aside(f"the integrator's dynamics at update {step}"):
             tokens = fixed_batch(self.corpus, c.model)
-            if dynamics := measure_dynamics(c.model, state.params, tokens, mesh=self.mesh):
-                self.log.write(self.stamped(step) | {"dynamics": dynamics})
+            dynamics = measure_dynamics(c.model, state.params, tokens, mesh=self.mesh)
+        if dynamics:
+            self.log.write(self.stamped(step) | {"dynamics": dynamics})
 
     def out_of_patience(self, step: int, *, tell: bool = True) -> bool:
         """Whether the evaluations up to `step` stop the run early; says so."""
@@ -401,12 +367,13 @@ class Run:
         """Records a continuation of each sample prompt. Cannot end the run."""
         c = self.config
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer, mesh=self.mesh)
+        samples = []
         with aside(f"the samples at update {step}"):
             samples = make_samples(model, c.sample_prompts, max_new_tokens=c.sample_tokens)
-            record = self.stamped(step) | {"samples": samples}
             if processes.first():
-                write_samples(c.run_dir, record)
-            self.log.write(record)
+                write_samples(c.run_dir, step, samples)
+        if samples:
+            self.log.write(self.stamped(step) | {"samples": samples})
 
 
 def _due(step: int, every: int) -> bool:

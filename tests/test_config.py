@@ -33,3 +33,25 @@ def test_with_fields_replaces_dotted_fields_together_and_checks_them():
     ]
     with pytest.raises(InputError, match="data.seq_len=256"):
         with_fields(TrainConfig(), {"model.max_seq_len": 64})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"patience": 1, "eval_every": 0}, "patience=1 with eval_every=0"),
+        ({"patience": 1, "data.validation_fraction": 0.0}, "patience=1 with data.validation_frac"),
+        ({"min_delta": math.inf}, "min_delta=inf"),
+        ({"min_delta": -0.1}, "min_delta=-0.1"),
+        ({"sample_every": 5, "sample_prompts": ()}, "sample_every=5 with no sample_prompts"),
+        ({"track": ("mlflow",)}, "track='mlflow': choose among tensorboard, wandb, trackio"),
+        ({"optim.decay_fraction": 0.0}, "optim.decay_fraction=0.0"),
+    ],
+)
+def test_settings_round_a_run_that_cannot_work_are_named(fields, named):
+    with pytest.raises(InputError) as error:
+        with_fields(TrainConfig(), fields)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_run_saved_with_one_sample_prompt_is_read_as_several():
+    assert from_json('{"model": {}, "sample_prompt": "x"}').sample_prompts == ("x",)

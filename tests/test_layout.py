@@ -13,7 +13,17 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli"},
-    {"trainer", "evaluation", "sampling", "guide", "checklist", "curriculum", "watch", "report"},
+    {
+        "trainer",
+        "evaluation",
+        "sampling",
+        "guide",
+        "checklist",
+        "curriculum",
+        "start",
+        "watch",
+        "report",
+    },
     {"interop"},
     {"planning"},
     {"training", "tracking"},

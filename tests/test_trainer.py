@@ -23,11 +23,12 @@ from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
 from inl_jax.planning import preflight
-from inl_jax.training import checkpoint, metrics, state
+from inl_jax.training import checkpoint, state
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.run_dir import locked, read_config
 from inl_jax.training.step import loss_fn
 from inl_jax.training.stop import EXIT_INTERRUPTED, Stopped
+from inl_jax.watch import step_timer
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,6 +222,24 @@ def test_train_is_the_same_to_the_bit_while_all_is_watched(
     assert len(seen.Tensors("samples/1")) == 4 and (tmp_path / "watched/samples/000008.md").exists()
 
 
+def test_train_keeps_the_best_if_it_was_killed_before_it_noted_it(train_config, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def on_record(record):
+        if record["step"] == 8 and "validation_loss" in record:
+            raise Killed
+
+    config = train_config(num_steps=12, keep_last=1)
+    script_losses(monkeypatch, {4: 3.0, 8: 2.0, 12: 2.5})
+    with pytest.raises(Killed):
+        trainer.train(config, on_record=on_record)
+    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 4
+    trainer.train(config)
+    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 8
+    assert saved_steps(config) == {8, 12}
+
+
 def test_train_goes_on_if_a_sample_or_the_probe_fails(train_config, monkeypatch, said):
     for name in ("make_samples", "measure_dynamics"):
         monkeypatch.setattr(trainer, name, lambda *_, **__: 1 / 0)
@@ -228,6 +247,15 @@ def test_train_goes_on_if_a_sample_or_the_probe_fails(train_config, monkeypatch,
     assert result.ended == "complete"
     assert "WARNING: the samples at update 2 failed (ZeroDivisionError: division by zero)" in said
     assert any(line.startswith("WARNING: the integrator's dynamics at update 4") for line in said)
+
+
+def test_train_warns_of_patience_that_cannot_act(train_config, monkeypatch, said):
+    monkeypatch.setattr(trainer, "compile_steps", lambda *_: 1 / 0)
+    for patience, warned in ((2, True), (1, False)):
+        said.clear()
+        with pytest.raises(ZeroDivisionError):
+            trainer.train(train_config(num_steps=8, eval_every=4, patience=patience))
+        assert any("patience=2 cannot stop this run" in line for line in said) == warned
 
 
 def test_train_refuses_a_prompt_that_cannot_be_continued_before_it_computes(train_config):
@@ -501,7 +529,7 @@ def test_run_measures_and_shows_the_wait_for_data(
             clock[0] += read_seconds
             yield batch
 
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(trainer, "compile_step", slow_step)
     monkeypatch.setattr(batches, "training_batches", slow_source)
     config = train_config(num_steps=6, log_every=2, save_every=0, eval_every=0)

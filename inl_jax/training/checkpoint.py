@@ -30,7 +30,7 @@ class _KeepLastAndBest:
     def should_preserve(self, checkpoints, *, context):
         del context
         newest = {c.step for c in checkpoints[-self._keep_last :]}
-        best = read_json(self._best).get("step")
+        best = _read_best(self._best).get("step")
         return [c.step in newest or c.step == best for c in checkpoints]
 
 
@@ -136,7 +136,7 @@ class Checkpoints:
             aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self._run_dir / "checkpoints" / str(step), aside)
-            if read_json(self._best).get("step") == step:
+            if self.best_step() == step:
                 self._best.unlink()
             say(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         processes.gather()  # moved, before anyone looks again
@@ -150,7 +150,7 @@ class Checkpoints:
           loss: in nats per token; NaN is not lower.
           basis: what it was measured on; losses on another basis are not compared.
         """
-        best = read_json(self._best)
+        best = _read_best(self._best)
         lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
         return processes.gather(str(loss < lowest))[0] == "True"  # as process 0 read it
 
@@ -170,13 +170,17 @@ class Checkpoints:
 
     def resume_from(self, step: int) -> None:
         """Forgets a best checkpoint above `step`: it belongs to a branch that is abandoned."""
-        if processes.first() and read_json(self._best).get("step", step) > step:
+        if processes.first() and (self.best_step() or 0) > step:
             self._best.unlink()
         processes.gather()  # so that all keep the same checkpoints
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, by validation loss."""
-        return read_json(self._best).get("step")
+        return _read_best(self._best).get("step")
+
+    def steps(self) -> set[int]:
+        """The saved steps."""
+        return {c.step for c in self._orbax.checkpoints}
 
     def latest_step(self) -> int | None:
         """The newest saved step."""
@@ -193,6 +197,13 @@ class Checkpoints:
             self._finish_save()
         finally:
             self._orbax.close()
+
+
+def _read_best(path: Path) -> dict[str, Any]:
+    """What `note_best` wrote; empty if there is none or it is damaged."""
+    best = read_json(path)
+    sound = isinstance(best.get("step"), int) and isinstance(best.get("validation_loss"), float)
+    return best if sound else {}
 
 
 def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
@@ -261,7 +272,7 @@ def read_params(
     if step == "latest":
         chosen = steps[-1] if steps else None
     elif step == "best":
-        chosen = read_json(Path(run_dir) / "best.json").get("step")
+        chosen = _read_best(Path(run_dir) / "best.json").get("step")
     else:
         chosen = int(step) if str(step).isdecimal() else None
     if chosen not in steps:

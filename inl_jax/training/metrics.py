@@ -5,8 +5,7 @@ The console line is made *from* the record. Records count in optimizer updates.
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,46 +196,20 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record
             if "resumed_from" in record:
                 start = record["resumed_from"]
                 latest = {key: found for key, found in latest.items() if key[0] <= start}
-            elif record["step"] <= up_to:
+            elif _is_sound(record) and record["step"] <= up_to:
                 latest[record["step"], kind(record)] = record
         except (ValueError, TypeError, KeyError, StopIteration):
             continue
     return [latest[step, of] for step, of in sorted(latest, key=lambda k: (k[0], order[k[1]]))]
 
 
+def _is_sound(record: Record) -> bool:
+    """Whether the values that decide something are of their types: a disk may have damaged them."""
+    types = {"loss": float, "validation_loss": float, "dynamics": dict, "samples": list}
+    of = kind(record)
+    return isinstance(record["step"], int) and isinstance(record[of], types[of])
+
+
 def latest(records: list[Record], key: str) -> float:
     """The value of `key` in the last record that has it, 0 if none has."""
     return next((record[key] for record in reversed(records) if key in record), 0.0)
-
-
-class StepTimer:
-    """Seconds per update, and the share of them spent waiting for input."""
-
-    def __init__(self):
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        """Starts timing after update `step`."""
-        self._since, self._step, self._waited = time.perf_counter(), step, 0.0
-
-    def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yields `batches`, and counts the time that the host waits for each.
-
-        The device waits less: it still has the previous update to do.
-        """
-        batches = iter(batches)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - start
-            yield batch
-
-    def lap(self, step: int) -> tuple[float, float]:
-        """(seconds per update, share of them waited for input) since the last start or lap."""
-        elapsed = time.perf_counter() - self._since
-        results = elapsed / max(1, step - self._step), self._waited / max(elapsed, 1e-9)
-        self.start(step)
-        return results

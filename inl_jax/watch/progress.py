@@ -1,7 +1,7 @@
 """What the evaluations of a run say: when to stop early, and whether it over-fits."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from inl_jax.training.metrics import Record
@@ -39,6 +39,24 @@ def standing(records: Iterable[Record], *, basis: str, min_delta: float = 0.0) -
     return Standing(best_step, best_loss, waited)
 
 
+def lowest(records: Iterable[Record], *, basis: str, among: Collection[int]) -> Record | None:
+    """The evaluation of the lowest finite loss; None if there is none.
+
+    Args:
+      records: those of one branch.
+      basis: evaluations of another validation text are left out.
+      among: updates that count.
+    """
+    found = [
+        record
+        for record in records
+        if record.get("basis") == basis
+        and record["step"] in among
+        and math.isfinite(record.get("validation_loss", math.nan))
+    ]
+    return min(found, key=lambda record: record["validation_loss"], default=None)
+
+
 class Stretch(NamedTuple):
     """The updates since the last evaluation, for the mean of their training losses."""
 
@@ -60,5 +78,7 @@ def over_fitting(validation_loss: float, stretch: Stretch) -> Record:
         return {}
     train_loss = stretch.total / stretch.count
     gap = validation_loss - train_loss
+    if not math.isfinite(gap):
+        return {"train_loss": train_loss}
     verdict = "good" if gap < 0.5 else "over-fitting" if gap > 1.0 else "watch it"
     return {"train_loss": train_loss, "gap": gap, "verdict": verdict}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inl_jax.sampling import LanguageModel
-from inl_jax.training.metrics import Record
 
 TEMPERATURE = 0.8
 SEED = 0  # one for all updates, so that samples differ by what was learned
@@ -25,12 +24,12 @@ def make_samples(
     ]
 
 
-def write_samples(run_dir: str | Path, record: Record) -> Path:
-    """Writes the samples of a record to RUN/samples/000500.md, and returns the path."""
-    path = Path(run_dir) / "samples" / f"{record['step']:06}.md"
+def write_samples(run_dir: str | Path, step: int, samples: Sequence[dict[str, str]]) -> Path:
+    """Writes what `make_samples` gave to RUN/samples/000500.md, and returns the path."""
+    path = Path(run_dir) / "samples" / f"{step:06}.md"
     path.parent.mkdir(exist_ok=True)
-    parts = [f"# Samples at update {record['step']}\n"]
-    for sample in record["samples"]:
+    parts = [f"# Samples at update {step}\n"]
+    for sample in samples:
         parts.append(f"## Prompt\n\n{_fenced(sample['prompt'])}\n")
         parts.append(f"Likeliest tokens:\n\n{_fenced(sample['prompt'] + sample['greedy'])}\n")
         drawn = f"Drawn at temperature {TEMPERATURE}, seed {SEED}"

@@ -321,6 +321,18 @@ def test_is_best_takes_only_a_lower_loss_on_the_same_basis(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 5
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"step": "x", "validation_loss": 1.0}', '{"step": 3, "validation_loss": null}', "[]", "{"],
+)
+def test_damaged_note_of_the_best_counts_as_none(tmp_path, text):
+    (tmp_path / "best.json").write_text(text)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.best_step() is None and checkpoints.is_best(2.0)
+    checkpoints.resume_from(0)
+    checkpoints.close()
+
+
 def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
     """Orbax frees both only in the `result()` of a save's response (a run died at save 339)."""
 

@@ -64,6 +64,26 @@ def test_read_metrics_drops_the_branch_that_a_resumed_run_abandoned(tmp_path):
     assert "3.0" in kept  # nothing is lost from the file
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x", "loss": 2.0}',
+        '{"step": 5, "loss": "x"}',
+        '{"step": 5, "validation_loss": null}',
+        '{"step": 5, "dynamics": 3}',
+        '{"step": 5, "nothing": 1}',
+        "[5]",
+        "5",
+    ],
+)
+def test_read_metrics_leaves_out_what_is_no_record(tmp_path, line):
+    write(tmp_path, update(1, 5.0))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    write(tmp_path, validation(6, math.nan))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 6]
+
+
 def test_resume_from_leaves_the_file_alone_if_nothing_is_abandoned(tmp_path):
     write(tmp_path, update(1, 5.0), update(2, 4.0))
     before = (tmp_path / "metrics.jsonl").read_text()

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from inl_jax.watch.progress import Standing, Stretch, over_fitting, standing
+from inl_jax.watch.progress import Standing, Stretch, lowest, over_fitting, standing
 
 
 def evaluations(*losses, basis="text"):
@@ -35,6 +35,16 @@ def test_standing_leaves_out_other_records_and_other_texts():
     assert standing(records, basis="text") == Standing(10, 3.0, 0)
 
 
+def test_lowest_is_finite_of_the_same_text_and_among_the_updates_that_count():
+    records = [
+        *evaluations(3.0, math.nan, 1.0, 2.0),
+        {"step": 10, "loss": 0.1},
+        *evaluations(0.5, basis="other"),
+    ]
+    assert lowest(records, basis="text", among={10, 20, 40})["step"] == 40
+    assert lowest(records, basis="text", among={20}) is None
+
+
 @pytest.mark.parametrize(
     ("validation_loss", "verdict"),
     [(2.0, "good"), (2.49, "good"), (2.5, "watch it"), (3.0, "watch it"), (3.1, "over-fitting")],
@@ -46,5 +56,6 @@ def test_over_fitting_compares_with_the_mean_over_the_same_updates(validation_lo
     assert found["gap"] == pytest.approx(validation_loss - 2)
 
 
-def test_over_fitting_says_nothing_without_training():
+def test_over_fitting_judges_nothing_without_two_finite_losses():
     assert over_fitting(2.0, Stretch()) == {}
+    assert over_fitting(math.nan, Stretch().add(1.0)) == {"train_loss": 1.0}

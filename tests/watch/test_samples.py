@@ -20,7 +20,7 @@ def test_make_samples_continues_each_prompt_greedily_and_with_one_seed():
 
 def test_write_samples_keeps_text_that_looks_like_markdown(tmp_path):
     sample = {"prompt": "# no title\n", "greedy": "```\ncode", "sampled": "\ud800 drawn"}
-    path = write_samples(tmp_path, {"step": 500, "samples": [sample]})
+    path = write_samples(tmp_path, 500, [sample])
     assert path == tmp_path / "samples" / "000500.md"
     text = path.read_text()
     assert "````\n# no title\n```\ncode\n````" in text, "a fence longer than any inside"

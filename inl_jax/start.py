@@ -1,0 +1,66 @@
+"""Where a run starts: from its newest checkpoint, from given weights, or from random ones."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from inl_jax.config import TrainConfig, with_fields
+from inl_jax.console import say
+from inl_jax.curriculum import Read, read_so_far, resumed_position
+from inl_jax.data.corpus import Corpus
+from inl_jax.parallel.sharding import shardings_of
+from inl_jax.training.checkpoint import Checkpoints, read_params
+from inl_jax.training.run_dir import read_config
+from inl_jax.training.state import (
+    Layout,
+    TrainState,
+    init_state,
+    join_state,
+    split_state,
+    state_from_params,
+)
+from inl_jax.watch.progress import Stretch
+
+
+class Start(NamedTuple):
+    """Where a run starts or resumes."""
+
+    step: int = 0  # updates done
+    position: int = 0  # samples consumed
+    stretch: Stretch = Stretch()  # the updates since the last evaluation
+    read: Read = ()  # the phases of the samples
+
+
+def restore_or_init(
+    config: TrainConfig, layout: Layout, checkpoints: Checkpoints, corpus: Corpus
+) -> tuple[TrainState, Start]:
+    """The state to start from, and where that is.
+
+    A checkpoint is read straight into its shardings, and given weights are donated: memory never
+    holds two states.
+    """
+    found = checkpoints.restore(split_state(layout.state))
+    if found is not None:
+        say(f"resuming from update {found['step']} in {config.run_dir}")
+        saved = found["position"]
+        read, stretch = read_so_far(saved, config, corpus), saved.get("stretch", ())
+        position = resumed_position(saved, config, corpus)
+        return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
+    shardings = shardings_of(layout.state)
+    if config.init_from:
+        # The types that were saved; another parameter type is cast to afterwards.
+        saved = read_config(config.init_from).model.param_dtype
+        source = with_fields(config, {"model.param_dtype": saved}).model
+        step, params = read_params(config.init_from, source, shardings=shardings.params)
+        say(f"starting from the weights of {config.init_from} at update {step}")
+        params = jax.tree.map(lambda p: p.astype(config.model.param_dtype), params)
+        fresh = jax.jit(
+            functools.partial(state_from_params, config=config),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        return fresh(params), Start()
+    say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
+    fresh = jax.jit(functools.partial(init_state, config=config), out_shardings=shardings)
+    return fresh(jax.random.key(config.seed)), Start()
