@@ -206,8 +206,8 @@ class OptimConfig:
     """Peak learning rate, reached at the end of the warmup."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """The learning rate after the warmup. cosine: falls to the end of the run. wsd (warmup, stable,
-    decay): stays at the peak, then falls over the last decay_fraction of the run, so that a run can
-    be prolonged. constant: stays at the peak."""
+    decay): stays at the peak, then falls over the last decay_fraction of the run; a run that is
+    prolonged rises to the peak again. constant: stays at the peak."""
     decay_fraction: float = 0.2
     """Share of the updates over which wsd falls."""
     warmup_steps: int = 100
@@ -360,7 +360,7 @@ class TrainConfig:
         require(
             self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps}: must be below "
-            f"num_steps={self.num_steps}",
+            f"num_steps={self.num_steps}; set optim.warmup_steps {self.num_steps // 10}",
         )
         require(
             self.batch_size % self.accumulate_steps == 0,

@@ -100,6 +100,21 @@ def lengths_ahead(curriculum: Curriculum, begin: int, end: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def beginnings(
+    curriculum: Curriculum, config: TrainConfig, step: int, position: int
+) -> dict[int, str]:
+    """What to say before the updates that begin a phase, for a run at `step` and `position`."""
+    spans = [span for span in curriculum.spans if position <= span.begin < span.end]
+    number = len(config.data.phases)
+    return {
+        step + 1 + (span.begin - position) // config.batch_size: (
+            f"phase {span.number + 1} of {number} ({span.phase}) begins"
+        )
+        for span in spans
+        if number
+    }
+
+
 def note_read(curriculum: Curriculum, position: int) -> Read:
     """What a checkpoint after `position` samples holds, for `read_so_far`; without phases, ()."""
     return [
@@ -206,7 +221,7 @@ def describe(
         head = f"phase {span.number + 1} of {len(data.phases)} ({span.phase}): "
         begin, end = max(span.begin, position), min(span.end, last)
         if span.begin < span.end <= position:
-            yield f"{head}over, {span.end - span.begin:,} samples"
+            yield f"{head}over, {span.end - span.begin:,} sequences"
         elif begin >= end:
             yield f"{head}no updates"
         else:

@@ -14,7 +14,7 @@ from inl_jax.data.corpus import Corpus, prepare
 from inl_jax.data.sources import is_rows
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.planning.budget import ASSUMED_MFU, budget
-from inl_jax.planning.hardware import find_gpu, gpu_of
+from inl_jax.planning.hardware import gpu_of
 from inl_jax.planning.preflight import count_steps
 from inl_jax.sampling import LanguageModel
 from inl_jax.trainer import train
@@ -39,8 +39,9 @@ def train_inl_llm(
       num_epochs: passes over the training tokens.
       batch_size: sequences per update.
       learning_rate: peak learning rate.
-      max_samples: documents to read: rows of a .jsonl or .parquet file, or files of a directory. A
-        text file is one document, so it is read whole, and a line says so. None reads all.
+      max_samples: documents to read from each source: rows of a .jsonl or .parquet file, or files
+        of a directory. A text file is one document, so it is read whole, and a line says so. None
+        reads all.
       save_dir: the run directory; a second call resumes the run.
       device: "auto", or the one that JAX must run on: "cpu", "cuda" (or "gpu").
 
@@ -111,16 +112,15 @@ def with_warmup(config: TrainConfig, corpus: Corpus) -> TrainConfig:
 
 
 def time_needed(config: TrainConfig, corpus: Corpus) -> str:
-    """Updates, and the time on the GPUs of this machine, or on one H100 if it has none we know."""
+    """Updates, and the time on the GPUs of this machine if their speed is known."""
     num_steps, per_update = count_steps(config, corpus), config.batch_size * config.data.seq_len
     kind, number = jax.devices()[0].device_kind, jax.device_count()
-    gpu, elsewhere = gpu_of(kind), ""
+    updates, gpu = f"time: {num_steps:,} updates of {per_update:,} tokens", gpu_of(kind)
     if gpu is None or gpu.peak_flops is None:
-        gpu, number, elsewhere = find_gpu("h100"), 1, f"; not known for {kind}"
+        return f"{updates}; how fast {kind} is will show after a few of them"
     tokens = num_steps * per_update
     cost = budget(config, tokens, gpu, number, mfu=ASSUMED_MFU, mfu_source="assumed")
     return (
-        f"time: {num_steps:,} updates of {per_update:,} tokens, about "
-        f"{duration(cost.hours * 3600)} on {number} x {gpu.name} at {cost.mfu:.0%} of its peak "
-        f"(assumed){elsewhere}"
+        f"{updates}, about {duration(cost.hours * 3600)} on {number} x {gpu.name} at "
+        f"{cost.mfu:.0%} of its peak (assumed)"
     )

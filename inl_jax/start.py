@@ -11,6 +11,7 @@ from inl_jax.curriculum import Read, read_so_far, resumed_position
 from inl_jax.data.corpus import Corpus
 from inl_jax.parallel.sharding import shardings_of
 from inl_jax.training.checkpoint import Checkpoints, read_params
+from inl_jax.training.optim import learning_rates
 from inl_jax.training.run_dir import read_config
 from inl_jax.training.state import (
     Layout,
@@ -30,6 +31,19 @@ class Start(NamedTuple):
     position: int = 0  # samples consumed
     stretch: Stretch = Stretch()  # the updates since the last evaluation
     read: Read = ()  # the phases of the samples
+
+
+def say_rate_change(config: TrainConfig, step: int) -> None:
+    """Says if a run that resumes after `step` has another learning rate than its last start had."""
+    if step == 0 or 0 in (config.num_steps, (old := read_config(config.run_dir)).num_steps):
+        return
+    before = learning_rates(old.optim, old.num_steps)[min(step, old.num_steps - 1)]
+    now = learning_rates(config.optim, config.num_steps)[step]
+    if abs(now - before) > 1e-3 * before:
+        say(
+            f"the learning rate at update {step + 1} is {now:.2e}; by the config of the last start "
+            f"it would be {before:.2e}"
+        )
 
 
 def restore_or_init(

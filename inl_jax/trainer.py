@@ -27,7 +27,7 @@ from inl_jax.parallel.sharding import (
 from inl_jax.planning.cost import utilization
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
-from inl_jax.start import Start, restore_or_init
+from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.training.checkpoint import Checkpoints
 from inl_jax.training.metrics import (
     MetricsLog,
@@ -48,7 +48,7 @@ from inl_jax.training.stop import StopRequest
 from inl_jax.training.trackers import Trackers
 from inl_jax.watch.gpu_use import GpuUse, peak_memory
 from inl_jax.watch.integrator_probe import fixed_batch, measure_dynamics
-from inl_jax.watch.progress import Stretch, lowest, over_fitting, standing
+from inl_jax.watch.progress import Standing, Stretch, lowest, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
 from inl_jax.watch.step_timer import StepTimer
 
@@ -94,7 +94,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         saved.
       Stopped: SIGTERM came before the first update.
     """
-    with StopRequest() as stop:
+    with StopRequest(answers=processes.first()) as stop:
         mute(not processes.first())
         check_setup(config)
         fitted, mesh, layout = plan_run(config)
@@ -116,6 +116,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             run = Run(fitted, mesh, corpus, curriculum, num_steps, saved, log, start)
             run.recover_best()
             if not run.is_over():  # a run that is over stays as it is
+                say_rate_change(config, start.step)
                 record_run(config, corpus.tokenizer)
                 if processes.first():
                     record_environment(config.run_dir)
@@ -218,9 +219,12 @@ class Run:
         )
         placed = (place(self.mesh, batch) for batch in read)
         rates, any_stop, pending = learning_rates(c.optim, last), any_process(self.mesh), None
+        beginnings = phases.beginnings(self.curriculum, c, self.start.step, self.start.position)
         stop.enter_loop()
         self.timer.start(self.start.step)
         for step, batch in enumerate(self.timer.inputs(placed), start=self.start.step + 1):
+            if step in beginnings:
+                say(f"update {step}/{last}  {beginnings[step]}")
             state, metrics = step_fns[batch.shape[1] - 1](state, batch, rates[step - 1])
             if pending:  # one update late, so that the next one is dispatched before we wait
                 self.look_at(state, *pending)
@@ -338,6 +342,8 @@ class Run:
         record |= over_fitting(result.loss, self.stretch) | {"best": best, "basis": self.basis}
         self.stretch = Stretch()
         self.evaluations.append(record)
+        if c.patience:
+            record["patience_left"] = max(0, c.patience - self.standing().waited)
         self.log.write(record)
         if best:
             self.save(state, step)
@@ -349,15 +355,20 @@ class Run:
         if dynamics:
             self.log.write(self.stamped(step) | {"dynamics": dynamics})
 
+    def standing(self) -> Standing:
+        """How the last evaluation compares with the ones before."""
+        return standing(self.evaluations, basis=self.basis, min_delta=self.config.min_delta)
+
     def out_of_patience(self, step: int, *, tell: bool = True) -> bool:
         """Whether the evaluations up to `step` stop the run early; says so."""
         c = self.config
-        found = standing(self.evaluations, basis=self.basis, min_delta=c.min_delta)
+        found = self.standing()
         over = 0 < c.patience <= found.waited
         if over and tell:
             say(
                 f"stopped early at update {step}: {plural(found.waited, 'evaluation')} without an "
-                f"improvement on {found.best_loss:.4f} of update {found.best_step}; the best is "
+                f"improvement on {found.best_loss:.4f} of update {found.best_step}"
+                f"{f' by more than {c.min_delta}' if c.min_delta else ''}; the best is "
                 f"update {self.checkpoints.best_step()} (--step best); raise patience={c.patience} "
                 "to continue"
             )

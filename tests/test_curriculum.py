@@ -5,6 +5,7 @@ import pytest
 
 from inl_jax.config import DataConfig, InputError, OptimConfig, Phase, TrainConfig
 from inl_jax.curriculum import (
+    beginnings,
     describe,
     lengths_ahead,
     make_curriculum,
@@ -58,6 +59,18 @@ def test_phases_end_at_their_share_of_the_updates():
     assert ends == [4 * BATCH, 6 * BATCH], "at the nearest update"
     plain = make_curriculum(config_of(""), 100)
     assert len(plain.spans) == 1 and note_read(plain, 50) == [] and plain.tokens(50) == 50 * S
+
+
+def test_beginnings_are_the_first_updates_of_the_phases_to_come():
+    curriculum = make_curriculum(GUIDE, 1000)
+    found = beginnings(curriculum, GUIDE, 0, 0)
+    assert found == {
+        1: "phase 1 of 3 (0.5:1,0,0) begins",
+        501: "phase 2 of 3 (0.3:0,1,0) begins",
+        801: "phase 3 of 3 (0.2:1,1,1) begins",
+    }
+    assert list(beginnings(curriculum, GUIDE, 600, 600 * BATCH)) == [801]
+    assert beginnings(make_curriculum(config_of(""), 9), config_of(""), 0, 0) == {}
 
 
 def test_phases_in_tokens_end_after_them_and_the_last_is_endless():
@@ -211,6 +224,6 @@ def test_describe_says_updates_sources_and_epochs_and_warns_of_repetition():
         "WARNING: read more than once in this run: b 2.35 times",
     ]
     resumed = list(describe(make_curriculum(GUIDE, 1000), GUIDE, 1000, 600, 4800))
-    assert resumed[0] == "phase 1 of 3 (0.5:1,0,0): over, 4,000 samples"
+    assert resumed[0] == "phase 1 of 3 (0.5:1,0,0): over, 4,000 sequences"
     assert resumed[1].endswith("updates 601 to 800 in sequences of 32: b 100%")
     assert len(resumed) == 3, "no epochs, no warning"

@@ -302,6 +302,7 @@ def test_train_stopped_in_one_phase_and_resumed_into_another_is_bit_identical(
     resumed = trainer.train(parts)
     assert_same(expected.params, resumed.params)
     assert any(line.startswith("phase 2 of 2 (0.5:1,3): updates 5 to 8") for line in said)
+    assert said.count("update 5/8  phase 2 of 2 (0.5:1,3) begins") == 2
     changed = with_fields(parts, {"data.phases": phases[::-1], "num_steps": 12})
     with pytest.raises(InputError, match="phase 1 is 0.5:1,3, but it is over .* 0.5@16:1,0"):
         trainer.train(changed)
@@ -350,6 +351,7 @@ def test_train_resumes_a_finished_run_for_longer(train_config, capsys):
     longer = trainer.train(train_config(num_steps=12))
     out = capsys.readouterr().out
     assert "resuming from update 8" in out and "num_steps 8 -> 12" in out
+    assert "the learning rate at update 9 is 2.85e-03; by the config of the last start" in out
     assert longer.step == 12 and len([r for r in longer.history if "loss" in r]) == 12
 
 
@@ -383,6 +385,8 @@ def test_train_init_from_takes_the_weights_and_nothing_else(train_config, tmp_pa
     )
     second = trainer.train(config)
     assert second.step == 4  # counted from 0 again
+    with pytest.raises(InputError, match="init_from=elsewhere, but the run in .* exists"):
+        trainer.train(dataclasses.replace(config, init_from="elsewhere", num_steps=5))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), first.params, second.params
     )

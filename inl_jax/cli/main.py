@@ -40,7 +40,10 @@ def exit_with(program: Callable[[Sequence[str]], int], argv: Sequence[str]) -> N
     """Runs a program with its command line, and exits with its code, or with that of a signal."""
     signals.end_at_once()  # before anything heavy is imported
     try:
-        code = program(argv)
+        try:
+            code = program(argv)
+        except BrokenPipeError:  # the reader has gone, as `| head` does
+            code = 0
         flush()
     except KeyboardInterrupt as stopped:
         signals.leave(signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT)
@@ -57,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     verb = word.replace("-", "_")
     verb = SPELLINGS.get(verb, verb)
     try:
-        if word in ("-h", "--help") or (verb == "train" and not rest):
+        if word in ("-h", "--help", "help") or (verb == "train" and not rest):
             print(overview())
             return 0 if argv and verb != "train" else EXIT_MISTAKE
         if word == "--version":

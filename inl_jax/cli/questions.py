@@ -4,7 +4,7 @@ python3 train_inl_llm_large.py
 python3 train_inl_llm_large.py --size 3b --data corpus.txt --epochs 10 --batch_size 4
 
 What no flag answers is asked on the terminal. The answers become an `inl train` command, which is
-shown and run; give it any other flag of `inl train`.
+shown and run. It has many more flags: to use one, stop here and run that command with it.
 """
 
 import math

@@ -29,7 +29,8 @@ from inl_jax.training.stop import (
 
 # The fields that most people need.
 FIRST = """data.paths data.tokenizer run_dir num_steps num_epochs batch_size accumulate_steps
-optim.learning_rate eval_every save_every sample_prompts track mesh.fsdp""".split()
+optim.learning_rate optim.schedule eval_every patience save_every sample_every sample_prompts track
+mesh.fsdp""".split()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -276,7 +276,10 @@ def read_params(
     else:
         chosen = int(step) if str(step).isdecimal() else None
     if chosen not in steps:
-        raise InputError(f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}")
+        raise InputError(
+            f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}, and the names latest "
+            "and best"
+        )
     abstract = abstract_params(config)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -92,8 +92,14 @@ def _evaluation_line(record: Record) -> list[str]:
         f"({record['validation_tokens']:,} tokens)"
     )
     if "gap" in record:
-        line += f"  gap to training {record['gap']:+.2f}: {record['verdict']}"
-    return [line + ("  best so far" if record.get("best") else "")]
+        line += (
+            f"  gap {record['gap']:+.2f} to the mean training loss {record['train_loss']:.4f}: "
+            f"{record['verdict']}"
+        )
+    line += "  best so far" if record.get("best") else ""
+    return [
+        line + (f"  patience left {record['patience_left']}" if "patience_left" in record else "")
+    ]
 
 
 def _update_line(record: Record) -> list[str]:

@@ -56,6 +56,12 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
                 f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
                 f"or another run_dir{afresh}"
             )
+        if field == "init_from" and now:
+            raise InputError(
+                f"init_from={now}, but the run in {run_dir} exists and resumes from its own "
+                f"checkpoints{before and f' (it began from {before})'}: leave it out, or name "
+                "another run_dir"
+            )
         if field not in ("run_dir", "name"):
             say(f"changed since the last start: {field} {before} -> {now}")
     _check_tokenizer(run_dir, tokenizer)

@@ -1,5 +1,7 @@
 """SIGTERM and Ctrl-C: when a run ends at once, when it finishes its update first; exit codes."""
 
+import contextlib
+import os
 import signal
 import threading
 from typing import Literal
@@ -9,6 +11,12 @@ EXIT_MISTAKE = 2  # in the input
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command resumes
 EXIT_CTRL_C = 130  # nothing more was saved
+
+
+_ANSWER = (
+    b"\nstopping after this update, then saving; Ctrl-C again ends at once and loses what is not "
+    b"saved\n"
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,7 +33,9 @@ class StopRequest:
     the loop then finds the note.
     """
 
-    def __init__(self):
+    def __init__(self, *, answers: bool = True):
+        """With `answers` the first Ctrl-C in the loop gets a line on stderr."""
+        self._answers = answers
         self.requested: int | None = None  # the signal
         self._mode: Literal["raise", "held", "loop"] = "raise"
 
@@ -52,6 +62,9 @@ class StopRequest:
 
     def _catch(self, number, frame):
         again, self.requested = self.requested is not None, number
+        if self._mode == "loop" and not again and number == signal.SIGINT and self._answers:
+            with contextlib.suppress(OSError):  # `say` might hold its lock: this is a handler
+                os.write(2, _ANSWER)
         if self._mode == "raise" or (self._mode == "loop" and again and number == signal.SIGINT):
             self._raise()
 

@@ -119,8 +119,11 @@ def test_console_lines_are_made_from_the_record():
     assert "MFU 31.0%  75% waiting for data  2 skipped" in busy
     line = "update 4/10  validation loss 3.0000  ppl 20.09  1.0000 bits/byte  (1,024 tokens)"
     assert console_lines(validation(4, 3.0)) == [line]
-    judged = validation(4, 3.0) | {"gap": 0.625, "verdict": "watch it", "best": True}
-    assert console_lines(judged) == [f"{line}  gap to training +0.62: watch it  best so far"]
+    judged = {"train_loss": 2.375, "gap": 0.625, "verdict": "watch it", "best": True}
+    gap = "gap +0.62 to the mean training loss 2.3750: watch it"
+    assert console_lines(validation(4, 3.0) | judged | {"patience_left": 2}) == [
+        f"{line}  {gap}  best so far  patience left 2"
+    ]
     samples = [{"prompt": "a\n", "greedy": "b", "sampled": "c" * 200}]
     assert console_lines({"step": 4, "num_steps": 10, "samples": samples}) == [
         r"update 4/10  sample, likeliest: 'a\nb'",

@@ -6,7 +6,7 @@ import pytest
 from inl_jax.training.stop import Stopped, StopRequest
 
 
-def test_stop_request_raises_notes_or_waits_for_the_update():
+def test_stop_request_raises_notes_or_waits_for_the_update(capfd):
     with StopRequest() as stop:
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -21,5 +21,7 @@ def test_stop_request_raises_notes_or_waits_for_the_update():
         stop.enter_loop()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested == signal.SIGINT
+        answer = "stopping after this update, then saving; Ctrl-C again ends at once"
+        assert answer in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
