@@ -1,7 +1,8 @@
 """The process of one tracker: it follows RUN/metrics.jsonl and sends each record once.
 
 RUN/trackers/id.json    the run's id in W&B and trackio; a resumed run keeps it
-RUN/trackers/NAME.json  the last step sent, of each kind of record
+RUN/trackers/NAME.json  the last step sent, of each kind of record, and the size of metrics.jsonl
+                        when the tracker started
 RUN/trackers/NAME.log   what the tracker printed
 """
 
@@ -17,11 +18,42 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from inl_jax.console import first_line
 from inl_jax.redact import redact
+from inl_jax.tracking import log
 from inl_jax.tracking.services import HostedRun, TensorBoard
 from inl_jax.training.metrics import Record, kind, read_metrics
 from inl_jax.training.run_dir import read_json, write_text
-from inl_jax.training.trackers import failed
+from inl_jax.training.trackers import TOLD, failed
+
+
+class Tail:
+    """What metrics.jsonl gains; all of it anew if the file is cut, removed or replaced."""
+
+    def __init__(self, path: Path, offset: int):
+        """Begins at byte `offset` of the file."""
+        self._path, self._offset, self._rest, self._inode = path, offset, b"", None
+
+    def read(self) -> list[Record]:
+        """The new records and markers. Damaged lines are left out."""
+        try:
+            with open(self._path, "rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_size < self._offset or self._inode not in (None, found.st_ino):
+                    self._offset, self._rest = 0, b""
+                self._inode = found.st_ino
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            self._offset, self._rest = 0, b""
+            return []
+        self._offset += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        records = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
 
 
 def follow(
@@ -47,11 +79,14 @@ def follow(
     """
     state, metrics = run_dir / "trackers" / f"{name}.json", run_dir / "metrics.jsonl"
     sent = read_json(state)
+    tail, unseen = Tail(metrics, offset), Tail(metrics, sent.pop("offset", 0))
     parameters = {"config": read_json(run_dir / "config.json")}
     parameters["environment"] = read_json(run_dir / "env.json").get("starts", [{}])[-1]
     if name == "tensorboard":
-        # It can forget: from the first step that is not surely complete, all is sent anew.
-        start = min([step, *(last - 1 for last in sent.values())]) if sent else -1
+        # It can forget: all is sent anew from the first step that is not surely complete, or that
+        # the run has repeated since, perhaps without this tracker.
+        repeated = [record["resumed_from"] for record in unseen.read() if "resumed_from" in record]
+        start = min([step, *repeated, *(last - 1 for last in sent.values())]) if sent else -1
         sent = dict.fromkeys(sent, start)
         tracker = TensorBoard(run_dir, redact(parameters), start)
     else:
@@ -65,19 +100,13 @@ def follow(
                     tracker.write(redact(record))
                     sent[kind(record)] = record["step"]
             tracker.flush()
-            write_text(state, json.dumps(sent))
+            write_text(state, json.dumps(sent | {"offset": offset}))
 
     send(read_metrics(run_dir, up_to=step))
-    rest, last = b"", False
+    last = False
     while not last:
         last = ended.wait(1)
-        if metrics.exists():
-            with open(metrics, "rb") as file:
-                file.seek(offset)
-                new = file.read()
-            offset += len(new)
-            *lines, rest = (rest + new).split(b"\n")
-            send([json.loads(line) for line in lines if line.strip()])
+        send([record for record in tail.read() if "step" in record])
     tracker.close()
 
 
@@ -86,12 +115,12 @@ def main() -> None:
     name, run_dir, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the run
         signal.signal(number, signal.SIG_IGN)
-    stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a tracker prints goes to its log
+    stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+    finish_log = log.capture()
 
     def tell(line: str) -> None:
-        with contextlib.suppress(OSError):  # the run may have been killed
-            stdout.write(line + "\n")
+        with contextlib.suppress(BrokenPipeError):  # the run may have been killed
+            stdout.write(redact(line) + "\n")
 
     if name == "tensorboard":
         sys.modules["torch"] = None  # tensorboardX would load it, for nothing
@@ -101,20 +130,25 @@ def main() -> None:
         sys.stdin.read()  # ends with the run, even if that was killed
         ended.set()
         time.sleep(grace)
-        tell(failed(name, TimeoutError(f"not finished {grace} seconds after the run")))
-        os._exit(0)
+        tell(failed(name, f"not finished {grace} seconds after the run"))
+        finish_log()
+        os._exit(TOLD)
 
     threading.Thread(target=watch, daemon=True).start()
+    code = 1
     try:
         with open(run_dir / "trackers" / f"{name}.lock", "a") as lock:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one of a killed run may still be sending
             follow(name, run_dir, ended, tell, **arguments)
-    except Exception as error:
-        tell(failed(name, error))
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-    os._exit(0)  # a tracker's own work at exit could hang
+        code = TOLD
+    except BaseException as error:  # also SystemExit
+        tell(failed(name, f"{type(error).__name__}: {first_line(error)}"))
+        code = TOLD
+        traceback.print_exc()
+    finally:
+        finish_log()
+        os._exit(code)  # a tracker's own work at exit could hang
 
 
 if __name__ == "__main__":

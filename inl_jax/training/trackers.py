@@ -24,6 +24,7 @@ from inl_jax.redact import redact
 from inl_jax.training.run_dir import read_json, write_text
 
 GRACE = 20  # seconds that the trackers have to finish after the run
+TOLD = 3  # exit code of a tracker that has finished, or said why not; a package may exit with 0
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
@@ -56,26 +57,26 @@ class Trackers:
           step: update that the run starts or resumes from; the log has been told.
         """
         self._running: list[tuple[subprocess.Popen, threading.Thread]] = []
-        for name in names if processes.first() else ():
+        for name in dict.fromkeys(names) if processes.first() else ():
             try:
                 process = _start(name, Path(run_dir), project, step)
             except OSError as error:
-                say(failed(name, error))
+                say(failed(name, f"{type(error).__name__}: {first_line(error)}"))
                 continue
-            listener = threading.Thread(target=_listen, args=(name, process), daemon=True)
-            listener.start()
-            self._running.append((process, listener))
+            watcher = threading.Thread(target=_watch, args=(name, process), daemon=True)
+            watcher.start()
+            self._running.append((process, watcher))
 
     def close(self) -> None:
         """Lets the trackers send what is left. Returns after `GRACE` seconds and a few at most."""
         for process, _ in self._running:
             process.stdin.close()
         deadline = time.monotonic() + GRACE + 5
-        for process, listener in self._running:
-            listener.join(max(0, deadline - time.monotonic()))
-            if listener.is_alive():  # it is stuck where it cannot watch the time itself
+        for process, watcher in self._running:
+            watcher.join(max(0, deadline - time.monotonic()))
+            if watcher.is_alive():  # it is stuck where it cannot watch the time itself
                 process.kill()
-                listener.join(1)
+                watcher.join(2)
 
 
 def _start(name: str, run_dir: Path, project: str, step: int) -> subprocess.Popen:
@@ -94,20 +95,28 @@ def _start(name: str, run_dir: Path, project: str, step: int) -> subprocess.Pope
             stdin=subprocess.PIPE,  # its end tells the tracker that the run has ended
             stdout=subprocess.PIPE,  # lines to say
             stderr=log,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # Ctrl-C is for training
         )
 
 
-def _listen(name: str, process: subprocess.Popen) -> None:
-    for line in process.stdout:
+def _watch(name: str, process: subprocess.Popen) -> None:
+    speaker = threading.Thread(target=_say_lines, args=(process.stdout,), daemon=True)
+    speaker.start()
+    code = process.wait()
+    speaker.join(1)  # children of the tracker may keep the pipe open
+    if code != TOLD:
+        say(failed(name, f"its process ended with code {code}"))
+
+
+def _say_lines(lines: Iterable[str]) -> None:
+    for line in lines:
         say(line.rstrip("\n"))
-    if code := process.wait():
-        say(failed(name, RuntimeError(f"its process ended with code {code}")))
 
 
-def failed(name: str, error: BaseException) -> str:
+def failed(name: str, reason: str) -> str:
     """The line about a tracker that is given up."""
-    reason = redact(first_line(error)).rstrip(".")
+    reason = redact(reason).rstrip(".")
     return f"WARNING: tracker {name}: {reason}; it gets no more records, training goes on"

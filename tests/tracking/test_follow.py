@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from inl_jax.tracking.follow import follow
+from inl_jax.tracking.follow import Tail, follow
 
 SAMPLES = [{"prompt": "a", "greedy": "ab", "sampled": "a hf_abcdefghijklmnopqrstuvwx"}]
 
@@ -23,11 +23,13 @@ def run_dir(tmp_path):
     return folder
 
 
-def add(run_dir, *steps):
+def add(run_dir, *steps, resumed_from=0, loss=1):
     """Adds the records of updates, and all that comes with every second one."""
     with open(run_dir / "metrics.jsonl", "a") as file:
+        if resumed_from:
+            file.write(json.dumps({"resumed_from": resumed_from}) + "\n")
         for step in steps:
-            records = [{"loss": 1 / step}]
+            records = [{"loss": loss / step}]
             if step % 2 == 0:
                 records += [{"validation_loss": 2 / step}, {"samples": SAMPLES}]
             for record in records:
@@ -37,9 +39,7 @@ def add(run_dir, *steps):
 def send(name, run_dir, *steps, resumed_from=0):
     """Follows a run that resumes from an update and makes `steps`."""
     metrics = run_dir / "metrics.jsonl"
-    if resumed_from:
-        with open(metrics, "a") as file:
-            file.write(json.dumps({"resumed_from": resumed_from}) + "\n")
+    add(run_dir, resumed_from=resumed_from)
     offset = metrics.stat().st_size if metrics.exists() else 0
     add(run_dir, *steps)
     ended = threading.Event()
@@ -68,6 +68,47 @@ def test_tensorboard_shows_each_step_once_after_a_kill(run_dir, known, monkeypat
     assert "node1" in events.Tensors("environment")[0].tensor_proto.string_val[0].decode()
     for path in run_dir.glob("events.*"):
         assert not any(secret in path.read_bytes() for secret in (b"pa55", b"01234567", b"hf_abc"))
+
+
+def test_tensorboard_forgets_what_the_run_repeated_without_it(run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    send("tensorboard", run_dir, *range(1, 9))
+    add(run_dir, *range(4, 12), resumed_from=3, loss=-1)
+    send("tensorboard", run_dir, 12, resumed_from=11)
+    add(run_dir, *range(13, 15))
+    send("tensorboard", run_dir, 15, resumed_from=14)
+    found = EventAccumulator(str(run_dir)).Reload().Scalars("train/loss")
+    assert [event.step for event in found] == list(range(1, 16))
+    assert [event.value < 0 for event in found] == [3 < event.step < 12 for event in found]
+    [*_, last] = sorted(run_dir.glob("events.*"))
+    [*_, start] = EventAccumulator(str(last)).Reload().Scalars("train/loss")[:1]
+    assert start.step == 12  # not again from the branch that it knows by now
+
+
+@pytest.mark.parametrize("how", ["cut", "removed", "replaced"])
+def test_tail_reads_a_file_that_is_not_the_same_from_its_start(run_dir, how):
+    path = run_dir / "metrics.jsonl"
+    add(run_dir, 1, 3)
+    tail = Tail(path, path.stat().st_size)
+    add(run_dir, 5)
+    assert [record["step"] for record in tail.read()] == [5]
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:30])  # the second line is damaged
+    if how == "removed":
+        path.unlink()
+    if how == "replaced":
+        path.rename(run_dir / "old")
+        add(run_dir, *range(1, 7))  # more than was there
+    records = tail.read()
+    add(run_dir, 7)
+    records += tail.read()
+    add(run_dir, 9)
+    steps = {record["step"] for record in records + tail.read()}
+    assert steps == {"cut": {1, 9}, "removed": {7, 9}, "replaced": {*range(1, 8), 9}}[how]
 
 
 def test_trackio_holds_each_step_once_after_a_kill(run_dir, tmp_path, monkeypatch):
