@@ -61,6 +61,17 @@ def test_validation_loss_is_drawn_by_source(make_run, evaluation):
     ]
 
 
+def test_counts_of_skipped_updates_have_whole_ticks(make_run):
+    def ticks(skipped):
+        run = make_run()
+        run.records[-1]["skipped"] = skipped
+        (figure,) = (f for f in learning_figures([run]) if f.title == "Skipped updates")
+        return figure.layout["yaxis"].get("dtick")
+
+    assert ticks(1) == ticks(5) == 1
+    assert ticks(6) is None  # plotly.js chooses: at least 1
+
+
 def test_thinned_keeps_the_ends_the_extremes_and_the_gaps():
     values = np.random.default_rng(0).normal(size=100_000)
     values[40_000], values[70_000] = 50, -50
