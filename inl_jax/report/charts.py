@@ -44,7 +44,8 @@ class _Chart(NamedTuple):
     axis: Literal["linear", "linear or log", "log or linear"] = "linear"
     shape: Literal["linear", "hv"] = "linear"  # hv: steps
     from_zero: bool = False
-    marks: tuple[tuple[float, str], ...] = ()  # horizontal lines and what they mean
+    whole: bool = False  # a count
+    bounds: tuple[tuple[float, str], ...] = ()  # a lower and an upper line and what they mean
 
 
 _LEARNING = (
@@ -82,7 +83,7 @@ _LEARNING = (
         key="gap",
         unit="nats per token",
         markers=True,
-        marks=((0.5, "good below"), (1.0, "over-fitting above")),
+        bounds=((0.5, "good below"), (1.0, "over-fitting above")),
     ),
     _Chart(
         title="Learning rate",
@@ -107,6 +108,7 @@ _LEARNING = (
         unit="updates",
         above=0,
         shape="hv",
+        whole=True,
     ),
 )
 _SPEED = (
@@ -320,10 +322,19 @@ def _figure(chart: _Chart, traces: list[dict[str, Any]]) -> Figure:
             "y0": value,
             "y1": value,
             "line": {"color": GRAY, "width": 1, "dash": "dot"},
-            "label": {"text": f"{meaning} {value}", "textposition": "end", "font": {"color": GRAY}},
+            # Both labels stand between the lines, at opposite ends: neither is cut off.
+            "label": {
+                "text": f"{meaning} {value}",
+                "textposition": position,
+                "yanchor": anchor,
+                "font": {"color": GRAY},
+            },
         }
-        for value, meaning in chart.marks
+        for (value, meaning), position, anchor in zip(
+            chart.bounds, ("start", "end"), ("bottom", "top"), strict=False
+        )
     ]
+    highest = max(y for trace in traces for y in trace["y"] if np.isfinite(y))
     layout = {
         "showlegend": len({trace["name"] for trace in traces if "showlegend" not in trace}) > 1,
         "yaxis": {
@@ -331,7 +342,7 @@ def _figure(chart: _Chart, traces: list[dict[str, Any]]) -> Figure:
             "type": "log" if chart.axis == "log or linear" else "linear",
             "hoverformat": ".5~g",
             "rangemode": "tozero" if chart.from_zero else "normal",
-            "autorangeoptions": {"include": [1.15 * value for value, _ in chart.marks]},
+            **({"dtick": 1} if chart.whole and highest <= 5 else {}),
         },
         "shapes": lines,
         "meta": {"log": chart.axis != "linear"},

@@ -102,7 +102,7 @@ def iteration_figures(dynamics: Dynamics, *, when: str = "") -> list[Figure]:
             x=range(1, T + 1),
             x_axis={"title": {"text": "iteration"}, **_whole_ticks(T)},
             hover="layer %{y}, iteration %{x}",
-            texttemplate="%{z:.3~g}" if L <= 12 and T <= 5 else "",
+            labelled=L <= 12 and T <= 5,
         )
         for name, look in LOOKS.items()
     ]
@@ -155,7 +155,9 @@ def _update_figures(records: Sequence[Record]) -> list[Figure]:
 
     def over_updates(name: str, **words: str) -> Figure:
         last_LN = np.array([_numbers(r["dynamics"][name])[:, -1] for r in records]).T
-        axis, hover = {"title": {"text": "updates"}}, "layer %{y}, update %{x}"
+        # A category for each evaluation: the ticks are evaluations.
+        axis = {"title": {"text": "updates"}, "type": "category", "nticks": 8}
+        hover = "layer %{y}, update %{x}"
         return _map(name, last_LN, x=steps, x_axis=axis, hover=hover, **words)
 
     stiffest_NL = [_numbers(r["dynamics"]["stiffness"]).max(axis=1) for r in records]
@@ -171,7 +173,12 @@ def _update_figures(records: Sequence[Record]) -> list[Figure]:
         "y0": 2,
         "y1": 2,
         "line": {"color": GRAY, "width": 1, "dash": "dot"},
-        "label": {"text": "stable below 2", "textposition": "start", "font": {"color": GRAY}},
+        "label": {
+            "text": "stable below 2",
+            "textposition": "start",
+            "yanchor": "top",
+            "font": {"color": GRAY},
+        },
     }
     return [
         over_updates(
@@ -205,11 +212,13 @@ def _map(
     x_axis: dict[str, Any],
     hover: str,
     label_height: int = 0,
+    labelled: bool = False,
     **fields: Any,
 ) -> Figure:
     """A map of `values`, a row for each layer, in the colours of a look.
 
-    `hover` is a template of plotly.js, and `label_height` is in pixels.
+    `hover` is a template of plotly.js, `label_height` is in pixels, and `labelled` writes the
+    values on the cells.
     """
     colors, limits, L = LOOKS[name].colors.split(), LOOKS[name].limits, len(values)
     trace = {
@@ -232,20 +241,55 @@ def _map(
         "hovermode": "closest",
         "xaxis": bare | x_axis,
         "yaxis": {"title": {"text": "layer"}, "autorange": "reversed", **bare, **_whole_ticks(L)},
+        "annotations": _cell_labels(trace["z"], colors, limits) if labelled else [],
     }
     return Figure(title, caption, [trace], layout)
 
 
+def _cell_labels(
+    rows: list[list[float | None]], colors: list[str], limits: tuple[float, float] | None
+) -> list[dict[str, Any]]:
+    """The values of a map of layers by iterations, black or white, whichever is easier to read."""
+    values = _numbers(rows)
+    low, high = limits or (np.nanmin(values), np.nanmax(values))
+    size = 12 if values.shape[1] <= 3 else 10
+    shares = (values - low) / (high - low) if high > low else 0.5 + 0 * values
+    return [
+        {
+            "x": iteration + 1,
+            "y": layer + 1,
+            "text": f"{values[layer, iteration]:.3g}",
+            "showarrow": False,
+            "font": {
+                "color": readable_on(mixed(colors, shares[layer, iteration])),
+                "size": size,
+            },
+        }
+        for layer, iteration in np.argwhere(np.isfinite(values)).tolist()
+    ]
+
+
+def mixed(colors: Sequence[str], share: float) -> str:
+    """The colour at `share`, from 0 to 1, of the way through `colors`."""
+    at = share * (len(colors) - 1)
+    low = min(int(at), len(colors) - 2)
+    start, end = (
+        np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) for color in colors[low : low + 2]
+    )
+    red, green, blue = np.rint(start + (at - low) * (end - start)).astype(int)
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def readable_on(color: str) -> str:
+    """Black or white, whichever has the higher contrast (WCAG 2) with `color`: at least 4.5."""
+    parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#ffffff"
+
+
 def layer_color(layer: int, num_layers: int) -> str:
     """The colour of a layer in curves, from the first (teal) to the last (pink)."""
-    at = layer / max(1, num_layers - 1) * (len(_LAYER_COLORS) - 1)
-    low = min(int(at), len(_LAYER_COLORS) - 2)
-    ends = [
-        np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
-        for color in _LAYER_COLORS[low : low + 2]
-    ]
-    red, green, blue = np.rint(ends[0] + (at - low) * (ends[1] - ends[0])).astype(int)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    return mixed(_LAYER_COLORS, layer / max(1, num_layers - 1))
 
 
 def _convergence(dynamics: Dynamics, when: str) -> Figure:
@@ -326,7 +370,7 @@ def _stability(dynamics: Dynamics, when: str) -> Figure:
         )
     ]
     layout = _curve_layout(L, {"title": {"text": "alpha"}, "range": [0, 1]}, "dt gate beta")
-    layout["yaxis"] |= {"range": np.log10([lowest, highest]).tolist(), "dtick": 1}
+    layout["yaxis"]["range"] = np.log10([lowest, highest]).tolist()
     layout["annotations"] = names
     meaning = (
         "Each layer's stiffest channel beside its mean alpha, a line through the iterations. "

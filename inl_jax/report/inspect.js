@@ -17,7 +17,8 @@ for (const box of document.querySelectorAll(".probe")) {
     const [a, b] = [rgb(colors[low]), rgb(colors[low + 1])];
     return a.map((value, i) => value + (at - low) * (b[i] - value));
   }
-  const isLight = ([r, g, b]) => 0.299 * r + 0.587 * g + 0.114 * b > 140;
+  const linear = (part) => (part <= 10.3 ? part / 3295 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+  const isLight = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) > 0.179;
 
   const slider = (name, max) => {
     const input = make("input", { type: "range", min: 1, max, step: 1, value: state[name] });
@@ -62,7 +63,7 @@ for (const box of document.querySelectorAll(".probe")) {
     tokens.forEach((token, i) => {
       const found = row[i] === null ? null : colorAt(colors, high > low ? (row[i] - low) / (high - low) : 0.5);
       token.style.backgroundColor = found ? `rgb(${found.map(Math.round)})` : "";
-      token.style.color = found ? (isLight(found) ? "#1b1f24" : "#ffffff") : "";
+      token.style.color = found ? (isLight(found) ? "#000000" : "#ffffff") : "";
     });
     sliders.forEach(({ show }) => show());
     lowest.textContent = number(low);

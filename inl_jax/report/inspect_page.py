@@ -54,11 +54,12 @@ def _section(one: Inspected) -> str:
     labels = [visible(text).replace(" ", "␣") for text in one.texts]
     rows = "".join(map(figure_html, token_figures(one.watched_LTS, labels)))
     width = 17 * len(labels) + 120
+    map_width = 270 if len(one.dynamics["alpha"][0]) <= 3 else 350  # the cells hold numbers
     return f"""<section>
 <h2>{html.escape(start) or "The empty text"} <small>{plural(len(one.texts), "token")}</small></h2>
 {_tokens(one)}
 <h3 class="part">Layer by iteration, over all tokens</h3>
-<div class="charts maps">{"".join(map(figure_html, maps))}</div>
+<div class="charts maps" style="--width: {map_width}px">{"".join(map(figure_html, maps))}</div>
 <div class="charts below">{"".join(map(figure_html, curves))}</div>
 <h3 class="part">Layer by token</h3>
 <div class="charts rows" style="--width: {width}px">{rows}</div>

@@ -41,11 +41,12 @@ function placeAxes(full) {
     hoverformat: { updates: ",d", tokens: ".4s", hours: ".3f" }[state.x] });
 }
 
-// Over a decade or more a logarithmic axis labels 1, 2, 5 and no other digits.
+// A logarithmic axis writes its numbers out and, over one to four decades, labels 1, 2 and 5.
 function labelDecades(axis, data) {
   const values = data.flatMap(({ y }) => y.filter((value) => value > 0));
   const [low, high] = values.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
-  if (high > 10 * low) axis.dtick = "D2";
+  axis.tickformat = "~g";
+  if (high > 10 * low && high < 1e4 * low) axis.dtick = "D2";
 }
 
 // Traces at the chosen horizontal positions, with their smoothed companions or without.
@@ -69,7 +70,7 @@ function draw({ plot, data, layout }) {
   }
   plot.style.height = `${full.height}px`;
   return Plotly.react(plot, placed(data), full, { responsive: true, displaylogo: false,
-    displayModeBar: touch ? false : "hover",
+    displayModeBar: touch || data[0].type === "heatmap" ? false : "hover",
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
 }
 
@@ -118,6 +119,11 @@ for (const chart of charts.filter(({ layout }) => layout.meta?.log)) {
     draw(chart);
   }));
   chart.box.lastChild.className = "log";
+}
+
+// A word too long for its line breaks inside itself, not between the indentation and the word.
+for (const node of [...document.querySelectorAll(".text")].flatMap((text) => [...text.childNodes])) {
+  node.textContent = node.textContent.replace(/\n +/g, (indent) => indent.replaceAll(" ", "\u00a0"));
 }
 
 if (document.getElementById("controls")) addControls(document.getElementById("controls"));

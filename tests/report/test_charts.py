@@ -61,6 +61,26 @@ def test_validation_loss_is_drawn_by_source(make_run, evaluation):
     ]
 
 
+def test_labels_of_the_gap_stand_between_its_lines_at_opposite_ends(make_run, evaluation):
+    run = make_run(records=[evaluation(10, 4.0, gap=-3.0)])
+    (gap,) = (f for f in learning_figures([run]) if f.title == "Gap")
+    lower, upper = gap.layout["shapes"]
+    assert lower["y0"] == lower["y1"] < upper["y0"] == upper["y1"]
+    assert (lower["label"]["yanchor"], upper["label"]["yanchor"]) == ("bottom", "top")
+    assert lower["label"]["textposition"] != upper["label"]["textposition"]
+
+
+def test_counts_of_skipped_updates_have_whole_ticks(make_run):
+    def ticks(skipped):
+        run = make_run()
+        run.records[-1]["skipped"] = skipped
+        (figure,) = (f for f in learning_figures([run]) if f.title == "Skipped updates")
+        return figure.layout["yaxis"].get("dtick")
+
+    assert ticks(1) == ticks(5) == 1
+    assert ticks(6) is None  # plotly.js chooses: at least 1
+
+
 def test_thinned_keeps_the_ends_the_extremes_and_the_gaps():
     values = np.random.default_rng(0).normal(size=100_000)
     values[40_000], values[70_000] = 50, -50

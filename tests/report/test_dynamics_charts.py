@@ -7,6 +7,8 @@ from inl_jax.report.dynamics_charts import (
     LOOKS,
     dynamics_figures,
     layer_color,
+    mixed,
+    readable_on,
     stability_limits,
     token_figures,
 )
@@ -56,6 +58,7 @@ def test_charts_over_the_run_need_two_records(records):
     for name, figure in (("rms_step", movement), ("rms_error", distance)):
         (trace,) = figure.data
         assert trace["x"] == [10, 20, 30]
+        assert figure.layout["xaxis"]["type"] == "category"  # no tick between evaluations
         wanted = [[found[name][layer][-1] for found in dynamics] for layer in (0, 1)]
         np.testing.assert_allclose(trace["z"], wanted, rtol=1e-4)
     for layer, curve in enumerate(stiffness.data):
@@ -102,3 +105,28 @@ def test_token_maps_escape_what_tokens_say():
 def test_layers_have_distinct_colors_whatever_their_number():
     assert layer_color(0, 1) == layer_color(0, 48)
     assert len({layer_color(layer, 48) for layer in range(48)}) == 48
+
+
+def test_numbers_on_cells_stand_out_from_every_colour_of_every_map():
+    def luminance(color):  # WCAG 2
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    for look in LOOKS.values():
+        for share in np.linspace(0, 1, 101):
+            cell = mixed(look.colors.split(), share)
+            dark, light = sorted(map(luminance, (cell, readable_on(cell))))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_a_map_writes_its_values_on_its_cells_if_they_are_few(records):
+    distance, *_, direction = dynamics_figures(records)[: len(LOOKS)]
+    values = records[-1]["dynamics"]["rms_error"]
+    labels = distance.layout["annotations"]
+    shown = {(label["y"], label["x"]): label["text"] for label in labels}
+    assert shown == {(i + 1, t + 1): f"{values[i][t]:.3g}" for i in (0, 1) for t in range(4)}
+    assert min(label["x"] for label in direction.layout["annotations"]) == 2  # 1 has none
+    for record in records[:1] + records[2:]:
+        record["dynamics"] = {name: [[0.5] * 6] * 2 for name in LOOKS}
+    assert not any(figure.layout["annotations"] for figure in dynamics_figures(records)[:7])
