@@ -1,16 +1,21 @@
 """The checklist before a run: the checks that `train` makes, and the choices of its config."""
 
+import contextlib
 import json
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line
+from inl_jax.curriculum import make_curriculum, read_so_far
+from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
@@ -21,12 +26,14 @@ from inl_jax.planning.preflight import (
     Check,
     Finding,
     check_same_config,
+    count_steps,
     examine,
     make_plan,
     nearest_directory,
     read_corpus,
     warn,
 )
+from inl_jax.training.run_dir import check_run
 from inl_jax.training.step import compile_step
 from inl_jax.training.trackers import check_trackers
 
@@ -69,16 +76,19 @@ def checklist(
         rows += _tried({"compiled step": _check_step}, *plan) if compiled else []
     except InputError as error:
         rows += [_failed("devices", error), *_not_checked(list(MACHINE_CHECKS)[1:])]
+    corpus = None
     if skip_data:
-        return _of_all_processes([*rows, *_not_checked(["data", *DATA_CHECKS])])
-    try:
-        corpus = read_corpus(config)
-        rows += [Check("data", ", ".join(config.data.paths), "", "ok")]
-        rows += _tried(DATA_CHECKS, config, corpus)
-    except InputError as error:
-        if jax.process_count() > 1:  # the others may wait for this one
-            raise
-        rows += [_failed("data", error), *_not_checked(DATA_CHECKS)]
+        rows += _not_checked(["data", *DATA_CHECKS])
+    else:
+        try:
+            corpus = read_corpus(config)
+            rows += [Check("data", ", ".join(config.data.paths), "", "ok")]
+            rows += _tried(DATA_CHECKS, config, corpus)
+        except InputError as error:
+            if jax.process_count() > 1:  # the others may wait for this one
+                raise
+            rows += [_failed("data", error), *_not_checked(DATA_CHECKS)]
+    rows += _tried({"run in run_dir": _check_run}, config, corpus)
     return _of_all_processes(rows)
 
 
@@ -97,12 +107,12 @@ def _tried(checks: Mapping[str, Callable[..., Finding]], *args) -> list[Check]:
     for name, check in checks.items():
         try:
             rows += examine({name: check}, *args)
-        except InputError as error:
+        except (InputError, OSError) as error:
             rows += [_failed(name, error)]
     return rows
 
 
-def _failed(name: str, error: InputError) -> Check:
+def _failed(name: str, error: Exception) -> Check:
     return Check(name, str(error), "", "failed")
 
 
@@ -196,6 +206,34 @@ SETUP_CHECKS = {
     "monitoring": _check_trackers,
     "run directory": _check_run_dir,
 }
+
+
+def _check_run(config: TrainConfig, corpus: Corpus | None) -> Finding:
+    """Whether the run in the run directory, if there is one, can be resumed."""
+    found: list[str] = []
+    check_run(config, None if corpus is None else corpus.tokenizer, tell=found.append)
+    if not (Path(config.run_dir) / "config.json").exists():
+        return "none", "", "ok"
+    step, position = _newest_position(config.run_dir)
+    if corpus is not None and position:
+        read, samples = read_so_far(position, config, corpus), position["samples_seen"]
+        num_steps = count_steps(config, corpus, step=step, position=samples)
+        make_curriculum(config, num_steps, step=step, position=samples, read=read)
+    return "; ".join([f"at update {step}", *found]), "the same model and tokenizer", "ok"
+
+
+def _newest_position(run_dir: str) -> tuple[int, dict[str, Any]]:
+    """The step of the newest checkpoint that can be read, and its position; (0, {}) without one.
+
+    Several processes find none: if one of them could not read, Orbax would let the others wait.
+    """
+    folder = Path(run_dir).absolute() / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    for step in reversed(steps if jax.process_count() == 1 else []):
+        with contextlib.suppress(Exception):  # Orbax raises many types for bad bytes
+            if position := ocp.checkpointables_metadata(folder / str(step)).custom_metadata:
+                return step, position
+    return 0, {}
 
 
 def _check_saves(config: TrainConfig) -> Finding:

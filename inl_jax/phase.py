@@ -30,8 +30,8 @@ class Phase:
             f"{self.share:g}%; a number of tokens is above 100",
         )
         require(
-            all(0 <= weight < math.inf for weight in self.weights) and any(self.weights),
-            f"data.phases: {self}: weights must be 0 or more and finite, and one must be positive",
+            all(0 <= weight <= 1e18 for weight in self.weights) and any(self.weights),
+            f"data.phases: {self}: weights must be from 0 to 1e18, and one must be positive",
         )
         require(self.seq_len >= 0, f"data.phases: {self}: the length must be positive")
 
@@ -91,6 +91,10 @@ def check_phases(
     require(
         not phases or shares[0] > 1 or abs(total - 1) < 0.0015,
         f"data.phases: {' '.join(map(str, phases))}: the shares add up to {total:g}; make it 1",
+    )
+    require(
+        total <= 1e18,  # so that numbers of tokens fit into int64
+        f"data.phases: {' '.join(map(str, phases))}: {total:g} tokens; 1e18 is the most",
     )
 
 

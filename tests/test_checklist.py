@@ -1,14 +1,21 @@
+import contextlib
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from inl_jax import checklist as the_list
 from inl_jax.checklist import as_table, check_setup, checklist
-from inl_jax.config import InputError, MeshConfig
+from inl_jax.config import InputError, MeshConfig, Phase
+from inl_jax.curriculum import make_curriculum, note_read
+from inl_jax.data.corpus import prepare
 from inl_jax.planning import preflight
+from inl_jax.training.checkpoint import Checkpoints
+from inl_jax.training.run_dir import record_run
 
 WHAT_TRAIN_CHECKS = [*the_list.SETUP_CHECKS, *preflight.MACHINE_CHECKS, *preflight.DATA_CHECKS]
 
@@ -19,6 +26,14 @@ def verdicts(config, **what):
 
 def found(config, name):
     return next(check for check in checklist(config) if check.name == name)
+
+
+def write_update(config, **fields):
+    """Adds the record of an update to a run that has not been trained."""
+    folder = Path(config.run_dir)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"loss": 1.0} | fields) + "\n")
 
 
 def files(folder):
@@ -98,12 +113,32 @@ def test_data_is_measured_by_parameters_and_by_the_guide(train_config, monkeypat
     assert large.wanted == "33.97B (20 per parameter); the guide's minimum is 10.00B"
 
 
+def test_tokens_and_time_are_counted_in_the_lengths_of_the_phases(train_config):
+    phases = (Phase(share=0.5, weights=(1,), seq_len=8), Phase(share=0.5, weights=(1,)))
+    config = train_config(num_steps=1000, data={"phases": phases})
+    write_update(config, step=500, tokens_per_second=128.0)
+    assert "160.00k will be read" in found(config, "training tokens").found  # 8 x 8 and 8 x 32
+    assert found(config, "time").found == "16m 40s of training left"  # 500 updates of 8 x 32
+
+
+@pytest.mark.parametrize("damaged", [0, 0.0, None, "x", math.nan, math.inf, -1, 1e-320, [1]])
+def test_time_left_goes_by_the_last_speed_that_is_one(train_config, damaged):
+    config = train_config(num_steps=1002)
+    write_update(config, step=3, tokens_per_second=damaged)
+    assert found(config, "time").verdict == "not checked"
+    write_update(config, step=2, tokens_per_second=256.0)
+    assert found(config, "time").found == "16m 40s of training left"
+
+
+@pytest.mark.parametrize("end", ["abc", "-5", "", "9" * 400, "9" * 5000, "1e5"])
+def test_time_without_an_end_of_the_job_that_is_plausible_has_none(train_config, monkeypatch, end):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    assert found(train_config(), "time").wanted == ""
+
+
 def test_time_left_is_held_against_the_end_of_the_job(train_config, tmp_path, monkeypatch):
     config = train_config(num_steps=1002, optim={"warmup_steps": 2})
-    folder = Path(config.run_dir)
-    folder.mkdir()
-    record = {"step": 2, "loss": 1.0, "tokens_per_second": 256.0}  # an update has 8 x 32 tokens
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    write_update(config, step=2, tokens_per_second=256.0)  # an update has 8 x 32 tokens
     check = found(config, "time")
     assert check.verdict == "ok" and check.found == "16m 40s of training left"
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 900))
@@ -161,6 +196,52 @@ def test_preflight_prints_a_line_for_each_check_and_ends_with_0_or_2(tiny_run, i
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 2 and rows["vocabulary"]["verdict"] == "failed"
     assert rows["vocabulary"].keys() == {"name", "found", "wanted", "verdict"}
+
+
+def test_preflight_refuses_what_train_would_for_the_run_in_the_directory(trained, inl):
+    def rows(*flags):
+        code, out, _ = inl("preflight", "--config", trained[0], "--json", *flags)
+        return code, {row["name"]: row for row in json.loads(out)}["run in run_dir"]
+
+    code, same = rows()
+    assert code == 0 and same["verdict"] == "ok" and same["found"] == "at update 4"
+    assert (
+        rows("--batch_size", 16)[1]["found"]
+        == "at update 4; changed since the last start: batch_size 8 -> 16"
+    )
+    for flags in ([], ["--skip_data"]):
+        code, other = rows("--model.d_model", 32, *flags)
+        assert code == 2 and other["verdict"] == "failed"
+        assert "model.d_model=32, but the run in" in other["found"]
+    assert rows("--run_dir", trained[1] / "none")[1]["found"] == "none"
+
+
+def test_checklist_refuses_a_change_of_a_phase_that_is_over(train_config):
+    def with_phases(*texts):
+        return train_config(data={"phases": tuple(map(Phase.parse, texts))})
+
+    config = with_phases("0.5:1", "0.5@16:1")
+    corpus = prepare(config.data)
+    record_run(config, corpus.tokenizer)
+    position = {"samples_seen": 48, "seq_len": 32, "data": corpus.fingerprint}
+    position["phases"] = note_read(make_curriculum(config, 8), 48)
+    with contextlib.closing(Checkpoints(config.run_dir, keep_last=1)) as saved:
+        saved.save(6, {"w": np.zeros(2)}, position=position)
+        saved.wait()
+    assert found(config, "run in run_dir")[1:] == (
+        "at update 6",
+        "the same model and tokenizer",
+        "ok",
+    )
+    assert found(with_phases("0.5:1", "0.5@8:1"), "run in run_dir").verdict == "ok"
+    over = found(with_phases("0.5@8:1", "0.5@16:1"), "run in run_dir")
+    assert over.verdict == "failed" and "it is over in" in over.found
+
+
+def test_checklist_goes_on_after_a_file_that_cannot_be_read(train_config):
+    rows = verdicts(train_config(run_dir="x" * 300))
+    assert rows["run directory"] == rows["disk"] == rows["run in run_dir"] == "failed"
+    assert rows["vocabulary"] == "ok"
 
 
 def test_table_has_one_line_for_each_check_in_columns():

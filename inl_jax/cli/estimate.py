@@ -30,6 +30,15 @@ FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat
 model.integrator_segment optim.optimizer optim.moment_dtype optim.state_memory mesh.data mesh.fsdp
 mesh.tensor""".split()
 
+# The least and the greatest value of a flag.
+RANGES = {
+    "devices": (1, 1e5),
+    "tokens": (1, 1e18),
+    "mfu": (1e-4, 1),
+    "price": (0, 1e6),
+    "watts": (0, 1e6),
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
@@ -83,7 +92,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--tokens", type=float, help="to train on; those of the run by default")
     parser.add_argument("--gpus", nargs="+", default=[], help="GPUs to compare, or all")
-    parser.add_argument("--mfu", type=float, help="share of the GPU's peak, from 0 to 1")
+    parser.add_argument("--mfu", type=float, help="share of the GPU's peak, at most 1")
     parser.add_argument("--mfu_from", metavar="RUN", help="a run that has measured it")
     parser.add_argument("--price", type=float, metavar="USD", help="of one GPU for an hour")
     parser.add_argument("--watts", type=float, help="of one GPU")
@@ -92,13 +101,11 @@ def make_parser() -> Parser:
 
 
 def check(flags) -> None:
-    """Raises `InputError` for a number that cannot be."""
-    for name in ("devices", "tokens", "mfu", "price", "watts"):
+    """Raises `InputError` for a number out of its range, or flags that exclude each other."""
+    for name, (least, most) in RANGES.items():
         value = getattr(flags, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name} {value}: must be positive")
-    if flags.mfu is not None and flags.mfu > 1:
-        raise InputError(f"--mfu {flags.mfu}: a share of the peak, such as 0.3")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name} {value}: must be from {least:g} to {most:g}")
     if flags.mfu is not None and flags.mfu_from is not None:
         raise InputError(f"--mfu {flags.mfu} with --mfu_from {flags.mfu_from}: give one of them")
 
@@ -191,6 +198,8 @@ def budgets(config, flags, gpu, device_bytes) -> dict:
     tokens = flags.tokens or config.num_steps * config.batch_size * config.data.seq_len
     if not tokens:  # counted in epochs of data that is not looked at here
         return {}
+    if tokens > RANGES["tokens"][1]:
+        raise InputError(f"num_steps={config.num_steps}: that is above 1e18 tokens; lower it")
     mfu, source = ASSUMED_MFU, "assumed"
     if flags.mfu is not None:
         mfu, source = flags.mfu, "given"
@@ -211,7 +220,7 @@ def budgets(config, flags, gpu, device_bytes) -> dict:
             "fits": device_bytes <= gpu.usable_memory,
         }
 
-    compared = GPUS if flags.gpus == ["all"] else [find_gpu(n, "--gpus") for n in flags.gpus]
+    compared = GPUS if "all" in flags.gpus else [find_gpu(n, "--gpus") for n in flags.gpus]
     return {
         "tokens": tokens,
         "tokens_per_parameter": tokens / param_count(config.model),

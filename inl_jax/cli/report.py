@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     signals.unwind()
     text = report(read_runs(flags.run_dirs))
     try:
-        out.write_text(text)
+        out.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}; name another file") from None
     print(f"report: {out}")

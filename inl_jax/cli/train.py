@@ -73,12 +73,14 @@ def run(config, flags) -> int:
     from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
+    from inl_jax.training.run_dir import check_run
 
     join_processes(flags)
     apply_flags(config.xla_flags)
     if flags.dry_run:
         check_setup(config)
         plan_run(config)
+        check_run(config)
         for line in describe(make_curriculum(config, config.num_steps), config, config.num_steps):
             say(line)
         return 0

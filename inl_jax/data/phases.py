@@ -13,7 +13,7 @@ import numpy as np
 
 from inl_jax.phase import Phase
 
-BLOCK = 100_000
+BLOCK = 10_000
 """Samples after which the order of the sources repeats; weights are rounded to 1 in BLOCK."""
 
 
@@ -35,7 +35,7 @@ class Mixture:
         source = np.repeat(np.arange(len(weights)), self._counts)
         nth = np.concatenate([np.arange(count) for count in self._counts])
         order = np.argsort((nth + 0.5) / self._counts[source], kind="stable")
-        self._source, self._nth = source[order], nth[order]
+        self._source, self._nth = source[order].astype(np.int32), nth[order].astype(np.int32)
 
     def draw(self, index: int) -> tuple[int, int]:
         """The source of sample `index` of the phase, and how many that source gave before it."""

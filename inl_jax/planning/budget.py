@@ -2,7 +2,7 @@
 
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.planning.cost import flops_per_token
@@ -69,15 +69,21 @@ def measured_mfu(run_dir: str | Path) -> float:
     """The median MFU of a run's updates.
 
     Raises:
-      InputError: the run has no such record.
+      InputError: there is no run, or it has no such record.
     """
-    found = [record["mfu"] for record in read_metrics(run_dir) if "mfu" in record]
+    if not (Path(run_dir) / "metrics.jsonl").is_file():
+        raise InputError(f"--mfu_from {run_dir}: no run there (no metrics.jsonl); name its run_dir")
+    found = [record["mfu"] for record in read_metrics(run_dir) if _is_share(record.get("mfu"))]
     if not found:
         raise InputError(
             f"--mfu_from {run_dir}: no record there has an MFU, which only GPUs with a known peak "
             "have; name a run on such a GPU, or give --mfu"
         )
     return statistics.median(found)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 1e-6 <= value <= 1
 
 
 def guide_minimum(num_params: float) -> float | None:

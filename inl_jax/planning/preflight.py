@@ -8,11 +8,12 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import count, duration, first_line, plural, say, size
+from inl_jax.curriculum import make_curriculum
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.data.tokenizer import Tokenizer
@@ -208,8 +210,15 @@ def _check_disk(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Lay
 
 
 def nearest_directory(path: str) -> Path:
-    """The path itself or the nearest directory above it that exists."""
-    return next(p for p in (Path(path).absolute() / "x").parents if p.exists())
+    """The path itself or the nearest directory above it that exists.
+
+    Raises:
+      InputError: the path is too long, or a directory above it may not be read.
+    """
+    try:
+        return next(p for p in (Path(path).absolute() / "x").parents if p.exists())
+    except OSError as error:
+        raise InputError(f"run_dir={path}: {error.strerror}; name a directory") from None
 
 
 def _checkpoint_bytes(layout: Layout) -> int:
@@ -290,7 +299,7 @@ def _check_tokens(config: TrainConfig, corpus: Corpus) -> Finding:
     data.check_windows(corpus, config.data)
     tokens = sum(files.train_tokens for files in corpus.sources)
     num_params = param_count(config.model)
-    trained = count_steps(config, corpus) * config.batch_size * config.data.seq_len
+    trained = _tokens_after(0, config, count_steps(config, corpus))
     usual, least = TOKENS_PER_PARAMETER * num_params, guide_minimum(num_params)
     wanted = f"{count(usual)} ({TOKENS_PER_PARAMETER} per parameter)"
     wanted += f"; the guide's minimum is {count(least)}" if least else ""
@@ -301,16 +310,30 @@ def _check_tokens(config: TrainConfig, corpus: Corpus) -> Finding:
 
 
 def _check_time(config: TrainConfig, corpus: Corpus) -> Finding:
-    end = os.environ.get("SLURM_JOB_END_TIME", "")  # unix seconds
-    ends_in = int(end) - time.time() if end.isdecimal() else math.inf
-    until = f"{duration(max(0, ends_in))} until the job ends" if ends_in < math.inf else ""
-    updates = [r for r in read_metrics(config.run_dir) if "tokens_per_second" in r]
-    if not updates:
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    is_time = re.fullmatch("[0-9]{1,12}", end)  # in unix seconds
+    ends_in = int(end) - time.time() if is_time else math.inf
+    until = f"{duration(max(0, ends_in))} until the job ends" if is_time else ""
+    speeds = [
+        (record["step"], record["tokens_per_second"])
+        for record in read_metrics(config.run_dir)
+        if _is_speed(record.get("tokens_per_second"))
+    ]
+    if not speeds:
         return "speed not known before the first update", until, "not checked"
-    steps = count_steps(config, corpus) - updates[-1]["step"]
-    tokens = steps * config.batch_size * config.data.seq_len
-    left = max(0, tokens / updates[-1]["tokens_per_second"])
+    step, speed = speeds[-1]
+    left = _tokens_after(step, config, count_steps(config, corpus)) / speed
     return f"{duration(left)} of training left", until, "warning" if left > ends_in else "ok"
+
+
+def _is_speed(value: Any) -> bool:
+    return isinstance(value, int | float) and 1e-3 <= value < math.inf
+
+
+def _tokens_after(step: int, config: TrainConfig, num_steps: int) -> int:
+    """The tokens of the updates after `step`, with the phases that `config` has now."""
+    tokens = make_curriculum(config, num_steps).tokens
+    return max(0, tokens(num_steps * config.batch_size) - tokens(step * config.batch_size))
 
 
 DATA_CHECKS = {
@@ -353,13 +376,19 @@ def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position:
       position: samples consumed by those updates, perhaps at another batch size.
 
     Raises:
-      InputError: `num_epochs` gives no more updates than the warmup takes.
+      InputError: `num_epochs` gives no more updates than the warmup takes, or the updates are too
+        many for the counters.
     """
-    if config.num_steps > 0:
-        return config.num_steps
-    windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
-    left = math.floor(config.num_epochs * windows) - position
-    num_steps = max(1, step + max(0, left // config.batch_size))
+    num_steps = config.num_steps
+    if num_steps == 0:
+        windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
+        samples = math.floor(min(2.0**62, config.num_epochs * windows))  # which may be infinite
+        num_steps = max(1, step + max(0, (samples - position) // config.batch_size))
+    if num_steps >= 2**31:  # the state counts them in int32
+        field = "num_steps" if config.num_steps else "num_epochs"
+        raise InputError(
+            f"{field}={getattr(config, field)}: a run has {2**31 - 1:,} updates at most; lower it"
+        )
     if config.optim.warmup_steps >= num_steps:
         raise InputError(
             f"optim.warmup_steps={config.optim.warmup_steps}: num_epochs={config.num_epochs} gives "

@@ -313,27 +313,7 @@ def _figure(chart: _Chart, traces: list[dict[str, Any]]) -> Figure:
     records = max(trace["meta"]["records"] for trace in traces)
     drawn = f"Of {records:,} records the extremes of each stretch are drawn."
     caption = f"{chart.caption} {drawn if records > MAX_POINTS else ''}".strip()
-    lines = [
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": value,
-            "y1": value,
-            "line": {"color": GRAY, "width": 1, "dash": "dot"},
-            # Both labels stand between the lines, at opposite ends: neither is cut off.
-            "label": {
-                "text": f"{meaning} {value}",
-                "textposition": position,
-                "yanchor": anchor,
-                "font": {"color": GRAY},
-            },
-        }
-        for (value, meaning), position, anchor in zip(
-            chart.bounds, ("start", "end"), ("bottom", "top"), strict=False
-        )
-    ]
+    ends = zip(chart.bounds, ("start", "end"), ("bottom", "top"), strict=False)
     highest = max(y for trace in traces for y in trace["y"] if np.isfinite(y))
     layout = {
         "showlegend": len({trace["name"] for trace in traces if "showlegend" not in trace}) > 1,
@@ -344,10 +324,30 @@ def _figure(chart: _Chart, traces: list[dict[str, Any]]) -> Figure:
             "rangemode": "tozero" if chart.from_zero else "normal",
             **({"dtick": 1} if chart.whole and highest <= 5 else {}),
         },
-        "shapes": lines,
+        # Both labels stand between the lines, at opposite ends: neither is cut off.
+        "shapes": [marked(value, f"{what} {value}", *at) for (value, what), *at in ends],
         "meta": {"log": chart.axis != "linear"},
     }
     return Figure(chart.title, caption, traces, layout)
+
+
+def marked(value: float, text: str, position: str, anchor: str) -> dict[str, Any]:
+    """A dotted line across a chart at a height, and what it means; plotly.js places the text."""
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": value,
+        "y1": value,
+        "line": {"color": GRAY, "width": 1, "dash": "dot"},
+        "label": {
+            "text": text,
+            "textposition": position,
+            "yanchor": anchor,
+            "font": {"color": GRAY},
+        },
+    }
 
 
 def _short(value: float) -> float | int:

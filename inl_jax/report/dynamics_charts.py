@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from inl_jax.report.charts import GRAY, Figure
+from inl_jax.report.charts import GRAY, Figure, marked
 from inl_jax.training.metrics import Record
 
 Dynamics = dict[str, list[list[float | None]]]  # of a record: [L][T] under each name
@@ -165,39 +165,24 @@ def _update_figures(records: Sequence[Record]) -> list[Figure]:
         _layer_curve(i, L, steps, stiffness_N, "update %{x}: <b>%{y:.4~g}</b>")
         for i, stiffness_N in enumerate(np.array(stiffest_NL).T)
     ]
-    bound = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 2,
-        "y1": 2,
-        "line": {"color": GRAY, "width": 1, "dash": "dot"},
-        "label": {
-            "text": "stable below 2",
-            "textposition": "start",
-            "yanchor": "top",
-            "font": {"color": GRAY},
-        },
-    }
     return [
         over_updates(
             "rms_step",
-            title="Movement of the last iteration, over the run",
+            title="Movement of the last iteration, over updates",
             caption="rms(x' - x) in the last iteration: how far a layer is from having converged.",
         ),
         over_updates(
             "rms_error",
-            title="Distance to the equilibrium, over the run",
+            title="Distance to the equilibrium, over updates",
             caption="rms(x - mu) after the last iteration.",
         ),
         Figure(
-            "Stiffness over the run",
+            "Stiffness over updates",
             "The largest dt gate beta of any iteration, from the first layer (teal) to the last "
             "(pink). The limit of stability is 2 (1 + alpha), which is never below 2.",
             curves,
             _curve_layout(L, {"title": {"text": "updates"}}, "dt gate beta")
-            | {"shapes": [bound], "meta": {"log": True}},
+            | {"shapes": [marked(2, "stable below 2", "start", "top")], "meta": {"log": True}},
         ),
     ]
 

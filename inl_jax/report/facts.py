@@ -46,10 +46,10 @@ def parameters(run: Run) -> str:
     from inl_jax.model.language_model import param_count  # late: starts JAX
 
     try:
-        number = param_count(read_config(run.run_dir).model)
+        n = param_count(read_config(run.run_dir).model)
     except InputError:  # no config, or one of another version
         return "number of parameters not known"
-    return f"{number:,} parameters ({count(number)})"
+    return f"{n:,} parameters ({count(n)})"
 
 
 def best_evaluation(run: Run) -> Record | None:
@@ -68,10 +68,11 @@ def best_evaluation(run: Run) -> Record | None:
 
 def bytes_per_token(run: Run) -> float | None:
     """Bytes of validation text that a token stands for on average; None if not known."""
-    best = best_evaluation(run)
-    if best is None or not _finite(best.get("validation_bits_per_byte")):
+    best = best_evaluation(run) or {}
+    bits = best.get("validation_bits_per_byte")
+    if not _finite(bits) or bits <= 0:
         return None
-    return best["validation_loss"] / math.log(2) / best["validation_bits_per_byte"]
+    return best["validation_loss"] / math.log(2) / bits
 
 
 def _validation(run: Run) -> list[Fact]:
@@ -81,17 +82,17 @@ def _validation(run: Run) -> list[Fact]:
             Fact("Validation loss", UNKNOWN, "no evaluation yet"),
             Fact("Bits per byte", UNKNOWN),
         ]
-    perplexity = _number(last["validation_perplexity"], ",.2f")
+    perplexity = number(last.get("validation_perplexity"), ",.2f")
     text = bytes_per_token(run)
     return [
         Fact(
             "Validation loss",
-            _number(last["validation_loss"], ".4f"),
+            number(last["validation_loss"], ".4f"),
             f"perplexity {perplexity} at update {last['step']:,}",
         ),
         Fact(
             "Bits per byte",
-            _number(last["validation_bits_per_byte"], ".4f"),
+            number(last.get("validation_bits_per_byte"), ".4f"),
             f"{text:.2f} bytes per token" if text else "",
         ),
     ]
@@ -122,7 +123,9 @@ def _gap(run: Run) -> Fact:
 def _tokens(run: Run) -> Fact:
     last = run.records[-1]
     tokens = run.positions(np.array([last["step"]])).get("tokens")
-    more = f"update {last['step']:,} of {last['num_steps']:,}"
+    more = f"update {last['step']:,}"
+    if (num_steps := last.get("num_steps")) is not None:
+        more += f" of {num_steps:,}"
     if (epoch := run.latest("epoch")) is not None:
         more += f", {epoch:.2f} epochs"
     if skipped := run.latest("skipped"):
@@ -134,9 +137,10 @@ def _speed(run: Run) -> Fact:
     rates = run.curve("tokens_per_second")[1]
     if not np.isfinite(rates).any():
         return Fact("Speed", UNKNOWN)
-    mfu = run.curve("mfu")[1]
-    more = f"tokens per second, median; MFU {100 * np.nanmedian(mfu):.1f}%" if len(mfu) else ""
-    return Fact("Speed", count(np.nanmedian(rates)), more or "tokens per second, median")
+    more, mfu = "tokens per second, median", run.curve("mfu")[1]
+    if np.isfinite(mfu).any():
+        more += f"; MFU {100 * np.nanmedian(mfu):.1f}%"
+    return Fact("Speed", count(np.nanmedian(rates)), more)
 
 
 def _time(run: Run) -> Fact:
@@ -152,7 +156,7 @@ def _price(run: Run) -> Fact:
         (datetime.fromisoformat(start["time"]).timestamp(), start["devices"])
         for start in run.environment.get("starts", ())
     ]
-    timed = [record for record in run.records if "elapsed" in record and "time" in record]
+    timed = [r for r in run.records if r.get("elapsed") is not None and "time" in r]
     if not starts or not timed:
         return Fact("Price", UNKNOWN, "time or devices not recorded")
     total = before = 0.0
@@ -181,5 +185,6 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number as text, if it is one."""
     return format(value, form) if _finite(value) else "not finite"

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inl_jax.config import InputError
+from inl_jax.console import plural
 from inl_jax.training.metrics import Record, read_metrics
-from inl_jax.training.run_dir import read_json
+from inl_jax.watch.cleaning import clean_records, read_files
 
 
 class Run(NamedTuple):
-    """What one run directory says. The dictionaries are empty if their file is missing."""
+    """What one run directory says. The dictionaries are empty if their file is missing.
+
+    `read_runs` leaves out what is damaged: what is here has the type that it should have.
+    """
 
     name: str
     run_dir: Path
@@ -20,6 +24,8 @@ class Run(NamedTuple):
     config: dict[str, Any]
     environment: dict[str, Any]
     best: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+    """What was left out, in words."""
 
     def latest(self, key: str) -> Any:
         """The last value recorded under `key`; None if there is none."""
@@ -44,9 +50,10 @@ class Run(NamedTuple):
         ):
             for key, unit in keys.items():
                 at, values = self.curve(key)
+                known = np.isfinite(values)
                 # A run that began before this was recorded does not know its first part.
-                if unit and len(at) and at[0] <= self.records[0]["step"]:
-                    found[name] = np.interp(steps, at, values * unit)
+                if unit and known.any() and at[known][0] <= self.records[0]["step"]:
+                    found[name] = np.interp(steps, at[known], values[known] * unit)
                     break
         return found
 
@@ -61,14 +68,20 @@ def read_runs(run_dirs: Sequence[str]) -> list[Run]:
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        records = read_metrics(path)
+        try:
+            records, number = clean_records(read_metrics(path))
+            files, damaged = read_files(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; name a run_dir") from None
         if not records:
             raise InputError(
-                f"{path}: no run with records (no metrics.jsonl); name the run_dir of a run that "
-                "has trained"
+                f"{path}: no run with records (no metrics.jsonl, or none in it that can be read); "
+                "name the run_dir of a run that has trained"
             )
         if path.resolve() in [run.run_dir.resolve() for run in runs]:
             raise InputError(f"{path}: named twice; name each run once")
-        files = [read_json(path / f"{file}.json") for file in ("config", "env", "best")]
-        runs.append(Run(name if names.count(name) == 1 else str(path), path, records, *files))
+        if number:
+            damaged.append(plural(number, "record"))
+        name = name if names.count(name) == 1 else str(path)
+        runs.append(Run(name, path, records, *files, tuple(damaged)))
     return runs

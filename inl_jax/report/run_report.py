@@ -20,6 +20,7 @@ from inl_jax.report.facts import (
     best_evaluation,
     bytes_per_token,
     facts,
+    number,
     parameters,
 )
 from inl_jax.report.page import figure_html, page
@@ -100,7 +101,8 @@ def _tone(fact: Fact) -> str:
 def _about(run: Run) -> str:
     times = run.curve("time")[1]
     when = f", {_day(times[0])} to {_day(times[-1])}" if len(times) else ""
-    return f"{parameters(run)}{when}"
+    damaged = f"; damaged and left out: {', '.join(run.damaged)}" if run.damaged else ""
+    return f"{parameters(run)}{when}{damaged}"
 
 
 def _day(seconds: float) -> str:
@@ -123,7 +125,7 @@ def _aims(runs: Sequence[Run]) -> str:
             columns.append(
                 [
                     run.name,
-                    f"{best['validation_perplexity']:,.2f}",
+                    number(best.get("validation_perplexity"), ",.2f"),
                     f"{best['validation_bits_per_byte']:.3f}",
                     f"{text:.2f}",
                     *(f"{math.log2(aim) / text:.3f}" for aim in AIMS.values()),

@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,18 @@ from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.parallel import processes
 
 # Fields of the model that change neither the parameters nor the function they compute.
-_FREE_FIELDS = (
-    "model.remat",
-    "model.attention_kernel",
-    "model.integrator_gradient",
-    "model.integrator_segment",
-    "model.integrator_chunk",
-)
+_FREE_FIELDS = """model.remat model.attention_kernel model.integrator_gradient
+model.integrator_segment model.integrator_chunk""".split()
 # Fields of the optimizer that decide what its state is made of.
 _STATE_FIELDS = ("optim.optimizer", "optim.moment_dtype", "optim.rounding")
 
 
-def check_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def check_run(
+    config: TrainConfig, tokenizer: Tokenizer | None = None, *, tell: Callable[[str], None] = say
+) -> None:
     """Checks that this config may start in its run directory, or resume the run there.
+
+    Calls `tell` with a line for each change. A tokenizer that is not given is not checked.
 
     Raises:
       InputError: the run there has another model or tokenizer; the field and both values are named.
@@ -63,14 +62,14 @@ def check_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
                 "another run_dir"
             )
         if field not in ("run_dir", "name"):
-            say(f"changed since the last start: {field} {before} -> {now}")
+            tell(f"changed since the last start: {field} {before} -> {now}")
     _check_tokenizer(run_dir, tokenizer)
 
 
-def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
     read_config(run_dir)  # raises if there is no run
     saved = read_tokenizer(run_dir)
-    if saved.fingerprint != tokenizer.fingerprint:
+    if tokenizer and saved.fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
             f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "

@@ -39,6 +39,7 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
     assert all(row.keys() >= COSTS and row["count"] == 1 for row in rows.values())
     assert rows["a100-80gb"]["fits"] and not rows["rtx4090"]["fits"]
     assert rows["rtx6000-ada"]["hours"] is None  # no peak is known
+    assert estimate(*flags, "all", "h100", "--json")[1] == out
     code, out, _ = estimate(*flags, "rtx4090", "a100-80gb")
     *_, small, large, source = out.splitlines()
     assert "1 x rtx4090    does not fit: needs 50.50 GiB, usable 22.07 GiB" in small
@@ -66,12 +67,17 @@ def test_estimate_takes_the_mfu_that_a_run_has_measured(estimate, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--mfu", "30"], "--mfu 30.0: a share of the peak, such as 0.3"),
-        (["--tokens", "-1"], "--tokens -1.0: must be positive"),
-        (["--watts", "nan"], "--watts nan: must be positive"),
+        (["--mfu", "30"], "--mfu 30.0: must be from 0.0001 to 1"),
+        (["--mfu", "1e-320"], "--mfu 1e-320: must be from 0.0001"),
+        (["--tokens", "-1"], "--tokens -1.0: must be from 1 to 1e+18"),
+        (["--tokens", "1e-320"], "--tokens 1e-320: must be from 1"),
+        (["--watts", "nan"], "--watts nan: must be from 0 to 1e+06"),
+        (["--price", "1e308"], "--price 1e+308: must be from 0 to 1e+06"),
+        (["--devices", "0"], "--devices 0: must be from 1"),
+        (["--num_steps", str(10**400)], "0: that is above 1e18 tokens; lower it"),
         (["--mfu", ".3", "--mfu_from", "runs/x"], "give one of them"),
         (["--gpus", "a100"], "--gpus a100: choose one of a100-80gb, a100-40gb"),
-        (["--mfu_from", "nowhere"], "--mfu_from nowhere: no record there has an MFU"),
+        (["--mfu_from", "nowhere"], "--mfu_from nowhere: no run there"),
     ],
 )
 def test_estimate_answers_a_mistake_about_costs_in_one_line(estimate, flags, named):

@@ -48,6 +48,13 @@ def test_dry_run_says_size_and_memory_and_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_refuses_what_the_run_in_its_directory_cannot_resume(trained, inl):
+    code, _, err = inl("train", "--config", trained[0], "--dry_run", "--model.d_model", 32)
+    assert code == 2 and "model.d_model=32, but the run in" in err and err.count("\n") == 1
+    code, out, err = inl("train", "--config", trained[0], "--dry_run", "--batch_size", 16)
+    assert code == 0 and "changed since the last start: batch_size 8 -> 16" in out, err
+
+
 def test_train_names_text_that_is_not_there(tiny_run, inl, tmp_path):
     flags = ["--data.paths", "nowhere", "--run_dir", tmp_path / "run"]
     code, _, err = inl("train", "--config", tiny_run[0], *flags)

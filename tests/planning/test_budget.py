@@ -49,8 +49,14 @@ def test_guide_minimum_goes_by_size_and_not_by_name():
 
 
 def test_measured_mfu_is_the_median_of_the_updates(tmp_path):
+    def write(*shares):
+        lines = [json.dumps({"step": i, "loss": 1.0, "mfu": mfu}) for i, mfu in enumerate(shares)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+
+    with pytest.raises(InputError, match="--mfu_from .*no run there"):
+        measured_mfu(tmp_path)
+    write(0, None, "0.2", float("nan"), 1.5)  # damaged
     with pytest.raises(InputError, match="--mfu_from .*no record there has an MFU"):
         measured_mfu(tmp_path)
-    records = [{"step": i, "loss": 1.0, "mfu": mfu} for i, mfu in enumerate([0.01, 0.2, 0.21])]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write(0.01, 0.2, 0, 0.21)
     assert measured_mfu(tmp_path) == 0.2

@@ -30,6 +30,23 @@ def test_count_steps_counts_epochs_in_windows(train_config):
         preflight.count_steps(with_fields(config, {"optim.warmup_steps": 9999}), corpus)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_steps": 0, "num_epochs": 1e308}, {"num_steps": 2**31}, {"num_steps": 10**400}],
+    ids=str,
+)
+def test_count_steps_refuses_more_updates_than_the_counters_hold(train_config, fields):
+    config = train_config(**fields)
+    with pytest.raises(InputError, match="num_(epochs|steps)=.*: a run has 2,147,483,647 updates"):
+        preflight.count_steps(config, prepare(config.data))
+
+
+def test_nearest_directory_names_a_path_that_is_too_long(tmp_path):
+    assert preflight.nearest_directory(f"{tmp_path}/a/b") == tmp_path
+    with pytest.raises(InputError, match="run_dir=.*: File name too long; name a directory"):
+        preflight.nearest_directory(str(tmp_path / ("x" * 300)))
+
+
 def test_prepare_data_refuses_a_source_without_a_whole_window(train_config, tmp_path):
     (tmp_path / "short.txt").write_text("short\n")
     with pytest.raises(InputError, match="fewer than one window"):
