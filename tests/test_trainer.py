@@ -191,16 +191,8 @@ def test_train_stops_early_at_the_same_update_after_a_kill(train_config, monkeyp
     assert found == losses
 
 
-@pytest.mark.parametrize(
-    "track",
-    [
-        ("tensorboard",),
-        pytest.param(("tensorboard", "wandb", "trackio"), marks=pytest.mark.slow),
-    ],
-)
-def test_train_is_the_same_to_the_bit_while_all_is_watched(
-    train_config, tmp_path, monkeypatch, track
-):
+@pytest.mark.slow
+def test_train_is_the_same_to_the_bit_while_all_is_watched(train_config, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -212,7 +204,10 @@ def test_train_is_the_same_to_the_bit_while_all_is_watched(
         plain = train_config(run_dir=str(tmp_path / "plain"))
         trainer.train(plain)
     watched = train_config(
-        run_dir=str(tmp_path / "watched"), track=track, sample_every=2, sample_tokens=4
+        run_dir=str(tmp_path / "watched"),
+        track=("tensorboard", "wandb", "trackio"),
+        sample_every=2,
+        sample_tokens=4,
     )
     trainer.train(watched)
     assert_same(saved_state(plain, 8), saved_state(watched, 8))
@@ -359,7 +354,11 @@ def test_train_resumes_a_finished_run_for_longer(train_config, capsys):
     ("change", "named"),
     [
         ({"model": {"d_model": 32}}, ("model.d_model", "32", "16")),
-        ({"model": {"num_iterations": 2}}, ("model.num_iterations", "2", "3")),
+        pytest.param(
+            {"model": {"num_iterations": 2}},
+            ("model.num_iterations", "2", "3"),
+            marks=pytest.mark.slow,
+        ),
         ({"data": {"tokenizer": "bpe:280"}}, ("data.tokenizer", "bpe:280", "bytes")),
     ],
 )
@@ -650,6 +649,7 @@ def test_train_calls_on_record_with_each_record_and_lets_it_end_the_run(train_co
     assert steps == list(range(1, 9)), "the abandoned update 5 stands once"
 
 
+@pytest.mark.slow  # by default the test before, and those of the log
 def test_train_marks_the_branch_that_it_abandons(train_config):
     """A run whose checkpoints are lost starts again, and its history is that of one run."""
     config = train_config(num_steps=8, log_every=1, eval_every=0)

@@ -126,6 +126,8 @@ def _tokens(run: Run) -> Fact:
     more = f"update {last['step']:,}"
     if (num_steps := last.get("num_steps")) is not None:
         more += f" of {num_steps:,}"
+    if run.latest("patience_left") == 0:
+        more += ", stopped early"
     if (epoch := run.latest("epoch")) is not None:
         more += f", {epoch:.2f} epochs"
     if skipped := run.latest("skipped"):

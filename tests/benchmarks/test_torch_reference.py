@@ -18,8 +18,9 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [("float64", 1e-10), pytest.param("float32", 1e-5, marks=pytest.mark.slow)],
+    [("float64", 1e-10), ("float32", 1e-5)],
 )
+@pytest.mark.slow
 def test_torch_block_computes_what_ours_computes(benchmark, model_config, dtype, tolerance):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     harness, reference = benchmark("harness"), benchmark("torch_reference")

@@ -97,7 +97,7 @@ def test_dashes_in_a_flag_are_underscores_and_values_stay():
         (["plot"], "required: run_dir"),
         (["report"], "required: RUN"),
         (["import", "--weights", "w"], "required: --num_iterations, --out"),
-        (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be positive"),
+        (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be from 1"),
     ],
 )
 def test_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):

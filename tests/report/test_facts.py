@@ -27,6 +27,13 @@ def test_facts_are_of_the_last_evaluation_and_of_the_best(make_run, evaluation):
     assert found["Bits per byte"].more == "4.00 bytes per token"
 
 
+@pytest.mark.parametrize("left, said", [(0, True), (1, False)])
+def test_facts_say_that_a_run_stopped_early(make_run, evaluation, left, said):
+    run = make_run(records=[evaluation(5, 2.0), evaluation(10, 3.0, patience_left=left)])
+    (tokens,) = (fact for fact in facts(run) if fact.label == "Trained tokens")
+    assert ("stopped early" in tokens.more) == said
+
+
 def test_an_evaluation_without_a_finite_loss_is_never_the_best(make_run, evaluation):
     run = make_run(records=[evaluation(5, math.nan), evaluation(10, math.inf)])
     assert best_evaluation(run) is None and bytes_per_token(run) is None
