@@ -35,5 +35,5 @@ config = TrainConfig(
     eval_every=150,
     save_every=150,
     sample_every=150,
-    sample_prompts=("def ", "import "),
+    sample_prompts=("def ",),
 )
