@@ -228,7 +228,7 @@ def test_language_model_is_read_from_its_run(train_config):
     assert read.generate("one", **SAMPLING) == texts[0]
 
 
-@pytest.mark.parametrize("context", ["decay", "attention"])
+@pytest.mark.parametrize("context", ["decay", pytest.param("attention", marks=pytest.mark.slow)])
 def test_language_model_generates_the_same_on_a_mesh(train_config, context):
     """A run that is trained under fsdp and tensor can be sampled there, whatever the prompts."""
     config = train_config(model={"context": context, "num_kv_heads": 2})

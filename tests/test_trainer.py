@@ -91,7 +91,13 @@ def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, 
     [
         (
             {
-                "model": {"param_dtype": "bfloat16", "context": "attention", "dropout": 0.1},
+                "model": {
+                    "param_dtype": "bfloat16",
+                    "context": "attention",
+                    "dropout": 0.1,
+                    "num_layers": 1,
+                    "num_iterations": 2,
+                },
                 "accumulate_steps": 2,
             },
             signal.SIGTERM,

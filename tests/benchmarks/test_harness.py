@@ -104,6 +104,7 @@ def test_train_measures_a_config_with_and_without_the_integrator(measure):
     assert found["integrator_tax"] > 0 and found["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_generate_measures_each_batch_size_and_position_once(measure):
     sizes = "--batch_sizes 3 --positions 5 99 100 --new_tokens 4 --rounds 1".split()
     rows = measure("generate", *TINY, "--model.context", "mean", *sizes)["rows"]
@@ -123,6 +124,7 @@ def test_memory_measures_a_block_and_the_training_step(measure):
     assert found["step_temp_bytes"] > 0 and found["step_compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_step_memory_counts_a_donated_state(benchmark):
     config = load_config("tiny", TINY[2:])
     found = benchmark("memory").step_memory(config)

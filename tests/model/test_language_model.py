@@ -185,7 +185,8 @@ def test_program_size_does_not_grow_with_layers_or_iterations(model_config, cont
     assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=6)
 
 
-@pytest.mark.parametrize("context", ONE_QUICK)
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
 def test_gradient_is_finite_in_bfloat16_at_full_depth(model_config, context):
     """40 layers of 15 iterations, as in the 3b, but narrow. Every parameter gets a gradient."""
     config = model_config(

@@ -124,7 +124,8 @@ def test_compile_step_says_if_the_state_is_held_twice(train_config, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "context", [pytest.param("mean", marks=pytest.mark.slow), "decay", "attention"]
+    "context",
+    ["decay", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mean", "attention"))],
 )
 def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
     def size(**fields):
