@@ -33,7 +33,7 @@ from inl_jax.planning.preflight import (
     read_corpus,
     warn,
 )
-from inl_jax.training.run_dir import check_run
+from inl_jax.storage.run_dir import check_run
 from inl_jax.training.step import compile_step
 from inl_jax.training.trackers import check_trackers
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import inl_jax
 from inl_jax.console import first_line, say
+from inl_jax.files import write_text
 from inl_jax.redact import redact
 
 _PACKAGES = (
@@ -52,9 +53,7 @@ def record_environment(run_dir: str | Path) -> None:
     path = Path(run_dir) / "env.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"starts": [*starts, environment()]}, indent=2))
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"starts": [*starts, environment()]}, indent=2))
     except Exception as error:  # a note about a run must not end it
         say(f"WARNING: {path} was not written ({first_line(error)})")
 

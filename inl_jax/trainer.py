@@ -28,7 +28,8 @@ from inl_jax.planning.cost import utilization
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
-from inl_jax.training.checkpoint import Checkpoints
+from inl_jax.storage.checkpoint import Checkpoints
+from inl_jax.storage.run_dir import check_run, locked, record_run
 from inl_jax.training.metrics import (
     MetricsLog,
     Record,
@@ -37,7 +38,6 @@ from inl_jax.training.metrics import (
     update_record,
 )
 from inl_jax.training.optim import learning_rates
-from inl_jax.training.run_dir import check_run, locked, record_run
 from inl_jax.training.state import (
     Layout,
     TrainState,

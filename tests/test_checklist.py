@@ -14,8 +14,8 @@ from inl_jax.config import InputError, MeshConfig, Phase
 from inl_jax.curriculum import make_curriculum, note_read
 from inl_jax.data.corpus import prepare
 from inl_jax.planning import preflight
-from inl_jax.training.checkpoint import Checkpoints
-from inl_jax.training.run_dir import record_run
+from inl_jax.storage.checkpoint import Checkpoints
+from inl_jax.storage.run_dir import record_run
 
 WHAT_TRAIN_CHECKS = [*the_list.SETUP_CHECKS, *preflight.MACHINE_CHECKS, *preflight.DATA_CHECKS]
 

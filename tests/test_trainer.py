@@ -22,12 +22,13 @@ from inl_jax.config import InputError, MeshConfig, Phase, with_fields
 from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
+from inl_jax.failures import EXIT_INTERRUPTED
 from inl_jax.planning import preflight
+from inl_jax.storage.run_dir import locked, read_config
 from inl_jax.training import checkpoint, state
 from inl_jax.training.metrics import read_metrics
-from inl_jax.training.run_dir import locked, read_config
 from inl_jax.training.step import loss_fn
-from inl_jax.training.stop import EXIT_INTERRUPTED, Stopped
+from inl_jax.training.stop import Stopped
 from inl_jax.watch import step_timer
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
 from inl_jax.console import count, duration, plural, size
-from inl_jax.training.stop import EXIT_MISTAKE
+from inl_jax.failures import EXIT_MISTAKE
 
 # The fields that most people need.
 FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat

@@ -50,7 +50,7 @@ def evaluate_run(flags):
     from inl_jax.parallel.sharding import batch_shards
     from inl_jax.planning.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel
-    from inl_jax.training.run_dir import read_config
+    from inl_jax.storage.run_dir import read_config
 
     signals.unwind()
     config = read_config(flags.checkpoint)

@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     from inl_jax.data.tokenizer import load_tokenizer
     from inl_jax.interop.published import config_from_torch, params_from_torch
     from inl_jax.interop.torch_file import read_state_dict
-    from inl_jax.training.checkpoint import Checkpoints
-    from inl_jax.training.run_dir import record_run
+    from inl_jax.storage.checkpoint import Checkpoints
+    from inl_jax.storage.run_dir import record_run
 
     signals.unwind()
     state_dict = read_state_dict(flags.weights)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from inl_jax.planning.xla import use_compile_cache
     from inl_jax.report.inspect_page import inspect_page
     from inl_jax.sampling import LanguageModel
-    from inl_jax.training.run_dir import read_config
+    from inl_jax.storage.run_dir import read_config
     from inl_jax.watch.inspection import inspect_prompts
 
     signals.unwind()

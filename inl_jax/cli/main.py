@@ -14,7 +14,8 @@ from typing import NoReturn
 from inl_jax import __version__
 from inl_jax.cli import signals
 from inl_jax.console import flush
-from inl_jax.training.stop import EXIT_MISTAKE, Stopped
+from inl_jax.failures import EXIT_MISTAKE
+from inl_jax.training.stop import Stopped
 
 VERBS = {
     "train": "trains a model, or resumes its run",

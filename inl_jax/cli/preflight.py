@@ -20,7 +20,7 @@ from inl_jax.cli.command_line import (
 )
 from inl_jax.cli.train import FIRST
 from inl_jax.config import InputError
-from inl_jax.training.stop import EXIT_FAILED, EXIT_MISTAKE
+from inl_jax.failures import EXIT_FAILED, EXIT_MISTAKE
 
 
 def main(argv: Sequence[str]) -> int:

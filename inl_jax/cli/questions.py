@@ -18,7 +18,7 @@ from inl_jax.cli.command_line import Parser, exit_on_input_error
 from inl_jax.cli.main import config_lines, exit_with
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import as_overrides, load_config, presets
-from inl_jax.data.sources import find_entries
+from inl_jax.text.sources import find_entries
 
 PROGRAM = "python3 train_inl_llm_large.py"
 EXAMPLE = f"{PROGRAM} --size 3b --data corpus.txt --epochs 10 --batch_size 4"

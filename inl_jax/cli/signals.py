@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from inl_jax.training.stop import EXIT_CTRL_C, EXIT_INTERRUPTED, Stopped
+from inl_jax.failures import EXIT_CTRL_C, EXIT_INTERRUPTED
+from inl_jax.training.stop import Stopped
 
 PATIENCE = 5  # seconds for a verb to remove its temporary files
 

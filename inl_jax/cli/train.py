@@ -18,14 +18,8 @@ from inl_jax.cli.command_line import (
 )
 from inl_jax.config import InputError
 from inl_jax.console import flush, say
-from inl_jax.training.stop import (
-    EXIT_CTRL_C,
-    EXIT_DIVERGED,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_MISTAKE,
-    Stopped,
-)
+from inl_jax.failures import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISTAKE
+from inl_jax.training.stop import Stopped
 
 # The fields that most people need.
 FIRST = """data.paths data.tokenizer run_dir num_steps num_epochs batch_size accumulate_steps
@@ -72,8 +66,8 @@ def run(config, flags) -> int:
     from inl_jax.curriculum import describe, make_curriculum
     from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
+    from inl_jax.storage.run_dir import check_run
     from inl_jax.trainer import train
-    from inl_jax.training.run_dir import check_run
 
     join_processes(flags)
     apply_flags(config.xla_flags)

@@ -24,7 +24,7 @@ import numpy as np
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.console import first_line
-from inl_jax.data.sources import Entry
+from inl_jax.text.sources import Entry
 
 STALE_SECONDS = 24 * 3600
 """Another machine's temporary directory is removed if nothing was written to it for this long."""

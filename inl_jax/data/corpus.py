@@ -31,9 +31,9 @@ from inl_jax.data.cache import (
     remove,
     remove_stale,
 )
-from inl_jax.data.documents import Document, hash_fraction, read_documents, split_file
-from inl_jax.data.sources import Entry, find_entries
 from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.text.documents import Document, hash_fraction, read_documents, split_file
+from inl_jax.text.sources import Entry, find_entries
 
 BATCH_BYTES = 2**22
 """UTF-8 bytes per call of the tokenizer, which needs about 50 times as much memory for the call."""

@@ -10,8 +10,8 @@ from inl_jax.config import InputError
 from inl_jax.console import count, duration
 from inl_jax.planning.hardware import gpu_of
 from inl_jax.report.run import Run
+from inl_jax.storage.run_dir import read_config
 from inl_jax.training.metrics import Record
-from inl_jax.training.run_dir import read_config
 
 AIMS = {"text": 20, "code": 10}  # perplexities that the training guide aims at
 UNKNOWN = "not known"

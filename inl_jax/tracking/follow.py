@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from inl_jax.console import first_line
+from inl_jax.files import read_json, write_text
 from inl_jax.redact import redact
 from inl_jax.tracking import log
 from inl_jax.tracking.services import HostedRun, TensorBoard
 from inl_jax.training.metrics import Record, kind, read_metrics
-from inl_jax.training.run_dir import read_json, write_text
 from inl_jax.training.trackers import TOLD, failed
 
 

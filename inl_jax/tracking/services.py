@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from inl_jax.files import read_json
 from inl_jax.training.metrics import Record
-from inl_jax.training.run_dir import read_json
 
 _TABLE_HEAD = ("| field | value |", "|---|---|")
 _GIB = 2**-30

@@ -1,17 +1,10 @@
-"""SIGTERM and Ctrl-C: when a run ends at once, when it finishes its update first; exit codes."""
+"""SIGTERM and Ctrl-C: when a run ends at once, when it finishes its update first."""
 
 import contextlib
 import os
 import signal
 import threading
 from typing import Literal
-
-EXIT_FAILED = 1
-EXIT_MISTAKE = 2  # in the input
-EXIT_DIVERGED = 3
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command resumes
-EXIT_CTRL_C = 130  # nothing more was saved
-
 
 _ANSWER = (
     b"\nstopping after this update, then saving; Ctrl-C again ends at once and loses what is not "

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from inl_jax.checks import require
 from inl_jax.console import first_line, say
+from inl_jax.files import read_json, write_text
 from inl_jax.parallel import processes
 from inl_jax.redact import redact
-from inl_jax.training.run_dir import read_json, write_text
 
 GRACE = 20  # seconds that the trackers have to finish after the run
 TOLD = 3  # exit code of a tracker that has finished, or said why not; a package may exit with 0

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from inl_jax.files import read_json
 from inl_jax.training.metrics import Record
-from inl_jax.training.run_dir import read_json
 from inl_jax.watch.integrator_probe import QUANTITIES
 
 

@@ -34,7 +34,7 @@ def write_samples(run_dir: str | Path, step: int, samples: Sequence[dict[str, st
         parts.append(f"Likeliest tokens:\n\n{_fenced(sample['prompt'] + sample['greedy'])}\n")
         drawn = f"Drawn at temperature {TEMPERATURE}, seed {SEED}"
         parts.append(f"{drawn}:\n\n{_fenced(sample['prompt'] + sample['sampled'])}\n")
-    path.write_text("\n".join(parts), errors="replace")
+    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")
     return path
 
 

@@ -10,8 +10,8 @@ from texts import DOCUMENTS, split_texts, write_files, write_jsonl
 
 from inl_jax.config import InputError
 from inl_jax.data import corpus
-from inl_jax.data.sources import Entry, find_entries
 from inl_jax.data.tokenizer import load
+from inl_jax.text.sources import Entry, find_entries
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,10 +132,12 @@ def test_progress_is_lines_elsewhere_and_a_bar_on_a_terminal(
 
 
 @pytest.mark.parametrize(
-    "module", ["sources", "documents", "cache", "tokenizer", "corpus", "batches"]
+    "module",
+    ["text.sources", "text.rows", "text.documents"]
+    + ["data.cache", "data.tokenizer", "data.corpus", "data.batches"],
 )
-def test_modules_of_this_room_load_no_jax(module):
-    code = f"import sys, inl_jax.data.{module}; print(*sys.modules)"
+def test_modules_of_text_and_data_load_no_jax(module):
+    code = f"import sys, inl_jax.{module}; print(*sys.modules)"
     run = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], **run, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.data.sources import Entry, Rows, decode, file_rows, hf_rows, is_rows, text_columns
+from inl_jax.text.rows import Rows, decode, file_rows, hf_rows, text_columns
+from inl_jax.text.sources import Entry, is_rows
 
 PIECE_SIZE = 2**18
 """Bytes of one read, and the fewest characters of a piece but the last. Small, so that each batch

@@ -7,7 +7,8 @@ from pyarrow import parquet
 from texts import BYTES, DOCUMENTS, GPT2, split_texts, write_files, write_jsonl
 
 from inl_jax.config import InputError
-from inl_jax.data import corpus, documents
+from inl_jax.data import corpus
+from inl_jax.text import documents
 
 
 def test_split_depends_on_the_document_and_not_on_its_place(make_corpus, tmp_path):

@@ -11,17 +11,15 @@ RUN/events.out.tfevents.*           TensorBoard's
 
 import contextlib
 import fcntl
-import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import say
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as read_tokenizer
+from inl_jax.files import write_text
 from inl_jax.parallel import processes
 
 # Fields of the model that change neither the parameters nor the function they compute.
@@ -138,19 +136,3 @@ def locked(run_dir: str | Path) -> Iterator[None]:
             )
         processes.check_shared(Path(run_dir), "run_dir")
         yield  # the lock goes with the file, also if the process is killed
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object, empty if the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ from texts import DOCUMENTS, GPT2, leftovers, split_texts, write_files, write_js
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.data.corpus import prepare
-from inl_jax.data.sources import find_entries
+from inl_jax.text.sources import find_entries
 
 
 def write_every_kind(folder):

@@ -14,11 +14,11 @@ from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
+from inl_jax.files import read_json, write_text
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import with_shardings
-from inl_jax.training.run_dir import read_json, write_text
 
 
 class _KeepLastAndBest:

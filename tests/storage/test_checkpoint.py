@@ -18,7 +18,7 @@ from conftest import assert_same, mesh_of
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.config_file import to_json
 from inl_jax.parallel.sharding import num_bytes
-from inl_jax.training.checkpoint import Checkpoints, read_params
+from inl_jax.storage.checkpoint import Checkpoints, read_params
 from inl_jax.training.state import TrainState, make_layout, split_state
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}

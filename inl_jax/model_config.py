@@ -1,0 +1,103 @@
+"""The architecture as a frozen dataclass."""
+
+import dataclasses
+from typing import Literal
+
+from inl_jax.checks import check_types, require, require_not_negative, require_positive
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: every field that changes the parameters, or how the model is computed."""
+
+    vocab_size: int = 50257
+    """Number of tokens in the vocabulary, V; at least the tokenizer's."""
+    d_model: int = 128
+    """Width of the residual stream, D, in channels."""
+    num_layers: int = 4
+    """Number of blocks, L."""
+    num_iterations: int = 3
+    """Integrator steps per block, T. With 0 the model is built without the integrator."""
+    d_ff: int = 512
+    """Width of the feed-forward layer, F, in hidden units."""
+    max_seq_len: int = 256
+    """Length of the longest sequence, in tokens."""
+    controller_width: int = 64
+    """Width of each of the integrator's four controllers, C, in hidden units."""
+    context: Literal["mean", "decay", "attention"] = "decay"
+    """How a block reads the earlier positions. mean: running mean, the published model. decay:
+    exponential decay with a learned rate per channel. attention: causal softmax attention."""
+    num_heads: int = 1
+    """Number of query heads, each of width d_model / num_heads. For attention only."""
+    num_kv_heads: int = 1
+    """Number of key and value heads, each shared by num_heads / num_kv_heads query heads. For
+    attention only."""
+    dt: float = 0.1
+    """Time step of the integrator, in the units of its own time."""
+    excitation_amplitude: float = 0.03
+    """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
+    kappa: float = 1.0
+    """How sharply alpha falls to 0 near the equilibrium, per unit of rms(x - mu). With inf it does
+    not fall, as in the published model: alpha = sigmoid(o_alpha)."""
+    dropout: float = 0.0
+    """Probability of dropping a value of the embedding, of the integrator's output or of the
+    feed-forward layer's output."""
+    param_dtype: DType = "float32"
+    """Type in which parameters are stored. With bfloat16 the optimizer keeps float32 masters."""
+    compute_dtype: DType = "auto"
+    """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
+    attention_kernel: Literal["auto", "cudnn", "xla"] = "auto"
+    """Kernel for attention over whole sequences. cudnn: flash attention, bfloat16 on CUDA only.
+    auto: cudnn on CUDA, xla elsewhere. For attention only."""
+    remat: Literal["none", "integrator", "all_but_integrator", "block"] = "block"
+    """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
+    iterations. all_but_integrator: the rest of a block (with autodiff this is block: only lean
+    marks what is kept). block: all of a block; only its input is kept."""
+    integrator_gradient: Literal["lean", "autodiff"] = "lean"
+    """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
+    iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
+    integrator_segment: int = 1
+    """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
+    integrator_chunk: int = 0
+    """Positions that go through all iterations together. With 0: the whole sequence."""
+
+    def __post_init__(self):
+        check_types(self, "model.")
+        require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
+        require_positive(
+            self,
+            "model.",
+            "vocab_size d_model num_layers d_ff max_seq_len controller_width num_heads "
+            "num_kv_heads dt kappa integrator_segment",
+        )
+        require_not_negative(self, "model.", "num_iterations excitation_amplitude integrator_chunk")
+        require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1")
+        require(
+            self.param_dtype != "auto",
+            "model.param_dtype=auto: choose float32, bfloat16 or float64",
+        )
+        require(
+            self.d_model % 2 == 0,
+            f"model.d_model={self.d_model}: must be even (sinusoidal positions are sin, cos pairs)",
+        )
+        require(
+            self.d_model % self.num_heads == 0 and self.head_dim % 2 == 0,
+            f"model.num_heads={self.num_heads}: must divide model.d_model={self.d_model} into "
+            "heads of even width",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
+        )
+        require(
+            not (self.num_iterations == 0 and self.context == "mean"),
+            "model.num_iterations=0 with model.context=mean: nothing would read the context; "
+            "use model.context decay or attention",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, K."""
+        return self.d_model // self.num_heads

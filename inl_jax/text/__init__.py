@@ -1,0 +1,1 @@
+"""What a path means, and files of any kind to documents."""
