@@ -249,8 +249,9 @@ class LanguageModel:
         ]
         known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
         settings = known | {"mesh": self.mesh} | settings
+        rows = generate(self.config, self.params, ids, **settings)
         texts = [
-            self.tokenizer.decode(row)
-            for row in generate(self.config, self.params, ids, **settings)
+            self.tokenizer.decode_after(*continued)
+            for continued in zip(prompts if several else [prompts], ids, rows, strict=True)
         ]
         return texts if several else texts[0]
