@@ -29,7 +29,7 @@ from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.storage.checkpoint import Checkpoints
-from inl_jax.storage.run_dir import check_run, locked, record_run
+from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
 from inl_jax.training.metrics import (
     MetricsLog,
     Record,
@@ -97,6 +97,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
     with StopRequest(answers=processes.first()) as stop:
         mute(not processes.first())
         check_setup(config)
+        config = pinned(config)
         fitted, mesh, layout = plan_run(config)
         corpus = prepare_data(config)
         check_run(config, corpus.tokenizer)

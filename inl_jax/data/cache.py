@@ -29,7 +29,7 @@ from inl_jax.text.sources import Entry
 STALE_SECONDS = 24 * 3600
 """Another machine's temporary directory is removed if nothing was written to it for this long."""
 
-_FORMAT = 1  # part of every key: raise it if the same text would give other tokens
+_FORMAT = 2  # part of every key: raise it if the same text would give other tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class TokenFiles:
     documents: int
     bad_utf8: int
     """Invalid UTF-8 sequences that were replaced by U+FFFD."""
+    rows_without_text: int
+    rows_with_half: int
+    """Rows that lack a part of their text; like those without, they are no documents."""
     dtype: str
     """uint16 or uint32."""
     fingerprint: str

@@ -31,7 +31,9 @@ from inl_jax.data.cache import (
     remove,
     remove_stale,
 )
+from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.text.columns import say_skipped
 from inl_jax.text.documents import Document, hash_fraction, read_documents, split_file
 from inl_jax.text.sources import Entry, find_entries
 
@@ -72,14 +74,14 @@ def prepare(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
         cannot be read.
       OSError: reading or writing failed. Nothing that looks finished is left behind.
     """
-    entries = find_entries(data.paths)
+    entries = find_entries(pinned_paths(data.paths))
     cache = make_cache(data.cache_dir)
     remove_stale(cache)
     if tokenizer is None:
         if data.tokenizer.startswith("bpe:"):
             tokenizer = _trained_bpe(entries, data, cache)
         else:
-            tokenizer = tokenizers.load_tokenizer(data.tokenizer)
+            tokenizer = tokenizers.load_tokenizer(pinned_tokenizer(data.tokenizer))
     groups = tuple((entry,) for entry in entries) if data.weights or data.phases else (entries,)
     sources = tuple(_prepare_source(group, data, tokenizer, cache) for group in groups)
     fingerprint = digest(*[files.fingerprint for files in sources])
@@ -154,18 +156,20 @@ def _write_tokens(
     text_files = [file for entry in entries if entry.is_text() for file in entry.files]
     all_text = all(entry.is_text() for entry in entries)
     one_file = all_text and len(text_files) == 1
+    skipped: Counter[str] = Counter()
     documents: Callable[[], Iterable[Document]]
     if one_file and 0 < fraction < 1:
         documents = functools.partial(split_file, text_files[0], fraction, data.bad_utf8)
     else:
-        documents = functools.partial(read_documents, entries, data)
+        documents = functools.partial(read_documents, entries, data, skipped)
     size_known = all_text and data.max_documents == 0
     total = sum(entry.size() for entry in entries) if size_known else 0
 
     meta, hashes = _encode(documents(), fraction, tokenizer, directory, total)
     if meta["documents"] == 0:
         specs = ", ".join(entry.spec for entry in entries)
-        raise InputError(f"data.paths: no text in {specs}; name sources that hold some")
+        rows = say_skipped(skipped)
+        raise InputError(f"data.paths: no text in {specs}{rows}; name others, or their data.column")
     if hashes and 0 < fraction < 1:
         low, high = hashes
         threshold = None
@@ -174,9 +178,11 @@ def _write_tokens(
         elif meta["validation_tokens"] == 0 and low < high:
             threshold = math.nextafter(low, 1.0)
         if threshold is not None:  # there are few documents, so a second reading is cheap
+            skipped.clear()
             meta, _ = _encode(documents(), threshold, tokenizer, directory, total)
     if one_file:
         meta["documents"] = 1  # its two parts count as one
+    meta |= {"rows_without_text": skipped["all"], "rows_with_half": skipped["half"]}
     _say_summary(meta, max(time.monotonic() - started, 1e-3))
     return meta
 
@@ -299,4 +305,5 @@ def _say_summary(meta: dict[str, Any], seconds: float) -> None:
         f"data: {plural(meta['documents'], 'document')}, {meta['train_tokens']:,} training + "
         f"{meta['validation_tokens']:,} validation tokens, {num_bytes:,} bytes, "
         f"{num_bytes / tokens:.2f} bytes per token, {tokens / seconds:,.0f} tokens/s{bad}"
+        f"{say_skipped(Counter(all=meta['rows_without_text'], half=meta['rows_with_half']))}"
     )

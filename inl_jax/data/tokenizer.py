@@ -44,6 +44,7 @@ _END_TOKENS = (
     "<|bos|>",  # nanochat's stands between documents
 )
 _MAX_BPE = 2**24
+_NO_NAMES = ("bpe", "byte", "char", "gpt-2", "none")  # taken for bytes, gpt2 or bpe:4096
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -212,8 +213,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
     Args:
-      name: bytes, gpt2, a tokenizer.json (or a directory that holds one), or a hub id. Not
-        bpe:<vocabulary size>: that is trained on text.
+      name: bytes, gpt2, a tokenizer.json (or a directory that holds one), or a hub id, with a
+        #REVISION or of the newest. Not bpe:<vocabulary size>: that is trained on text.
 
     Raises:
       InputError: the name is unknown, the file cannot be read or the hub cannot be reached.
@@ -226,10 +227,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise InputError(f"data.tokenizer={name}: is trained on a corpus; prepare one first")
     if Path(name).expanduser().exists():
         return load(name)
-    # A mistyped path or name must not cost half a minute of attempts to reach the hub.
-    if name in ("bpe", "byte", "char", "gpt-2", "none"):
+    if name in _NO_NAMES:
         raise InputError(f"data.tokenizer={name}: write bytes, gpt2, or bpe:4096 for 4096 entries")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name.endswith(".json"):
+    if not is_hub_id(name):
         raise InputError(
             f"data.tokenizer={name}: no such file, and not a hub id; use bytes, bpe:<vocabulary "
             "size>, gpt2, a tokenizer.json or owner/name"
@@ -237,12 +237,25 @@ def load_tokenizer(name: str) -> Tokenizer:
     return _load(_fetched(name), name)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `data.tokenizer` names a tokenizer of the hub: owner/name or owner/name#REVISION.
+
+    A mistyped path or name must not cost half a minute of attempts to reach the hub.
+    """
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(#.+)?", name) and not name.endswith(".json")
+    others = ("bytes", "gpt2", *_NO_NAMES)
+    return bool(is_id) and name not in others and not Path(name).expanduser().exists()
+
+
 def _fetched(name: str) -> Path:
     """The folder with a hub repository's tokenizer files, from the hub or its cache on the disk."""
     import huggingface_hub
 
+    hub_id, _, revision = name.partition("#")
     try:
-        found = huggingface_hub.snapshot_download(name, allow_patterns=tokenizer_files.FILES)
+        found = huggingface_hub.snapshot_download(
+            hub_id, revision=revision or None, allow_patterns=tokenizer_files.FILES
+        )
     except Exception as error:
         raise InputError(
             f"data.tokenizer={name}: no such file, and the hub did not give it "

@@ -11,12 +11,14 @@ RUN/events.out.tfevents.*           TensorBoard's
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import say
+from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.files import write_text
@@ -85,6 +87,26 @@ def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
     if not (run_dir / "config.json").exists():
         tokenizer.save(run_dir)
     write_text(run_dir / "config.json", to_json(config))
+
+
+def pinned(config: TrainConfig) -> TrainConfig:
+    """`config` with a commit for each dataset and tokenizer of the hub: the run's own, if it began.
+
+    Every process calls it; process 0 asks the hub.
+
+    Raises:
+      InputError: the hub cannot be asked.
+    """
+    names = []
+    if processes.first():
+        began = (Path(config.run_dir) / "config.json").exists()
+        recorded = read_config(config.run_dir).data if began else config.data
+        names = [
+            pinned_tokenizer(config.data.tokenizer, recorded.tokenizer),
+            *pinned_paths(config.data.paths, recorded.paths),
+        ]
+    tokenizer, *paths = json.loads(processes.gather(json.dumps(names))[0])
+    return with_fields(config, {"data.tokenizer": tokenizer, "data.paths": tuple(paths)})
 
 
 def read_config(run_dir: str | Path) -> TrainConfig:

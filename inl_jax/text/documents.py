@@ -9,17 +9,26 @@ import functools
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from inl_jax.config import DataConfig, InputError
-from inl_jax.text.rows import Rows, decode, file_rows, hf_rows, text_columns
+from inl_jax.config import DataConfig
+from inl_jax.text.columns import row_text, text_columns
+from inl_jax.text.hub import hub_rows
+from inl_jax.text.rows import Rows, decode, file_rows
+from inl_jax.text.sniff import sniff
 from inl_jax.text.sources import Entry, is_rows
 
 PIECE_SIZE = 2**18
 """Bytes of one read, and the fewest characters of a piece but the last. Small, so that each batch
 of the tokenizer has a piece for every core of a large machine."""
+
+LOOK_ROWS = 100
+"""Rows of a source that say which column is the text."""
+LOOK_LENGTH = 2**20
+"""Characters after which a look at these rows ends."""
 
 Pieces = Iterator[tuple[str, int]]
 """Text in pieces, each with the number of invalid UTF-8 sequences replaced in it."""
@@ -34,19 +43,29 @@ class Document(NamedTuple):
     """train or validation; empty if a hash of the text decides."""
 
 
-def read_documents(entries: Iterable[Entry], data: DataConfig) -> Iterator[Document]:
-    """The documents of all entries in order, at most `data.max_documents` of each."""
+def read_documents(
+    entries: Iterable[Entry], data: DataConfig, skipped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """The documents of all entries in order, at most `data.max_documents` of each.
+
+    Args:
+      entries: read one after another.
+      data: columns, split, and what bytes that are not UTF-8 become.
+      skipped: counts the rows that are no documents, by what is missing of the text: all or half.
+    """
+    skipped = Counter() if skipped is None else skipped
     for entry in entries:
-        yield from itertools.islice(_entry_documents(entry, data), data.max_documents or None)
+        documents = _entry_documents(entry, data, skipped)
+        yield from itertools.islice(documents, data.max_documents or None)
 
 
-def _entry_documents(entry: Entry, data: DataConfig) -> Iterator[Document]:
+def _entry_documents(entry: Entry, data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
     if entry.spec.startswith("hf:"):
-        yield from _row_documents(hf_rows(entry.spec, data), data)
+        yield from _row_documents(hub_rows(entry.spec, data), data, skipped)
         return
     for file in entry.files:
         if is_rows(file):
-            yield from _row_documents(file_rows(file, data), data)
+            yield from _row_documents(file_rows(file, sniff(file), data), data, skipped)
             continue
         size = file.stat().st_size
         pieces = functools.partial(_read_span, file, 0, size, data.bad_utf8)
@@ -95,35 +114,29 @@ def _pieces(texts: Iterable[tuple[str, int]]) -> Pieces:
         yield held, bad
 
 
-def _row_documents(rows: Rows, data: DataConfig) -> Iterator[Document]:
-    columns: list[str] = []
-    for row, where, bad in rows:
-        columns = columns or text_columns(list(row), data.column, where)
-        if not any(column in row for column in columns):
-            raise InputError(
-                f"{where}: no column {' or '.join(columns)}, which the rows before it have (this "
-                f"one: {', '.join(row)}); give every row the same columns"
-            )
-        text = ""
-        for column in columns:
-            value = row.get(column)
-            if isinstance(value, bytes):
-                value, _, more_bad = decode(value, True, data.bad_utf8, f"{where}, {column}", 0)
-                bad += more_bad
-            if not isinstance(value, str | None):
-                raise InputError(
-                    f"{where}: column {column} holds {type(value).__name__}, not text; name "
-                    f"another by data.column (there are {', '.join(row)})"
-                )
-            text += value or ""
-        # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
-        text, lone = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        if lone and data.bad_utf8 == "error":
-            raise InputError(
-                f"{where}: half of a surrogate pair; mend the row, or set data.bad_utf8=replace"
-            )
-        if text:
+def _row_documents(rows: Rows, data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
+    looked_at = _first_rows(rows)
+    if not looked_at:
+        return
+    sample, where = [row for row, _, _ in looked_at], looked_at[0][1]
+    columns = text_columns(sample, data.column, where)
+    for row, where, bad in itertools.chain(looked_at, rows):
+        text, missing, lone = row_text(row, columns, where, bad_utf8=data.bad_utf8)
+        if missing:
+            skipped[missing] += 1
+        else:
             yield Document(functools.partial(_cut_text, text, bad + lone))
+
+
+def _first_rows(rows: Rows) -> list[tuple[dict[str, Any], str, int]]:
+    """The first LOOK_ROWS rows, or fewer if they are large."""
+    first, length = [], 0
+    for row in itertools.islice(rows, LOOK_ROWS):
+        first.append(row)
+        length += sum(len(value) for value in row[0].values() if isinstance(value, str))
+        if length > LOOK_LENGTH:
+            break
+    return first
 
 
 def _cut_text(text: str, bad: int) -> Pieces:
