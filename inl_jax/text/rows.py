@@ -200,29 +200,30 @@ def _csv_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
             bad += more_bad
             yield line
 
-    text = lines()
+    def likeness(delimiter: str) -> tuple[bool, int]:
+        names = _next_record(csv.reader([first], delimiter=delimiter)) or []
+        return bool(usable_columns(names, data.column)), len(names)
+
+    text, where, advice = lines(), f"{file} line 1", "end its lines with a line feed"
     first = next(text, "")
-    delimiter = max(",\t;|", key=lambda sign: len(next(csv.reader([first], delimiter=sign), ())))
-    table = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
-    advice = f"quote fields that hold {delimiter!r}, line breaks or quotes, and double these quotes"
-    header: list[str] = []
-    while True:
-        where = f"{file} line {table.line_num + 1}"
-        try:
-            record = _next_record(table)
-        except csv.Error as error:
-            raise InputError(f"{where}: invalid CSV ({error}); {advice}") from None
-        if record is None:
-            return
-        if not header:
-            header = record
-        elif record and len(record) != len(header):
-            raise InputError(
-                f"{where}: {len(record)} fields, but the header has {len(header)}; {advice}"
-            )
-        elif record:
-            yield _row(list(zip(header, record, strict=True))), where, bad
-            bad = 0
+    try:
+        delimiter = max(",\t;|", key=likeness)
+        table = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+        advice = f"quote fields that hold {delimiter!r}, line breaks or quotes; double the quotes"
+        header: list[str] = []
+        while (record := _next_record(table)) is not None:
+            if not header:
+                header = record
+            elif record and len(record) != len(header):
+                raise InputError(
+                    f"{where}: {len(record)} fields, but the header has {len(header)}; {advice}"
+                )
+            elif record:
+                yield _row(list(zip(header, record, strict=True))), where, bad
+                bad = 0
+            where = f"{file} line {table.line_num + 1}"
+    except csv.Error as error:
+        raise InputError(f"{where}: invalid CSV ({error}); {advice}") from None
 
 
 def _next_record(table: Iterator[list[str]]) -> list[str] | None:
