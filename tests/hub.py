@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
-import tokenizers
 
 from inl_jax.data.tokenizer import load_tokenizer
 
@@ -14,14 +13,13 @@ COMMITS = {None: "a" * 40, "main": "a" * 40, "v2": "b" * 40}
 class Hub:
     """`asked` has a line for every question to the hub."""
 
-    def __init__(self, monkeypatch):
-        self.commits, self.asked = dict(COMMITS), []
-        self.online = True
+    def __init__(self, monkeypatch, folder):
+        self.commits, self.asked, self.folder = dict(COMMITS), [], folder
+        self.online, self.fetched = True, ""  # fetched: a commit that is on the disk
         api = SimpleNamespace(repo_info=self.repo_info)
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-        pretrained = SimpleNamespace(from_pretrained=self.from_pretrained)
-        monkeypatch.setattr(tokenizers, "Tokenizer", pretrained)
 
     def repo_info(self, name, *, repo_type, revision, timeout):
         self.asked.append(f"{repo_type} {name} {revision}")
@@ -34,9 +32,11 @@ class Hub:
         rows = {"id": range(9), "text": [f"{revision} row {i}" for i in range(9)]}
         return datasets.Dataset.from_dict(rows).to_iterable_dataset()
 
-    def from_pretrained(self, name, revision):
-        self.asked.append(f"tokenizer {name} {revision}")
-        return BYTES._backend
-
-
-BYTES = load_tokenizer("bytes")
+    def snapshot_download(self, name, *, revision, local_files_only=False, **_):
+        if local_files_only and not self.fetched:
+            raise FileNotFoundError
+        if not local_files_only:
+            self.asked.append(f"tokenizer {name} {revision}")
+        folder = self.folder / "snapshots" / (self.fetched or revision)
+        load_tokenizer("bytes").save(folder)
+        return str(folder)

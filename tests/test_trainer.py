@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from hub import COMMITS, Hub
 
 import inl_jax
 from inl_jax import trainer
@@ -666,3 +667,11 @@ def test_train_marks_the_branch_that_it_abandons(train_config):
     steps = [r["step"] for r in again.history if "loss" in r]
     assert steps == [1, 2, 3, 4] and max(r["step"] for r in again.history) == 4
     assert again.history == read_metrics(config.run_dir)
+
+
+def test_train_reads_a_dataset_of_the_hub_at_one_commit(train_config, monkeypatch, tmp_path):
+    Hub(monkeypatch, tmp_path)
+    config = train_config(data={"paths": ("hf:owner/name",)}, num_steps=3, eval_every=0)
+    found = trainer.train(config).config
+    assert found.data.paths == (f"hf:owner/name#{COMMITS['main']}",)
+    assert read_config(config.run_dir) == found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
+from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,6 +92,7 @@ def evaluate_run(flags):
     except MissingColumn:  # the run's column is of its own files
         if flags.column or not flags.data:
             raise
+        say(f"data.column={data.column}: not in --data; the text column is found by name")
         data = dataclasses.replace(data, column="")
         corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)

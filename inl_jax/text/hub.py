@@ -51,7 +51,7 @@ def pin(spec: str, kind: Literal["dataset", "model"], recorded: tuple[str, ...] 
       recorded: specs with commits. The one of the same dataset and config, or tokenizer, is used.
 
     Raises:
-      InputError: the hub cannot be asked, or does not have it.
+      InputError: the hub does not have it; or it cannot be asked, and nothing was fetched before.
     """
     stem, _, revision = spec.partition("#")
     name = parse(stem).name if kind == "dataset" else stem
@@ -66,18 +66,19 @@ def pin(spec: str, kind: Literal["dataset", "model"], recorded: tuple[str, ...] 
 def _commit(name: str, kind: str, revision: str) -> str:
     import huggingface_hub
 
+    asked = {"repo_type": kind, "revision": revision or None}
     try:
-        return (
-            huggingface_hub.HfApi()
-            .repo_info(name, repo_type=kind, revision=revision or None, timeout=_ANSWER_SECONDS)
-            .sha
-        )
+        return huggingface_hub.HfApi().repo_info(name, timeout=_ANSWER_SECONDS, **asked).sha
     except Exception as error:  # of the hub, of its network library, and for a name it refuses
-        at = f", revision {revision}" if revision else ""
-        raise InputError(
-            f"{kind} {name}{at}: the hub did not say its commit ({first_line(error)}); check the "
-            f"name and the network, or name a commit that is here already: {name}#COMMIT"
-        ) from error
+        try:  # what was fetched before; its folder is named after the commit
+            found = huggingface_hub.snapshot_download(name, local_files_only=True, **asked)
+        except Exception:
+            at = f" with the revision {revision}" if revision else ""
+            raise InputError(
+                f"{name}: nothing here has this name, and the hub gives no {kind} of it{at} "
+                f"({first_line(error)}); check the name and the network"
+            ) from error
+        return Path(found).name
 
 
 def hub_rows(spec: str, data: DataConfig) -> Rows:

@@ -4,10 +4,11 @@ import fcntl
 from pathlib import Path
 
 import pytest
+from hub import COMMITS, Hub
 
-from inl_jax.config import InputError
+from inl_jax.config import InputError, with_fields
 from inl_jax.data.tokenizer import load_tokenizer, train_bpe
-from inl_jax.storage.run_dir import check_run, locked, read_config, record_run
+from inl_jax.storage.run_dir import check_run, locked, pinned, read_config, record_run
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 
@@ -112,3 +113,24 @@ def test_locked_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, said
         assert (tmp_path / "run").is_dir()
     (line,) = said
     assert line.startswith("WARNING") and "no locks (Function not implemented)" in line
+
+
+def test_pinned_keeps_the_commits_that_the_run_began_with(
+    train_config, monkeypatch, tmp_path, said
+):
+    hub = Hub(monkeypatch, tmp_path)
+    first, second = COMMITS["main"], COMMITS["v2"]
+    paths = ("stdlib", "hf:owner/name@en")
+    asked = train_config(data={"paths": paths, "tokenizer": "owner/tokens"})
+    run = pinned(asked)
+    assert run.data.paths == ("stdlib", f"hf:owner/name@en#{first}")
+    assert run.data.tokenizer == f"owner/tokens#{first}"
+    record_run(run, BYTES)
+    hub.commits[None], hub.online = second, False
+    said.clear()
+    assert pinned(asked) == run  # the same command, though the hub has moved
+    check_run(pinned(asked), BYTES)
+    assert not any("changed since" in line for line in said)
+    assert f"hf:owner/name@en#{first}, as the run has recorded; name another commit" in said[1]
+    other = f"hf:owner/name@en#{second}"
+    assert pinned(with_fields(asked, {"data.paths": ("stdlib", other)})).data.paths[1] == other

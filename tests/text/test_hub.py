@@ -9,8 +9,8 @@ A, B = COMMITS["main"], COMMITS["v2"]
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    return Hub(monkeypatch)
+def hub(monkeypatch, tmp_path):
+    return Hub(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,12 @@ def test_pin_asks_the_hub_unless_a_commit_is_known(hub):
     assert pin("hf:owner/name", "dataset", (*recorded, "hf:owner/name")) == f"hf:owner/name#{A}"
 
 
-def test_pin_without_the_hub_is_one_line(hub):
+def test_pin_without_the_hub_takes_what_was_fetched_before(hub):
     hub.online = False
-    with pytest.raises(InputError, match="dataset owner/name, revision v2: .*no route; .*#COMMIT"):
+    with pytest.raises(InputError, match="no dataset of it with the revision v2 .no route.; check"):
         pin("hf:owner/name#v2", "dataset")
+    hub.fetched = B
+    assert pin("owner/name", "model") == f"owner/name#{B}"
 
 
 def test_rows_of_the_hub_are_of_the_revision_that_is_named(hub):
