@@ -74,7 +74,7 @@ def prepare(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
         cannot be read.
       OSError: reading or writing failed. Nothing that looks finished is left behind.
     """
-    entries = find_entries(pinned_paths(data.paths))
+    entries = find_entries(pinned_paths(data.paths), data)
     cache = make_cache(data.cache_dir)
     remove_stale(cache)
     if tokenizer is None:

@@ -33,7 +33,7 @@ def mode_of(path: Path) -> int | None:
 
 
 def special_kind(mode: int) -> str:
-    """What a file is that is neither regular nor a directory: a pipe, say. Empty if it is not."""
+    """What a file is that is neither regular nor a directory, such as a pipe; else empty."""
     special = {
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",

@@ -35,9 +35,9 @@ class Kind(NamedTuple):
 class NotText(InputError):
     """A file that holds neither text nor records."""
 
-    def __init__(self, file: Path, found: str, advice: str):
+    def __init__(self, message: str, found: str):
         """`found` names what it holds instead."""
-        super().__init__(f"{file}: {found}; {advice}")
+        super().__init__(message)
         self.found = found
 
 
@@ -93,32 +93,46 @@ def sniff(file: Path) -> Kind:
       NotText: it holds neither text nor records, or not what its name says.
       InputError: it cannot be read, its packing is damaged, or a package is missing.
     """
-    name = file.name.lower()
-    named_packing = next((p for suffix, p in _PACKINGS.items() if name.endswith(suffix)), "")
-    suffix = Path(Path(name).stem if named_packing else name).suffix
+    suffix, named_packing = suffixes(file)
     with unpacked(file, "") as stream:
         head = stream.read(HEAD_BYTES)
     packing = _find(_PACKING_MAGIC, head) or ""
+    if packing and suffix in (".tar", ".tgz", ".tbz2", ".txz"):
+        raise _not_text(file, "a tar archive", "unpack it")
+    if packing and packing != named_packing:
+        longer = file.name + next(s for s, p in _PACKINGS.items() if p == packing)
+        raise _not_text(file, f"packed by {packing}, unlike its name", f"name it {longer}")
+    if named_packing and not packing and head:
+        shorter = file.name[: file.name.rindex(".")]
+        raise _not_text(file, f"holds no {named_packing}", f"copy it again, or name it {shorter}")
     if packing:
         with unpacked(file, packing) as stream:
             head = stream.read(HEAD_BYTES)
-    elif head and named_packing:
-        shorter = file.name[: file.name.rindex(".")]
-        raise NotText(file, f"holds no {named_packing}", f"copy it again, or name it {shorter}")
     if other := _find(_OTHER_MAGIC, head):
-        raise NotText(file, *other)
-    if packing != named_packing and head:
-        longer = file.name + next(s for s, p in _PACKINGS.items() if p == packing)
-        raise NotText(file, f"packed by {packing}, unlike its name", f"name it {longer}")
+        raise _not_text(file, *other)
     table = _find(_TABLE_MAGIC, head)
-    if table and packing:
-        raise NotText(file, f"{table} packed by {packing}", "unpack it")
+    if packing and (table or _find(_PACKING_MAGIC, head)):
+        raise _not_text(file, f"{table or 'a packed file'} packed by {packing}", "unpack it")
     if suffix in _TABLES and table != _TABLES[suffix]:
-        raise NotText(file, f"damaged, or not {_TABLES[suffix]}", "copy it again")
+        raise _not_text(file, f"damaged, or not {_TABLES[suffix]}", "copy it again")
     return Kind(table or _text_format(file, head, suffix), packing)
 
 
-def unpacked(file: Path, packing: Packing) -> BinaryIO:
+def suffixes(file: Path) -> tuple[str, Packing]:
+    """The suffix of a file's name in lower case, and the packing that another one after it names.
+
+    `.json` and gzip for `a.json.gz`.
+    """
+    path = Path(file.name.lower())
+    packing = _PACKINGS.get(path.suffix, "")
+    return Path(path.stem).suffix if packing else path.suffix, packing
+
+
+def _not_text(file: Path, found: str, advice: str) -> NotText:
+    return NotText(f"{file}: {found}; {advice}", found)
+
+
+def unpacked(file: Path, packing: Packing) -> io.BufferedReader:
     """Opens a file; its bytes are as they were before packing.
 
     Raises:
@@ -128,7 +142,7 @@ def unpacked(file: Path, packing: Packing) -> BinaryIO:
     try:
         if not packing:
             return open(file, "rb")
-        return cast(BinaryIO, io.BufferedReader(_Unpacked(_open(file, packing), file, packing)))
+        return io.BufferedReader(_Unpacked(_open(file, packing), file, packing))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name a file that you may read") from None
 
@@ -180,7 +194,7 @@ def require_text(file: Path, strange: int, length: int) -> None:
       length: its characters.
     """
     if strange * 10 > length:
-        raise NotText(
+        raise _not_text(
             file,
             f"not UTF-8 text ({strange:,} of {length:,} characters are invalid)",
             "leave it out, or convert it to UTF-8, as by iconv",
@@ -189,10 +203,10 @@ def require_text(file: Path, strange: int, length: int) -> None:
 
 def _text_format(file: Path, head: bytes, suffix: str) -> Format:
     if encoding := _find(_ENCODING_MAGIC, head):
-        raise NotText(file, f"text in {encoding}", f"convert it: iconv -f {encoding} -t UTF-8")
+        raise _not_text(file, f"text in {encoding}", f"convert it: iconv -f {encoding} -t UTF-8")
     if b"\0" in head:
         found = "binary data, or text in UTF-16 (it has NUL bytes)"
-        raise NotText(file, found, "leave it out, or make it UTF-8 without NUL bytes")
+        raise _not_text(file, found, "leave it out, or make it UTF-8 without NUL bytes")
     whole = len(head) < HEAD_BYTES
     text, used = codecs.utf_8_decode(head, "replace", whole)
     invalid = text.count("\ufffd") - head[:used].count("\ufffd".encode())
@@ -211,7 +225,7 @@ def _text_format(file: Path, head: bytes, suffix: str) -> Format:
         return "jsonl"
     if suffix == ".json" and text:
         advice = "name records: an object a line, or an array of objects"
-        raise NotText(file, "JSON without records", advice)
+        raise _not_text(file, "JSON without records", advice)
     return "text"
 
 

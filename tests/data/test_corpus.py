@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from texts import DOCUMENTS, split_texts, write_files, write_jsonl
 
-from inl_jax.config import InputError
+from inl_jax.config import DataConfig, InputError
 from inl_jax.data import corpus
 from inl_jax.data.tokenizer import load
 from inl_jax.text.sources import Entry, find_entries
@@ -190,7 +190,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:4096"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     """1 GB of text: bytes takes seconds, bpe:4096 some minutes. Peak memory below 1 GiB."""
-    sources = [file.read_text() for file in find_entries(["stdlib"])[0].files]
+    sources = [file.read_text() for file in find_entries(["stdlib"], DataConfig())[0].files]
     size = number = 0
     with open(tmp_path / "big.txt", "w") as big:
         while size < 10**9:

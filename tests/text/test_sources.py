@@ -62,7 +62,7 @@ def test_directory_gives_files_of_text_in_order_and_names_the_skipped(make_corpu
 def test_stdlib_is_the_library_without_its_tests_and_other_packages(make_corpus):
     (source,) = make_corpus("stdlib", max_documents=30).sources
     assert source.documents == 30
-    (entry,) = find_entries(["stdlib"])
+    (entry,) = find_entries(["stdlib"], DataConfig())
     names = {str(file) for file in entry.files}
     assert 500 < len(names) < 1200
     assert not [n for n in names if re.search(r"/(site-packages|test|tests|idle_test)/", n)]

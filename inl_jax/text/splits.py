@@ -1,0 +1,113 @@
+"""Splits of a dataset in a folder: told by names, and by what `save_to_disk` noted."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from inl_jax.config import DataConfig, InputError
+from inl_jax.files import read_json
+from inl_jax.text.sniff import Kind, suffixes
+
+PLAIN_SUFFIXES = (".txt", ".text", ".tokens", ".raw")
+"""Suffixes of text that is no code and no document."""
+
+# Words in the names of files and folders, as `datasets` reads them.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def is_data(kind: Kind) -> bool:
+    """Whether programs write such files for programs to read."""
+    return kind.format != "text" or kind.packing != ""
+
+
+def split_of(path: Path, own_names: Iterable[str] = ()) -> str:
+    """The split that a path names: one of `own_names`, else the last usual one, else empty."""
+    text = str(path).lower()
+    for name in own_names:
+        if re.search(rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])", text):
+            return name
+    return next((_SPLITS[w] for w in reversed(re.split("[^a-z]+", text)) if w in _SPLITS), "")
+
+
+def other_splits(folder: Path, found: dict[Path, Kind], data: DataConfig) -> dict[Path, str]:
+    """The files under `folder` that belong to splits other than `data.hf_split`, and these splits.
+
+    A text may be about a test: its name counts only if another file is named after a wanted split.
+
+    Raises:
+      InputError: a part of a split is wanted.
+    """
+    own_names = {*data.hf_split.split("+")} - _SPLITS.keys()
+    splits = {
+        file: split
+        for file, kind in found.items()
+        if is_data(kind) or suffixes(file)[0] in PLAIN_SUFFIXES
+        if (split := split_of(file.relative_to(folder), own_names))
+    }
+    if not splits or data.hf_split == "all":
+        return {}
+    wanted = _wanted(folder, data)
+    certain = not wanted.isdisjoint(splits.values())
+    return {
+        file: split
+        for file, split in splits.items()
+        if split not in wanted and (certain or is_data(found[file]))
+    }
+
+
+def read_notes(
+    folder: Path, files: list[Path], data: DataConfig
+) -> tuple[list[Path], dict[Path, str]]:
+    """Sorts files as the notes of `datasets.save_to_disk` among them say.
+
+    Returns:
+      the files to read, without notes and shards of an older save; files of other splits, and
+      which.
+
+    Raises:
+      InputError: the split is not there, or a shard is missing.
+    """
+    others: dict[Path, str] = {}
+    for note in [file for file in files if file.name == "dataset_dict.json"]:
+        splits = _strings(read_json(note).get("splits"))
+        if data.hf_split == "all" or not splits:
+            continue
+        wanted = _wanted(folder, data)
+        unread = {
+            note.parent / name: name for name in splits if _SPLITS.get(name, name) not in wanted
+        }
+        if len(unread) == len(splits):
+            raise InputError(
+                f"data.paths: {note.parent} has no split {data.hf_split}; set data.hf_split to "
+                f"one of: {', '.join(splits)}"
+            )
+        others |= {file: unread[file.parent] for file in files if file.parent in unread}
+    files = [file for file in files if file not in others]
+    for note in [file for file in files if file.name == "state.json"]:
+        parts = read_json(note).get("_data_files")
+        names = [part.get("filename") for part in parts or () if isinstance(part, dict)]
+        shards = [note.parent / name for name in _strings(names)]
+        if missing := {*shards}.difference(files):
+            raise InputError(f"{min(missing)}: missing, but {note} names it; copy it again")
+        if shards:
+            files = [file for file in files if file.parent != note.parent] + shards
+    return files, others
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _wanted(folder: Path, data: DataConfig) -> set[str]:
+    """The names of the splits to read."""
+    if "[" in data.hf_split:
+        raise InputError(
+            f"data.hf_split={data.hf_split}: {folder} is read by whole splits; write hf:{folder}, "
+            "or set data.max_documents"
+        )
+    return {_SPLITS.get(name, name) for name in data.hf_split.split("+")}
