@@ -80,8 +80,7 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
 
     only_about = all(_ABOUT.match(file.name.lower()) for file in found)
     if not found or (only_about and (others or reasons)):
-        why = _why_nothing(others, reasons, data)
-        raise InputError(f"data.paths: {folder} holds no text{' but a README' * bool(found)}{why}")
+        raise InputError(f"data.paths: {folder} holds {_why_nothing(others, reasons, data)}")
     if others:
         splits = ", ".join(sorted({*others.values()}))
         say(f"data: {folder}: left out the splits {splits}: {_names(folder, others)}")
@@ -96,10 +95,10 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
 def _why_nothing(others: dict[Path, str], reasons: list[str], data: DataConfig) -> str:
     if others:
         splits = ", ".join(sorted({*others.values()}))
-        return f" of split {data.hf_split}; set data.hf_split to one of: {splits}"
+        return f"no text of split {data.hf_split}; set data.hf_split to one of: {splits}"
     if reasons:
-        return f" ({plural(len(reasons), 'file')} skipped); the first: {reasons[0]}"
-    return "; name a file or folder that does"
+        return f"no text to train on but {plural(len(reasons), 'other file')}; {reasons[0]}"
+    return "no text; name a file or folder that does"
 
 
 def _names(folder: Path, files: Collection[Path]) -> str:

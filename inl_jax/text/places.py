@@ -15,7 +15,7 @@ def local_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise _no_path(text, error) from None
+        raise InputError(f"data.paths: {text}: {error}; write the whole path") from None
 
 
 def mode_of(path: Path) -> int | None:
@@ -29,18 +29,15 @@ def mode_of(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise _no_path(str(path), error) from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"data.paths: {str(path)[:80]!r}: {reason}; name another path") from None
 
 
 def special_kind(mode: int) -> str:
     """What a file is that is neither regular nor a directory, such as a pipe; else empty."""
-    special = {
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    return special.get(stat.S_IFMT(mode), "")
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def hub_name(spec: str) -> tuple[str, str]:
@@ -56,8 +53,3 @@ def hub_name(spec: str) -> tuple[str, str]:
             return text[:end], text[end + 1 :]
     name, _, config = text.partition("@")
     return name, config
-
-
-def _no_path(text: str, error: Exception) -> InputError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return InputError(f"data.paths: {text[:80]!r}: {reason}; name a file or directory")

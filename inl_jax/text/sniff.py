@@ -4,20 +4,17 @@ import bz2
 import codecs
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from inl_jax.checks import InputError
 from inl_jax.console import first_line
 
 Format = Literal["text", "jsonl", "json", "csv", "parquet", "arrow"]
 Packing = Literal["", "gzip", "zstd", "xz", "bzip2"]
-
-T = TypeVar("T")
 
 HEAD_BYTES = 2**16
 """Bytes at the beginning of a file, unpacked, that are looked at."""
@@ -41,12 +38,7 @@ class NotText(InputError):
         self.found = found
 
 
-_PACKINGS: dict[str, Packing] = {
-    ".gz": "gzip",
-    ".zst": "zstd",
-    ".xz": "xz",
-    ".bz2": "bzip2",
-}
+_PACKINGS: dict[str, Packing] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _PACKING_MAGIC: dict[Packing, bytes] = {
     "gzip": rb"\x1f\x8b\x08",
     "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # a frame, or one to skip
@@ -60,18 +52,15 @@ _TABLE_MAGIC: dict[Format, bytes] = {
 }
 # Common formats, to be named. None of these bytes begins a text, but for the pointers.
 _OTHER_MAGIC = {
-    ("a pointer of Git LFS instead of the data", "run: git lfs pull"): rb"version https://git-lfs",
-    ("a pointer of git-annex instead of the data", "run: git annex get"): rb"/annex/objects/",
+    ("a pointer of Git LFS, not the data", "run: git lfs pull"): rb"version https://git-lfs",
     ("a tar archive", "unpack it"): rb".{257}ustar[\0 ]",
     ("an archive", "unpack it"): rb"PK(\x03\x04|\x05\x06)|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07",
     ("packed by lz4 or compress", "unpack it"): rb"\x04\x22\x4d\x18|\x1f\x9d",
     ("a PDF or Office document", "extract its text"): rb"%PDF-|\xd0\xcf\x11\xe0",
     ("an image", "leave it out"): rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP",
     ("a NumPy array", "name text, not numbers"): rb"\x93NUMPY",
-    ("a pickle", "write its texts as .jsonl"): rb"\x80[\x02-\x05]",
     ("safetensors", "name text, not weights"): rb".{5}\0{3}\{",
-    ("an SQLite database", "write its texts as .jsonl"): rb"SQLite format 3\0",
-    ("an HDF5 file", "write its texts as .jsonl"): rb"\x89HDF\r\n",
+    ("a database or a pickle", "write its texts as .jsonl"): rb"SQLite format 3\0|\x80[\x02-\x05]",
     ("a program", "leave it out"): rb"\x7fELF|MZ.{1,60}\0",
 }
 _ENCODING_MAGIC = {
@@ -119,10 +108,7 @@ def sniff(file: Path) -> Kind:
 
 
 def suffixes(file: Path) -> tuple[str, Packing]:
-    """The suffix of a file's name in lower case, and the packing that another one after it names.
-
-    `.json` and gzip for `a.json.gz`.
-    """
+    """The suffix of a name in lower case, and the packing after it: .json and gzip of a.json.gz."""
     path = Path(file.name.lower())
     packing = _PACKINGS.get(path.suffix, "")
     return Path(path.stem).suffix if packing else path.suffix, packing
@@ -148,12 +134,8 @@ def unpacked(file: Path, packing: Packing) -> io.BufferedReader:
 
 
 def _open(file: Path, packing: Packing) -> BinaryIO:
-    if packing == "gzip":
-        return cast(BinaryIO, gzip.open(file))
-    if packing == "xz":
-        return lzma.open(file)
-    if packing == "bzip2":
-        return bz2.open(file)
+    if packing != "zstd":
+        return {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}[packing](file)
     try:
         import pyarrow as pa
     except ImportError:
@@ -185,20 +167,17 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def require_text(file: Path, strange: int, length: int) -> None:
-    """Raises `NotText` if more than a tenth of a file's characters are of no text.
+def require_text(file: Path, invalid: int, length: int) -> None:
+    """Raises `NotText` if more than a tenth of a file's characters are invalid.
 
     Args:
       file: the file, for the error.
-      strange: its invalid UTF-8 sequences and control characters.
-      length: its characters.
+      invalid: number of its invalid UTF-8 sequences and control characters.
+      length: number of its characters.
     """
-    if strange * 10 > length:
-        raise _not_text(
-            file,
-            f"not UTF-8 text ({strange:,} of {length:,} characters are invalid)",
-            "leave it out, or convert it to UTF-8, as by iconv",
-        )
+    if invalid * 10 > length:
+        found = f"not UTF-8 text ({invalid:,} of {length:,} characters are invalid)"
+        raise _not_text(file, found, "leave it out, or convert it to UTF-8, as by iconv")
 
 
 def _text_format(file: Path, head: bytes, suffix: str) -> Format:
@@ -220,24 +199,16 @@ def _text_format(file: Path, head: bytes, suffix: str) -> Format:
         return "csv"
     if re.match(r"\[" if suffix == ".json" else r"\[\s*\{\s*\"", text):
         return "json"
-    line, line_end, _ = text.partition("\n")
-    if re.match(r"\{\s*\"", line) and (_is_json(line) or not (line_end or whole)):
+    line, line_end, rest = text.partition("\n")
+    closed = line.rstrip().endswith("}") or not (line_end or whole)
+    if re.match(r"\{\s*\"", line) and closed and rest.lstrip()[:1] in ("", "{"):
         return "jsonl"
     if suffix == ".json" and text:
-        advice = "name records: an object a line, or an array of objects"
-        raise _not_text(file, "JSON without records", advice)
+        raise _not_text(file, "JSON, but no rows", "write an object a line, or an array of objects")
     return "text"
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _find(patterns: dict[T, bytes], head: bytes) -> T | None:
-    """The first key whose pattern matches the beginning of `head`."""
+def _find(patterns: dict[Any, bytes], head: bytes) -> Any:
+    """The first key whose pattern matches the beginning of `head`, or None."""
     found = (key for key, pattern in patterns.items() if re.match(pattern, head, re.DOTALL))
     return next(found, None)

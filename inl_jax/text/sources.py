@@ -5,6 +5,7 @@ decided in `folders.py`, what a file holds in `sniff.py`.
 """
 
 import glob
+import os
 import stat
 import sysconfig
 from collections.abc import Iterable
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inl_jax.config import DataConfig, InputError
+from inl_jax.console import plural, say
 from inl_jax.text.folders import text_files, walk
 from inl_jax.text.hub import parse
 from inl_jax.text.places import local_path, mode_of, special_kind
 from inl_jax.text.sniff import Kind, sniff
+from inl_jax.text.splits import other_splits
 
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -84,6 +87,10 @@ def _find(spec: str, data: DataConfig) -> Entry:
                 f"data.paths: {path} is {special}, not a regular file; write it to a file first"
             )
         found |= text_files(path, data) if stat.S_ISDIR(mode) else {path: sniff(path)}
+    if "[" not in data.hf_split:
+        others = other_splits(Path(os.path.commonpath(found)), found, data)
+        if 0 < len(others) < len(found):  # as a glob may match them
+            say(f"data: {spec} also names {plural(len(others), 'file')} of other splits")
     first = {_inode(file): file for file in reversed(found)}
     files = tuple(file for file in found if first[_inode(file)] == file)
     return Entry(spec, files, tuple(found[file] for file in files))

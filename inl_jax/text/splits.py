@@ -74,7 +74,7 @@ def read_notes(
     """
     others: dict[Path, str] = {}
     for note in [file for file in files if file.name == "dataset_dict.json"]:
-        splits = _strings(read_json(note).get("splits"))
+        splits = _items(read_json(note).get("splits"), str)
         if data.hf_split == "all" or not splits:
             continue
         wanted = _wanted(folder, data)
@@ -89,9 +89,8 @@ def read_notes(
         others |= {file: unread[file.parent] for file in files if file.parent in unread}
     files = [file for file in files if file not in others]
     for note in [file for file in files if file.name == "state.json"]:
-        parts = read_json(note).get("_data_files")
-        names = [part.get("filename") for part in parts or () if isinstance(part, dict)]
-        shards = [note.parent / name for name in _strings(names)]
+        parts = _items(read_json(note).get("_data_files"), dict)
+        shards = [note.parent / name for name in _items([p.get("filename") for p in parts], str)]
         if missing := {*shards}.difference(files):
             raise InputError(f"{min(missing)}: missing, but {note} names it; copy it again")
         if shards:
@@ -99,8 +98,8 @@ def read_notes(
     return files, others
 
 
-def _strings(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+def _items(value: Any, kind: type) -> list[Any]:
+    return [item for item in value if isinstance(item, kind)] if isinstance(value, list) else []
 
 
 def _wanted(folder: Path, data: DataConfig) -> set[str]:

@@ -83,7 +83,7 @@ def test_any_bytes_decode_as_if_read_at_once(tmp_path_factory, data, size):
     file.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_SIZE", size)
-        pieces = list(documents._read_span(file, 0, len(data), "replace"))
+        pieces = list(documents._read_span(file, "", 0, len(data), "replace"))
         expected = data.removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
         assert "".join(text for text, _ in pieces) == expected
         genuine = data.removeprefix(b"\xef\xbb\xbf").decode(errors="ignore").count("\ufffd")
@@ -92,7 +92,7 @@ def test_any_bytes_decode_as_if_read_at_once(tmp_path_factory, data, size):
             data.decode()
         except UnicodeDecodeError as error:
             with pytest.raises(InputError, match=rf"a\.txt, byte {error.start}: not UTF-8"):
-                list(documents._read_span(file, 0, len(data), "error"))
+                list(documents._read_span(file, "", 0, len(data), "error"))
 
 
 def test_bad_utf8_in_a_file_is_replaced_and_counted_or_refused(make_corpus, tmp_path, said):
