@@ -28,7 +28,8 @@ class DataConfig:
     text in most of the first rows. Rows without text, or with half of it, are counted and left
     out."""
     hf_split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split to read of a Hugging Face dataset, and of a directory whose files or folders are named
+    after splits. all: every split."""
     max_documents: int = 0
     """Documents to read from each path, from its beginning; 0 reads all."""
     tokenizer: str = "gpt2"

@@ -86,7 +86,7 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
         say(f"data: {folder}: left out what describes the data: {_names(folder, about)}")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
-        say(f"data: {folder}: skipped {plural(skipped.total(), 'file')} without text: {kinds}")
+        say(f"data: {folder}: skipped {plural(skipped.total(), 'file')}: {kinds}")
     return found
 
 
@@ -100,7 +100,7 @@ def _why_nothing(others: dict[Path, str], reasons: list[str], data: DataConfig) 
 
 
 def _names(folder: Path, files: Collection[Path]) -> str:
-    names = [str(file.relative_to(folder)) for file in files]
+    names = sorted(str(file.relative_to(folder)) for file in files)
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -121,22 +121,24 @@ def _kind_of_text(file: Path, data: DataConfig) -> Kind | None:
         return kind
     try:
         rows = [row for row, *_ in itertools.islice(file_rows(file, kind, data), _LOOK_ROWS)]
-        if not rows:
-            return None
-        text_columns(rows, data.column, str(file))
+    except InputError as error:
+        if kind.packing:  # it may be damaged
+            raise
+        raise NotText(str(error), "no rows") from None
+    try:
+        return kind if rows and text_columns(rows, data.column, str(file)) else None
     except InputError as error:
         raise NotText(str(error), "no text column") from None
-    return kind
 
 
-def _descriptions(folder: Path, found: dict[Path, Kind]) -> list[Path]:
+def _descriptions(folder: Path, found: dict[Path, Kind]) -> set[Path]:
     """The files that only describe the data beside them, such as its README."""
     texts = [file for file, kind in found.items() if kind == Kind("text", "")]
     if _has_card(folder):
-        return [file for file in texts if file.suffix.lower() not in PLAIN_SUFFIXES]
-    others = [file for file in texts if not split_of(file.relative_to(folder))]
-    about = [file for file in others if _ABOUT.match(file.name.lower())]
-    return about if len(about) == len(others) < len(found) else []
+        return {file for file in texts if file.suffix.lower() not in PLAIN_SUFFIXES}
+    others = {file for file in texts if not split_of(file.relative_to(folder))}
+    about = {file for file in others if _ABOUT.match(file.name.lower())}
+    return about if about == others and len(about) < len(found) else set()
 
 
 def _has_card(folder: Path) -> bool:

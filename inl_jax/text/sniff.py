@@ -66,8 +66,6 @@ _OTHER_MAGIC = {
 _ENCODING_MAGIC = {
     "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
     "UTF-16": rb"\xff\xfe|\xfe\xff",
-    "UTF-32LE": rb"([\t\n\r -~]\0\0\0){4}",
-    "UTF-32BE": rb"(\0\0\0[\t\n\r -~]){4}",
     "UTF-16LE": rb"([\t\n\r -~]\0){4}",
     "UTF-16BE": rb"(\0[\t\n\r -~]){4}",
 }
@@ -184,7 +182,7 @@ def _text_format(file: Path, head: bytes, suffix: str) -> Format:
     if encoding := _find(_ENCODING_MAGIC, head):
         raise _not_text(file, f"text in {encoding}", f"convert it: iconv -f {encoding} -t UTF-8")
     if b"\0" in head:
-        found = "binary data, or text in UTF-16 (it has NUL bytes)"
+        found = "binary data, or text in UTF-16 or UTF-32 (it has NUL bytes)"
         raise _not_text(file, found, "leave it out, or make it UTF-8 without NUL bytes")
     whole = len(head) < HEAD_BYTES
     text, used = codecs.utf_8_decode(head, "replace", whole)

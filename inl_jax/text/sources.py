@@ -115,6 +115,8 @@ def _matches(spec: str) -> list[Path]:
     # A folder that exists may have brackets in its name: no pattern.
     while mode_of(base / rest.parts[0]) is not None:
         base, rest = base / rest.parts[0], Path(*rest.parts[1:])
+    if "**" in rest.parts:
+        list(walk(base))  # raises for a folder that may not be read, which `glob` passes over
     found = [base / match for match in glob.glob(str(rest), root_dir=base, recursive=True)]
     if not found:
         raise InputError(

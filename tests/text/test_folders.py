@@ -7,10 +7,11 @@ from pyarrow import parquet
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.text.folders import text_files, walk
-from inl_jax.text.sniff import sniff
+from inl_jax.text.sniff import HEAD_BYTES, sniff
 
 ROW = b'{"text": "a"}\n'
 CARD = b"---\nlicense: mit\n---\n# Card\n"
+LONG_ROWS = b'{"text": "' + b"a" * HEAD_BYTES + b'"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0"
 ALPACA = b'[{"instruction": "a", "output": "b"}]'
 
@@ -50,7 +51,7 @@ def test_source_tree_is_text_but_for_its_json_tables_and_pictures(tmp_path, said
     folder = write(tmp_path, SOURCE_TREE)
     assert names(folder) == ["Makefile", "README.md", "src/test.py", "src/train.py"]
     (line,) = said
-    assert "skipped 4 files without text: " in line
+    assert "skipped 4 files: " in line
     for part in ("1 .json (JSON, but no rows)", "1 .csv (no text column)", "1 .png (an image)"):
         assert part in line
 
@@ -115,6 +116,10 @@ REFUSED = {
     "damaged rows": ({"a.txt": b"a", "b.jsonl": ROW.decode().encode("utf-16")}, "UTF-16"),
     "pointer": ({"a.txt": b"a", "b.parquet": b"version https://git-lfs"}, "run: git lfs pull"),
     "cut": ({"a.txt": b"a", "b.gz": gzip.compress(ROW)[:20]}, "b.gz: damaged gzip"),
+    "cut late": (
+        {"a.txt": b"a", "b.json.gz": gzip.compress(LONG_ROWS)[:-9]},
+        "b.json.gz: damaged gzip",
+    ),
 }
 
 

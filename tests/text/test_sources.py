@@ -57,7 +57,7 @@ def test_directory_gives_files_of_text_in_order_and_names_the_skipped(make_corpu
     write_jsonl(tmp_path / "d" / "a" / "r.jsonl", ["row"])
     (source,) = make_corpus(tmp_path / "d", validation_fraction=0).sources
     assert split_texts(source, "train") == ["b.txt", "row", "a/z.md", "a/b/c.py"]
-    assert "skipped 1 file without text: 1 .png (an image)" in said[0]
+    assert "skipped 1 file: 1 .png (an image)" in said[0]
 
 
 def test_stdlib_is_the_library_without_its_tests_and_other_packages(make_corpus):
@@ -161,6 +161,21 @@ def test_glob_names_each_file_once_and_says_that_it_names_other_splits(tmp_path,
     assert names(tmp_path / "d" / "**" / "*") == ["000.txt", "test.jsonl", "train.jsonl"]
     assert "also names 1 file of other splits" in said[0] and len(said) == 1
     assert names(tmp_path / "d" / "*") == ["000.txt", "train.jsonl"]
+
+
+def test_folder_that_a_glob_may_not_read_is_named(tmp_path, monkeypatch):
+    write_files(tmp_path / "d" / "inner")
+    real = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for spec in (tmp_path / "d", tmp_path / "d" / "**" / "*.txt"):
+        with pytest.raises(InputError, match="inner: Permission denied; name a folder that you"):
+            names(spec)
 
 
 def test_file_without_text_is_refused_alone_and_by_a_glob(tmp_path):
