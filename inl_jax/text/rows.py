@@ -314,12 +314,19 @@ def _batch_rows(file: Path, batches: Iterable[Any], data: DataConfig, pa: Module
 
 
 def _as_bytes(array: Any, pa: ModuleType) -> Any:
-    """Strings as bytes, whose UTF-8 may be invalid; offsets of a damaged file are found here."""
-    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
-    if pa.types.is_string(kind) or pa.types.is_string_view(kind):
-        array = array.cast(pa.binary())
-    elif pa.types.is_large_string(kind):
-        array = array.cast(pa.large_binary())
+    """Strings as bytes, whose UTF-8 may be invalid.
+
+    A view looks at no value: those of a damaged file, which validate finds, would crash a cast.
+    """
+    if pa.types.is_dictionary(array.type):
+        values = _as_bytes(array.dictionary, pa)
+        array = pa.DictionaryArray.from_arrays(array.indices, values)
+    elif pa.types.is_string(array.type):
+        array = array.view(pa.binary())
+    elif pa.types.is_large_string(array.type):
+        array = array.view(pa.large_binary())
+    elif pa.types.is_string_view(array.type):
+        array = array.view(pa.binary_view())
     array.validate(full=True)
     return array
 

@@ -205,3 +205,12 @@ def test_arrow_stream_that_is_cut_short_is_refused(tmp_path):
     for end in (len(content) - 8, between, len(content) // 2, 300):
         with pytest.raises(InputError, match="a.arrow: damaged, or cut short"):
             read(write(file, content[:end]))
+
+
+def test_arrow_file_with_damaged_offsets_is_refused(tmp_path):
+    """Not a crash of the process, which pyarrow's functions make of such offsets."""
+    file = write_stream(tmp_path / "a.arrow", pa.table({"text": ["a" * 1001, "b"]}))
+    content, offset = file.read_bytes(), (1001).to_bytes(4, "little")
+    assert content.count(offset) == 1
+    with pytest.raises(InputError, match="a.arrow: damaged, or not arrow"):
+        read(write(file, content.replace(offset, b"\xff\xff\xff\x7f")))
