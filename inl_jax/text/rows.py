@@ -60,9 +60,10 @@ def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs by name; a name that stands twice has the tuple of its values, which is no text."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        for name in row:
-            values = tuple(value for other, value in pairs if other == name)
-            row[name] = values if len(values) > 1 else values[0]
+        values: dict[str, tuple[Any, ...]] = {}
+        for name, value in pairs:
+            values[name] = (*values.get(name, ()), value)
+        row = {name: found if found[1:] else found[0] for name, found in values.items()}
     return row
 
 
@@ -91,11 +92,11 @@ def _jsonl_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
         where, line = f"{file} line {number}", line.strip()
         if not line:
             continue
+        if number == 1 and line.startswith("["):
+            raise InputError(f"{file}: a JSON array, not a row a line; name it .json")
         try:
             row = _JSON.decode(line)
         except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits, deep nesting
-            if number == 1 and line.startswith("["):
-                raise InputError(f"{file}: a JSON array, not a row a line; name it .json") from None
             raise InputError(
                 f"{where}: invalid JSON ({_reason(error)}); mend or remove the line"
             ) from None
@@ -287,14 +288,14 @@ def _pyarrow(file: Path) -> ModuleType:
 
 def _columns(pa: ModuleType, schema: Any, wanted: str) -> list[str] | None:
     """The columns to read; None, which is all, if no text is where it is looked for."""
-    checks = (
+    textual = (
         "is_string is_large_string is_string_view is_binary is_large_binary is_binary_view "
         "is_fixed_size_binary"
     ).split()
 
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return any(getattr(pa.types, check)(kind) for check in checks)
+        return any(getattr(pa.types, name)(kind) for name in textual)
 
     return usable_columns((field.name for field in schema if is_text(field.type)), wanted) or None
 

@@ -105,6 +105,7 @@ def test_memory_holds_one_row_of_a_json_array(tmp_path):
         ("a.json", '[{"text": "a"}] []', "goes on after the end"),
         ("a.json", '[{"text": ' + "[" * 99_999 + "]", "row 1: invalid JSON"),
         ("a.jsonl", '[\n{"text": "a"}\n]\n', "a JSON array, not a row a line; name it .json"),
+        ("a.jsonl", '[{"text": "a"}]', "a JSON array, not a row a line; name it .json"),
         ("a.jsonl", '{"text": "a"},\n', "line 1: invalid JSON"),
         ("a.csv", 'id,text\n1,"a "b" c"\n', r"line 2: invalid CSV \(',' expected"),
         ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', "line 3: invalid CSV"),
