@@ -14,9 +14,8 @@ from inl_jax.text.columns import text_columns
 from inl_jax.text.places import mode_of, special_kind
 from inl_jax.text.rows import file_rows
 from inl_jax.text.sniff import HEAD_BYTES, Kind, NotText, sniff, suffixes, unpacked
-from inl_jax.text.splits import PLAIN_SUFFIXES, is_data, other_splits, read_notes, split_of
+from inl_jax.text.splits import PLAIN_SUFFIXES, ROW_SUFFIXES, other_splits, read_notes, split_of
 
-_ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 _ABOUT = re.compile(
     "(readme|licen[cs]e|copying|notice|citation|authors|changelog|contributing)([^a-z]|$)"
 )
@@ -38,8 +37,8 @@ def walk(root: Path, excluded: Collection[str] = ()) -> Iterator[Path]:
     """
     for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = sorted(f for f in folders if f not in excluded and not f.startswith("."))
-        if {"blobs", "refs", "snapshots"} <= {*folders}:  # the hub's cache: names are links to it
-            folders.remove("blobs")
+        if {"blobs", "refs", "snapshots"} <= {*folders}:  # the cache of the hub
+            folders[:] = ["snapshots"]  # its files are links to the blobs
         links = (name for name in folders if Path(folder, name).is_symlink())
         for name in sorted([*names, *links]):
             if not name.startswith("."):
@@ -64,17 +63,16 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
     skipped: Counter[str] = Counter()
     reasons: list[str] = []
     files, others = read_notes(folder, list(walk(folder)), data)
+    others |= other_splits(folder, files, data)
     for file in files:
         try:
-            if kind := _kind_of_text(file, data):
+            if file not in others and (kind := _kind_of_text(file, data)):
                 found[file] = kind
         except NotText as error:
-            if suffixes(file)[0] in _ROW_SUFFIXES:
+            if suffixes(file)[0] in ROW_SUFFIXES:
                 raise
             skipped[f"{file.suffix or 'without suffix'} ({error.found})"] += 1
             reasons.append(str(error))
-    others |= other_splits(folder, found, data)
-    found = {file: kind for file, kind in found.items() if file not in others}
     about = _descriptions(folder, found)
     found = {file: kind for file, kind in found.items() if file not in about}
 
@@ -83,7 +81,7 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
         raise InputError(f"data.paths: {folder} holds {_why_nothing(others, reasons, data)}")
     if others:
         splits = ", ".join(sorted({*others.values()}))
-        say(f"data: {folder}: left out the splits {splits}: {_names(folder, others)}")
+        say(f"data: {folder}: left out other splits ({splits}): {_names(folder, others)}")
     if about:
         say(f"data: {folder}: left out what describes the data: {_names(folder, about)}")
     if skipped:
@@ -97,7 +95,7 @@ def _why_nothing(others: dict[Path, str], reasons: list[str], data: DataConfig) 
         splits = ", ".join(sorted({*others.values()}))
         return f"no text of split {data.hf_split}; set data.hf_split to one of: {splits}"
     if reasons:
-        return f"no text to train on but {plural(len(reasons), 'other file')}; {reasons[0]}"
+        return f"no text to train on; {reasons[0]}"
     return "no text; name a file or folder that does"
 
 
@@ -119,7 +117,7 @@ def _kind_of_text(file: Path, data: DataConfig) -> Kind | None:
     kind = sniff(file)
     if file.stat().st_size == 0:
         return None
-    if kind.format not in ("json", "jsonl", "csv") or suffixes(file)[0] in _ROW_SUFFIXES:
+    if kind.format not in ("json", "jsonl", "csv") or suffixes(file)[0] in ROW_SUFFIXES:
         return kind
     try:
         rows = [row for row, *_ in itertools.islice(file_rows(file, kind, data), _LOOK_ROWS)]
@@ -133,10 +131,10 @@ def _kind_of_text(file: Path, data: DataConfig) -> Kind | None:
 
 def _descriptions(folder: Path, found: dict[Path, Kind]) -> list[Path]:
     """The files that only describe the data beside them, such as its README."""
-    texts = [file for file, kind in found.items() if not is_data(kind)]
+    texts = [file for file, kind in found.items() if kind == Kind("text", "")]
     if _has_card(folder):
-        return [file for file in texts if suffixes(file)[0] not in PLAIN_SUFFIXES]
-    others = [f for f in texts if not split_of(f.relative_to(folder))]
+        return [file for file in texts if file.suffix.lower() not in PLAIN_SUFFIXES]
+    others = [file for file in texts if not split_of(file.relative_to(folder))]
     about = [file for file in others if _ABOUT.match(file.name.lower())]
     return about if len(about) == len(others) < len(found) else []
 

@@ -76,7 +76,7 @@ _CONTROLS = bytes({*range(32), 127} - {*range(8, 14), 27})
 
 
 def sniff(file: Path) -> Kind:
-    """The kind of a regular file. An empty file is text.
+    """The kind of a regular file; of an empty one, by its name.
 
     Raises:
       NotText: it holds neither text nor records, or not what its name says.

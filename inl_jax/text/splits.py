@@ -7,10 +7,12 @@ from typing import Any
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.files import read_json
-from inl_jax.text.sniff import Kind, suffixes
+from inl_jax.text.sniff import suffixes
 
 PLAIN_SUFFIXES = (".txt", ".text", ".tokens", ".raw")
 """Suffixes of text that is no code and no document."""
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
+"""Suffixes of files that cannot be anything but rows."""
 
 # Words in the names of files and folders, as `datasets` reads them.
 _SPLITS = {
@@ -18,11 +20,6 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-
-
-def is_data(kind: Kind) -> bool:
-    """Whether programs write such files for programs to read."""
-    return kind.format != "text" or kind.packing != ""
 
 
 def split_of(path: Path, own_names: Iterable[str] = ()) -> str:
@@ -34,10 +31,11 @@ def split_of(path: Path, own_names: Iterable[str] = ()) -> str:
     return next((_SPLITS[w] for w in reversed(re.split("[^a-z]+", text)) if w in _SPLITS), "")
 
 
-def other_splits(folder: Path, found: dict[Path, Kind], data: DataConfig) -> dict[Path, str]:
-    """The files under `folder` that belong to splits other than `data.hf_split`, and these splits.
+def other_splits(folder: Path, files: Iterable[Path], data: DataConfig) -> dict[Path, str]:
+    """The files under `folder` named after splits other than `data.hf_split`, and these splits.
 
     A text may be about a test: its name counts only if another file is named after a wanted split.
+    That of code or of a document never counts.
 
     Raises:
       InputError: a part of a split is wanted.
@@ -45,8 +43,8 @@ def other_splits(folder: Path, found: dict[Path, Kind], data: DataConfig) -> dic
     own_names = {*data.hf_split.split("+")} - _SPLITS.keys()
     splits = {
         file: split
-        for file, kind in found.items()
-        if is_data(kind) or suffixes(file)[0] in PLAIN_SUFFIXES
+        for file in files
+        if _is_data(file) or file.suffix.lower() in PLAIN_SUFFIXES
         if (split := split_of(file.relative_to(folder), own_names))
     }
     if not splits or data.hf_split == "all":
@@ -56,8 +54,13 @@ def other_splits(folder: Path, found: dict[Path, Kind], data: DataConfig) -> dic
     return {
         file: split
         for file, split in splits.items()
-        if split not in wanted and (certain or is_data(found[file]))
+        if split not in wanted and (certain or _is_data(file))
     }
+
+
+def _is_data(file: Path) -> bool:
+    suffix, packing = suffixes(file)
+    return packing != "" or suffix in (*ROW_SUFFIXES, ".json", ".csv", ".tsv")
 
 
 def read_notes(
@@ -73,7 +76,8 @@ def read_notes(
       InputError: the split is not there, or a shard is missing.
     """
     others: dict[Path, str] = {}
-    for note in [file for file in files if file.name == "dataset_dict.json"]:
+    notes = [file for file in files if file.name == "dataset_dict.json"]
+    for note in notes:
         splits = _items(read_json(note).get("splits"), str)
         if data.hf_split == "all" or not splits:
             continue
@@ -87,7 +91,7 @@ def read_notes(
                 f"one of: {', '.join(splits)}"
             )
         others |= {file: unread[file.parent] for file in files if file.parent in unread}
-    files = [file for file in files if file not in others]
+    files = [file for file in files if file not in others and file not in notes]
     for note in [file for file in files if file.name == "state.json"]:
         parts = _items(read_json(note).get("_data_files"), dict)
         shards = [note.parent / name for name in _items([p.get("filename") for p in parts], str)]
