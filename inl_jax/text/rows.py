@@ -1,6 +1,7 @@
 """The rows of jsonl, json, csv, parquet and arrow files, one at a time."""
 
 import codecs
+import contextlib
 import csv
 import itertools
 import json
@@ -60,10 +61,10 @@ def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs by name; a name that stands twice has the tuple of its values, which is no text."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        values: dict[str, tuple[Any, ...]] = {}
+        values: dict[str, list[Any]] = {name: [] for name in row}
         for name, value in pairs:
-            values[name] = (*values.get(name, ()), value)
-        row = {name: found if found[1:] else found[0] for name, found in values.items()}
+            values[name].append(value)
+        row = {name: tuple(found) if found[1:] else found[0] for name, found in values.items()}
     return row
 
 
@@ -237,65 +238,56 @@ def _next_record(table: Iterator[list[str]]) -> list[str] | None:
 
 
 def _parquet_rows(file: Path, data: DataConfig) -> Rows:
-    pa = _pyarrow(file)
-    from pyarrow import parquet
+    with _pyarrow(file, "parquet") as pa:
+        from pyarrow import parquet
 
-    try:
         with parquet.ParquetFile(file, page_checksum_verification=True) as table:
             columns = _columns(pa, table.schema_arrow, data.column)
             batches = table.iter_batches(batch_size=_BATCH, columns=columns)
             yield from _batch_rows(file, batches, data, pa)
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: damaged, or not parquet ({first_line(error)}); copy it again"
-        ) from None
 
 
 def _arrow_rows(file: Path, data: DataConfig) -> Rows:
     """The rows of an arrow file, or of an arrow stream, as `datasets` writes it."""
-    pa = _pyarrow(file)
+    with _pyarrow(file, "arrow") as pa, pa.OSFile(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            table = pa.ipc.open_file(source)
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:
+            source.seek(max(0, source.size() - 8))
+            if source.read() != b"\xff\xff\xff\xff\0\0\0\0":  # pyarrow does not miss its end
+                raise InputError(f"{file}: damaged, or cut short (no end); copy it again")
+            source.seek(0)
+            batches = table = pa.ipc.open_stream(source)
+        columns = _columns(pa, table.schema, data.column) or table.schema.names
+        chosen = [i for i, name in enumerate(table.schema.names) if name in columns]
+        yield from _batch_rows(file, (batch.select(chosen) for batch in batches), data, pa)
+
+
+@contextlib.contextmanager
+def _pyarrow(file: Path, kind: str) -> Iterator[ModuleType]:
+    """pyarrow; what it raises about a damaged file becomes an `InputError`."""
     try:
-        with pa.OSFile(str(file)) as source:
-            if source.read(6) == b"ARROW1":
-                table = pa.ipc.open_file(source)
-                batches = map(table.get_batch, range(table.num_record_batches))
-            else:
-                source.seek(max(0, source.size() - 8))
-                if source.read() != b"\xff\xff\xff\xff\0\0\0\0":  # pyarrow reads on without it
-                    raise InputError(f"{file}: damaged, or cut short (no end); copy it again")
-                source.seek(0)
-                batches = table = pa.ipc.open_stream(source)
-            columns = _columns(pa, table.schema, data.column)
-            chosen = (batch.select(columns) if columns else batch for batch in batches)
-            yield from _batch_rows(file, chosen, data, pa)
+        import pyarrow as pa
+    except ImportError:
+        raise InputError(f"{file}: needs pyarrow; pip install 'inl_jax[data]'") from None
+    try:
+        yield pa
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
-            f"{file}: damaged, or not arrow ({first_line(error)}); copy it again"
+            f"{file}: damaged, or not {kind} ({first_line(error)}); copy it again"
         ) from None
-
-
-def _pyarrow(file: Path) -> ModuleType:
-    try:
-        import pyarrow
-    except ImportError:
-        raise InputError(f"{file}: needs pyarrow; pip install 'inl_jax[data]'") from None
-    return pyarrow
 
 
 def _columns(pa: ModuleType, schema: Any, wanted: str) -> list[str] | None:
     """The columns to read; None, which is all, if no text is where it is looked for."""
-    textual = (
-        "is_string is_large_string is_string_view is_binary is_large_binary is_binary_view "
-        "is_fixed_size_binary"
-    ).split()
+    texts = "string large_string string_view binary large_binary binary_view fixed_size_binary"
 
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return any(getattr(pa.types, name)(kind) for name in textual)
+        return str(kind).partition("[")[0] in texts.split()
 
     return usable_columns((field.name for field in schema if is_text(field.type)), wanted) or None
 

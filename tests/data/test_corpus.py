@@ -86,7 +86,7 @@ def test_fingerprint_depends_on_content_and_not_on_place_or_time(make_corpus, tm
     assert make_corpus(a, validation_fraction=0.1).fingerprint != one.fingerprint
 
 
-# Fingerprints of the first release, and keys of format 2: a change of either makes every user tokenise again.
+# Fingerprints of the first release, keys of format 2: a change makes every user tokenise again.
 TEXTS = [f"line {i}: naïve 猫 🙂\r\n" for i in range(20)]
 PINNED = {
     ("file", "bytes"): ("fc40fe011ee77bbf1e50c850da199c75", "6342c28fe6107e36b537c7593df3c305"),

@@ -153,7 +153,8 @@ def test_name_that_stands_twice_is_no_text(tmp_path):
     ]
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
     parquet.write_table(twice, tmp_path / "a.parquet")
-    for file in (*files, tmp_path / "a.parquet"):
+    files += [write_stream(tmp_path / "a.arrow", twice), tmp_path / "a.parquet"]
+    for file in files:
         assert read(file) == [{"text": ("a", "b")}]
     other = write(tmp_path / "b.jsonl", '{"text": "a", "meta": {"x": 1, "x": 2}}\n')
     assert texts(other) == ["a"]
