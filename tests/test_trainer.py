@@ -670,8 +670,10 @@ def test_train_marks_the_branch_that_it_abandons(train_config):
 
 
 def test_train_reads_a_dataset_of_the_hub_at_one_commit(train_config, monkeypatch, tmp_path):
+    def prepare_data(config):
+        raise InputError(config.data.paths[0])
+
     Hub(monkeypatch, tmp_path)
-    config = train_config(data={"paths": ("hf:owner/name",)}, num_steps=3, eval_every=0)
-    found = trainer.train(config).config
-    assert found.data.paths == (f"hf:owner/name#{COMMITS['main']}",)
-    assert read_config(config.run_dir) == found
+    monkeypatch.setattr(trainer, "prepare_data", prepare_data)
+    with pytest.raises(InputError, match=f"^hf:owner/name#{COMMITS['main']}$"):
+        trainer.train(train_config(data={"paths": ("hf:owner/name",)}))

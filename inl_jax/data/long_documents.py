@@ -89,17 +89,20 @@ class Encoder:
     def _encode(self, batch: Sequence[Part]) -> list[np.ndarray]:
         """The tokens `[tokens, 3]` of parts: id, and the document's characters begin:end."""
         found = self._tokenizer.encode_places([part.before + part.text for part in batch])
-        return [tokens + (0, part.start, part.start) for tokens, part in zip(found, batch)]
+        return [
+            tokens + (0, part.start, part.start) for tokens, part in zip(found, batch, strict=True)
+        ]
 
     def _join(self, part: Part, tokens: np.ndarray) -> np.ndarray:
         """The ids that can be written after `part`, which has these tokens; holds the rest."""
         ready, first = self._tokens[:0], 0
         if part.before:
-            seam = _find_seam(self._tokens, tokens, self._written)
+            seam = self._find_seam(part, tokens)
             if seam is None:  # a run of digits is split in threes from its beginning: keep in step
                 at = np.searchsorted(self._tokens[:, 1], part.start)
-                part, tokens = self._encode_from(self._tokens[at, 1], part)
-                seam = _find_seam(self._tokens, tokens, self._written)
+                start = self._tokens[: at + 1, 1].max(initial=self._held.start)
+                part, tokens = self._encode_from(start, part)
+                seam = self._find_seam(part, tokens)
             if seam:
                 ready, first = self._tokens[self._written : seam[0]], seam[1]
             elif self._held.length + len(part.text) <= LONGEST:
@@ -127,20 +130,19 @@ class Encoder:
         part = part._replace(before=before, start=int(start))
         return part, self._encode([part])[0]
 
+    def _find_seam(self, part: Part, tokens: np.ndarray) -> tuple[int, int] | None:
+        """Where tokens are joined, if anywhere: those held up to i, those of `part` from j on.
 
-def _find_seam(left: np.ndarray, right: np.ndarray, written: int) -> tuple[int, int] | None:
-    """Where the tokens of two parts are joined: left[:i] and right[j:].
-
-    Near the middle of their common text, since tokens at an end may depend on what is cut off.
-    """
-    if not len(right):
+        Not near the ends of the common text, where tokens may depend on what is cut off.
+        """
+        left, margin = self._tokens, OVERLAP // 4
+        span = (part.start + margin, self._held.end - margin)
+        low, high = np.searchsorted(left[:, 1], span)
+        low = max(low, self._written, SHARED)
+        high = min(high, len(left) - SHARED)
+        for i in sorted(range(low, high), key=lambda i: abs(2 * i - low - high)):
+            j = int(np.searchsorted(tokens[:, 1], left[i, 1]))
+            shared = tokens[max(0, j - SHARED) : j + SHARED]
+            if np.array_equal(left[i - SHARED : i + SHARED], shared):
+                return i, j
         return None
-    low = max(written, np.searchsorted(left[:, 1], right[0, 1])) + SHARED
-    middle = (low + len(left) - SHARED) // 2
-    for i in sorted(range(low, len(left) - SHARED + 1), key=lambda i: abs(i - middle)):
-        j = int(np.searchsorted(right[:, 1], left[i, 1]))
-        if j >= SHARED and np.array_equal(
-            left[i - SHARED : i + SHARED], right[j - SHARED : j + SHARED]
-        ):
-            return i, j
-    return None

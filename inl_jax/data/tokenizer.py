@@ -77,8 +77,9 @@ class Tokenizer:
             end_id = next((vocab[end] for end in _END_TOKENS if end in vocab), None)
         if end_id is None:
             raise InputError(
-                f"tokenizer {name}: has no end token (looked for {', '.join(_END_TOKENS)}); name "
-                f'the token that closes a document in a {CONFIG_NAME} beside it, as {{"eos_token": "..."}}'
+                f"tokenizer {name}: has no end token (looked for {', '.join(_END_TOKENS)}); in a "
+                f"{CONFIG_NAME} beside it name the token that closes a document: "
+                '{"eos_token": "..."}'
             )
         self.end_id = end_id
         self.vocab_size = max(vocab.values()) + 1  # ids may have gaps: not len(vocab)
@@ -122,7 +123,8 @@ class Tokenizer:
         tokens = []
         for encoding in batch:
             offsets = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64)
-            tokens.append(np.column_stack([encoding.ids, offsets.reshape(-1, 2)]))
+            ids = np.array(encoding.ids, np.int64)
+            tokens.append(np.column_stack([ids, offsets.reshape(-1, 2)]))
         return tokens
 
     def is_safe_cut(self, before: str, after: str) -> bool:
@@ -174,12 +176,14 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / FILE_NAME, self._backend.to_str())
+        content = self._backend.to_str()
+        write_text(directory / FILE_NAME, content)
         # The tokenizers library refuses a tokenizer.json with a key of ours: the name goes here.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._backend.id_to_token(self.end_id),
             "inl_jax_name": self.name,
+            "inl_jax_sha256": hashlib.sha256(content.encode()).hexdigest(),
         }
         write_text(directory / CONFIG_NAME, json.dumps(config, indent=2))
 
@@ -202,11 +206,12 @@ def load(directory_or_file: str | Path) -> Tokenizer:
 
 def _load(path: Path, name: str) -> Tokenizer:
     file = tokenizer_files.find(path)
-    name = tokenizer_files.read_object(file.with_name(CONFIG_NAME)).get("inl_jax_name") or name
+    settings = tokenizer_files.read_object(file.with_name(CONFIG_NAME))
     if tokenizer_files.is_old_bytes(file):
         return Tokenizer("bytes", _byte_backend())
-    backend = tokenizer_files.read(file)
-    return Tokenizer(str(name), backend, end_id=tokenizer_files.declared_end(file.parent, backend))
+    backend = tokenizer_files.read(file, sha256=settings.get("inl_jax_sha256"))
+    end_id = tokenizer_files.declared_end(file.parent, backend)
+    return Tokenizer(str(settings.get("inl_jax_name") or name), backend, end_id=end_id)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

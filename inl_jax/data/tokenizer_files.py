@@ -1,6 +1,7 @@
 """Tokenizers on disk: tokenizer.json, the files beside it that declare the end token, others."""
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -56,14 +57,20 @@ def find(path: Path) -> Path:
     return path / FILE_NAME
 
 
-def read(file: Path) -> tokenizers.Tokenizer:
+def read(file: Path, *, sha256: str | None = None) -> tokenizers.Tokenizer:
     """Reads a tokenizer.json.
 
     Raises:
-      InputError: it is none.
+      InputError: it is none, or does not have the digest that is given.
     """
     with one_line(f"tokenizer {file}: not a tokenizer.json", "copy it again, or name another"):
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise InputError(
+                f"tokenizer {file}: is not the file that was written there; restore it from a "
+                f"copy, or remove inl_jax_sha256 from {CONFIG_NAME} if the change is meant"
+            )
+        return tokenizers.Tokenizer.from_str(content.decode())
 
 
 def is_old_bytes(file: Path) -> bool:

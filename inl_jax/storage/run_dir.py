@@ -12,6 +12,7 @@ RUN/events.out.tfevents.*           TensorBoard's
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def pinned(config: TrainConfig) -> TrainConfig:
     """
     names = []
     if processes.first():
-        began = (Path(config.run_dir) / "config.json").exists()
+        began = os.path.exists(Path(config.run_dir) / "config.json")  # False for an impossible path
         recorded = read_config(config.run_dir).data if began else config.data
         names = [
             pinned_tokenizer(config.data.tokenizer, recorded.tokenizer),

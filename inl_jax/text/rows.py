@@ -1,6 +1,7 @@
 """The rows of jsonl, json, csv, parquet and arrow files, one at a time."""
 
 import codecs
+import contextlib
 import csv
 import itertools
 import json
@@ -60,9 +61,10 @@ def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs by name; a name that stands twice has the tuple of its values, which is no text."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        for name in row:
-            values = tuple(value for other, value in pairs if other == name)
-            row[name] = values if len(values) > 1 else values[0]
+        values: dict[str, list[Any]] = {name: [] for name in row}
+        for name, value in pairs:
+            values[name].append(value)
+        row = {name: tuple(found) if found[1:] else found[0] for name, found in values.items()}
     return row
 
 
@@ -91,11 +93,11 @@ def _jsonl_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
         where, line = f"{file} line {number}", line.strip()
         if not line:
             continue
+        if number == 1 and line.startswith("["):
+            raise InputError(f"{file}: a JSON array, not a row a line; name it .json")
         try:
             row = _JSON.decode(line)
         except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits, deep nesting
-            if number == 1 and line.startswith("["):
-                raise InputError(f"{file}: a JSON array, not a row a line; name it .json") from None
             raise InputError(
                 f"{where}: invalid JSON ({_reason(error)}); mend or remove the line"
             ) from None
@@ -236,65 +238,56 @@ def _next_record(table: Iterator[list[str]]) -> list[str] | None:
 
 
 def _parquet_rows(file: Path, data: DataConfig) -> Rows:
-    pa = _pyarrow(file)
-    from pyarrow import parquet
+    with _pyarrow(file, "parquet") as pa:
+        from pyarrow import parquet
 
-    try:
         with parquet.ParquetFile(file, page_checksum_verification=True) as table:
             columns = _columns(pa, table.schema_arrow, data.column)
             batches = table.iter_batches(batch_size=_BATCH, columns=columns)
             yield from _batch_rows(file, batches, data, pa)
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: damaged, or not parquet ({first_line(error)}); copy it again"
-        ) from None
 
 
 def _arrow_rows(file: Path, data: DataConfig) -> Rows:
     """The rows of an arrow file, or of an arrow stream, as `datasets` writes it."""
-    pa = _pyarrow(file)
+    with _pyarrow(file, "arrow") as pa, pa.OSFile(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            table = pa.ipc.open_file(source)
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:
+            source.seek(max(0, source.size() - 8))
+            if source.read() != b"\xff\xff\xff\xff\0\0\0\0":  # pyarrow does not miss its end
+                raise InputError(f"{file}: damaged, or cut short (no end); copy it again")
+            source.seek(0)
+            batches = table = pa.ipc.open_stream(source)
+        columns = _columns(pa, table.schema, data.column) or table.schema.names
+        chosen = [i for i, name in enumerate(table.schema.names) if name in columns]
+        yield from _batch_rows(file, (batch.select(chosen) for batch in batches), data, pa)
+
+
+@contextlib.contextmanager
+def _pyarrow(file: Path, kind: str) -> Iterator[ModuleType]:
+    """pyarrow; what it raises about a damaged file becomes an `InputError`."""
     try:
-        with pa.OSFile(str(file)) as source:
-            if source.read(6) == b"ARROW1":
-                table = pa.ipc.open_file(source)
-                batches = map(table.get_batch, range(table.num_record_batches))
-            else:
-                source.seek(max(0, source.size() - 8))
-                if source.read() != b"\xff\xff\xff\xff\0\0\0\0":  # pyarrow reads on without it
-                    raise InputError(f"{file}: damaged, or cut short (no end); copy it again")
-                source.seek(0)
-                batches = table = pa.ipc.open_stream(source)
-            columns = _columns(pa, table.schema, data.column)
-            chosen = (batch.select(columns) if columns else batch for batch in batches)
-            yield from _batch_rows(file, chosen, data, pa)
+        import pyarrow as pa
+    except ImportError:
+        raise InputError(f"{file}: needs pyarrow; pip install 'inl_jax[data]'") from None
+    try:
+        yield pa
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
-            f"{file}: damaged, or not arrow ({first_line(error)}); copy it again"
+            f"{file}: damaged, or not {kind} ({first_line(error)}); copy it again"
         ) from None
-
-
-def _pyarrow(file: Path) -> ModuleType:
-    try:
-        import pyarrow
-    except ImportError:
-        raise InputError(f"{file}: needs pyarrow; pip install 'inl_jax[data]'") from None
-    return pyarrow
 
 
 def _columns(pa: ModuleType, schema: Any, wanted: str) -> list[str] | None:
     """The columns to read; None, which is all, if no text is where it is looked for."""
-    checks = (
-        "is_string is_large_string is_string_view is_binary is_large_binary is_binary_view "
-        "is_fixed_size_binary"
-    ).split()
+    texts = "string large_string string_view binary large_binary binary_view fixed_size_binary"
 
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return any(getattr(pa.types, check)(kind) for check in checks)
+        return str(kind).partition("[")[0] in texts.split()
 
     return usable_columns((field.name for field in schema if is_text(field.type)), wanted) or None
 
@@ -314,12 +307,19 @@ def _batch_rows(file: Path, batches: Iterable[Any], data: DataConfig, pa: Module
 
 
 def _as_bytes(array: Any, pa: ModuleType) -> Any:
-    """Strings as bytes, whose UTF-8 may be invalid; offsets of a damaged file are found here."""
-    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
-    if pa.types.is_string(kind) or pa.types.is_string_view(kind):
-        array = array.cast(pa.binary())
-    elif pa.types.is_large_string(kind):
-        array = array.cast(pa.large_binary())
+    """Strings as bytes, whose UTF-8 may be invalid.
+
+    A view looks at no value: those of a damaged file, which validate finds, would crash a cast.
+    """
+    if pa.types.is_dictionary(array.type):
+        values = _as_bytes(array.dictionary, pa)
+        array = pa.DictionaryArray.from_arrays(array.indices, values)
+    elif pa.types.is_string(array.type):
+        array = array.view(pa.binary())
+    elif pa.types.is_large_string(array.type):
+        array = array.view(pa.large_binary())
+    elif pa.types.is_string_view(array.type):
+        array = array.view(pa.binary_view())
     array.validate(full=True)
     return array
 

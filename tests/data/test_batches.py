@@ -49,7 +49,7 @@ def read(corpora, name="one", *, seed=0, position=0, batch_size=8, rows=None, nu
 
 def windows(corpora):
     config, corpus = corpora["one"]
-    tokens = np.array(corpus.sources[0].open("train"))
+    tokens = np.array(corpus.sources[0].open("train")[:])
     n = data.count_windows(corpus.sources[0], S)
     return np.stack([tokens[i * S : i * S + S + 1] for i in range(n)])
 
@@ -121,7 +121,7 @@ def test_validation_tokens_are_targets_once_each(corpora, name, batch_size):
         [weights[source == i].sum() for i in range(len(corpus.sources))],
         [files.validation_tokens for files in corpus.sources],
     )
-    tokens = [np.array(files.open("validation")) for files in corpus.sources]
+    tokens = [np.array(files.open("validation")[:]) for files in corpus.sources]
     np.testing.assert_array_equal(targets[weights == 1], np.concatenate(tokens))
     before = [np.concatenate([[END], part[:-1]]) for part in tokens]
     np.testing.assert_array_equal(inputs[weights == 1], np.concatenate(before))

@@ -165,6 +165,9 @@ def test_file_with_other_spacing_has_the_same_fingerprint(tmp_path):
     ALL["bpe:300"].save(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
+    with pytest.raises(InputError, match="is not the file that was written there"):
+        load(file)
+    (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(str(file)).fingerprint == ALL["bpe:300"].fingerprint
 
 

@@ -105,6 +105,7 @@ def test_memory_holds_one_row_of_a_json_array(tmp_path):
         ("a.json", '[{"text": "a"}] []', "goes on after the end"),
         ("a.json", '[{"text": ' + "[" * 99_999 + "]", "row 1: invalid JSON"),
         ("a.jsonl", '[\n{"text": "a"}\n]\n', "a JSON array, not a row a line; name it .json"),
+        ("a.jsonl", '[{"text": "a"}]', "a JSON array, not a row a line; name it .json"),
         ("a.jsonl", '{"text": "a"},\n', "line 1: invalid JSON"),
         ("a.csv", 'id,text\n1,"a "b" c"\n', r"line 2: invalid CSV \(',' expected"),
         ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', "line 3: invalid CSV"),
@@ -152,7 +153,8 @@ def test_name_that_stands_twice_is_no_text(tmp_path):
     ]
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
     parquet.write_table(twice, tmp_path / "a.parquet")
-    for file in (*files, tmp_path / "a.parquet"):
+    files += [write_stream(tmp_path / "a.arrow", twice), tmp_path / "a.parquet"]
+    for file in files:
         assert read(file) == [{"text": ("a", "b")}]
     other = write(tmp_path / "b.jsonl", '{"text": "a", "meta": {"x": 1, "x": 2}}\n')
     assert texts(other) == ["a"]
@@ -205,3 +207,12 @@ def test_arrow_stream_that_is_cut_short_is_refused(tmp_path):
     for end in (len(content) - 8, between, len(content) // 2, 300):
         with pytest.raises(InputError, match="a.arrow: damaged, or cut short"):
             read(write(file, content[:end]))
+
+
+def test_arrow_file_with_damaged_offsets_is_refused(tmp_path):
+    """Not a crash of the process, which pyarrow's functions make of such offsets."""
+    file = write_stream(tmp_path / "a.arrow", pa.table({"text": ["a" * 1001, "b"]}))
+    content, offset = file.read_bytes(), (1001).to_bytes(4, "little")
+    assert content.count(offset) == 1
+    with pytest.raises(InputError, match="a.arrow: damaged, or not arrow"):
+        read(write(file, content.replace(offset, b"\xff\xff\xff\x7f")))
