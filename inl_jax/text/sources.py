@@ -34,13 +34,13 @@ class Entry(NamedTuple):
     """How to read each file; empty for an `hf:` entry."""
 
     def identity(self) -> list[Any]:
-        """The files' paths, sizes and times of change, and the name of an `hf:` entry: for JSON.
+        """What tells this entry's text from another's, for JSON.
 
         The ctime tells files apart whose mtime was kept, as cp -p, rsync -t and tar do.
         """
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         times = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
-        return [self.spec if self.spec.startswith("hf:") else "", times]
+        return [self.spec if self.spec.startswith("hf:") else "", times, self.kinds]
 
     def is_text(self) -> bool:
         """Whether every file is a text file: no rows and no `hf:` entry."""

@@ -143,6 +143,16 @@ def test_file_of_two_names_is_read_once_in_an_entry_and_refused_in_two(tmp_path)
         find_entries([str(folder / "000.txt"), str(folder / "other.txt")], DataConfig())
 
 
+def test_identity_tells_two_readings_of_one_file_apart(tmp_path):
+    for name in ("a.txt", "a.csv"):
+        (tmp_path / name).symlink_to(write(tmp_path / "data", b"id,text\n1,a\n"))
+    text, table = (
+        find_entries([str(tmp_path / name)], DataConfig())[0] for name in ("a.txt", "a.csv")
+    )
+    assert text.identity()[1] == table.identity()[1]
+    assert json.dumps(text.identity()) != json.dumps(table.identity())
+
+
 def test_existing_path_comes_before_a_pattern(tmp_path):
     folder = write_files(tmp_path / "my däta [v1]", ["a", "b"])
     (folder / "c[1].txt").write_text("c")
