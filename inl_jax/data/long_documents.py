@@ -1,11 +1,13 @@
 """A long document in parts: the tokens are those of the whole text, wherever it was cut.
 
-Some cuts are safe for a tokenizer. At any other cut, the next part is encoded with the end of the
-text before it, and the two are joined in the middle of tokens that they share. For a BPE this is
-exact: its tokens are right if every two neighbours are, and neighbours at the seam are neighbours
-in a part. For other models the shared tokens are many more than a word.
+Some cuts are safe for a tokenizer. At any other cut, the next part is encoded together with the end
+of the text before it, which is also encoded alone. If the part before ends with the tokens of this
+common text, and the next part begins with them, the two are joined in the middle of these. For a
+BPE this is exact: its tokens are right if every two neighbours are, and the neighbours at a seam
+are neighbours in both parts.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from inl_jax.text.documents import Pieces
 OVERLAP = 2**12
 """Characters that are encoded with both parts at a cut."""
 SHARED = 16
-"""Tokens on either side of a seam that both parts have at the same places."""
+"""Tokens on either side of a seam that both parts have."""
 LONGEST = 2**20
 """Characters that are encoded at once, at most, if parts share no tokens."""
 
@@ -68,81 +70,81 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._held = Part("")  # encoded, and not all written, since the cut after it is not safe
-        self._tokens = np.empty((0, 3), np.int64)  # of `_held`, as `_encode` gives them
-        self._written = 0  # how many of these are written
+        self._held = Part("")  # not all of its ids are given out, since the cut after it is unsafe
+        self._ids = np.empty(0, tokenizer.dtype)  # of it and the text before it
+        self._given = 0  # how many of these are given out
 
     def encode(self, batch: Sequence[Part]) -> list[np.ndarray]:
-        """The ids that can be written after each part. The part before a safe cut gives the rest.
+        """The ids `[tokens]` that are certain after each part, without an end token."""
+        texts = [part.before + part.text for part in batch]
+        common = [part.before for part in batch if part.before]
+        found = iter(self._tokenizer.encode_batch([*texts, *common]))
+        ids = list(itertools.islice(found, len(texts)))
+        return [
+            self._join(part, own, next(found) if part.before else own[:0])
+            for part, own in zip(batch, ids, strict=True)
+        ]
 
-        Ids `[tokens]` of the tokenizer's dtype, without the end token.
+    def _join(self, part: Part, ids: np.ndarray, common: np.ndarray) -> np.ndarray:
+        """The ids that are certain after `part`; holds the rest.
+
+        Args:
+          part: the next part.
+          ids: of its text and the text before it.
+          common: of the text before it.
         """
-        whole = [part for part in batch if not (part.before or part.cut)]
-        ready = iter(self._tokenizer.encode_batch([part.text for part in whole]))
-        cut = [part for part in batch if part.before or part.cut]
-        tokens = iter(self._encode(cut))
-        return [
-            self._join(part, next(tokens)) if part.before or part.cut else next(ready)
-            for part in batch
-        ]
-
-    def _encode(self, batch: Sequence[Part]) -> list[np.ndarray]:
-        """The tokens `[tokens, 3]` of parts: id, and the document's characters begin:end."""
-        found = self._tokenizer.encode_places([part.before + part.text for part in batch])
-        return [
-            tokens + (0, part.start, part.start) for tokens, part in zip(found, batch, strict=True)
-        ]
-
-    def _join(self, part: Part, tokens: np.ndarray) -> np.ndarray:
-        """The ids that can be written after `part`, which has these tokens; holds the rest."""
-        ready, first = self._tokens[:0], 0
+        ready, first = self._ids[:0], 0
         if part.before:
-            seam = self._find_seam(part, tokens)
+            seam = self._find_seam(ids, common)
             if seam is None:  # a run of digits is split in threes from its beginning: keep in step
-                at = np.searchsorted(self._tokens[:, 1], part.start)
-                start = self._tokens[: at + 1, 1].max(initial=self._held.start)
-                part, tokens = self._encode_from(start, part)
-                seam = self._find_seam(part, tokens)
+                part, ids, common = self._encode_from(self._token_start(part.start), part)
+                seam = self._find_seam(ids, common)
             if seam:
-                ready, first = self._tokens[self._written : seam[0]], seam[1]
+                ready, first = self._ids[self._given : seam[0]], seam[1]
             elif self._held.length + len(part.text) <= LONGEST:
-                part, tokens = self._encode_from(self._held.start, part)
-                first = self._written
+                part, ids, _ = self._encode_from(self._held.start, part)
+                first = self._given
             else:
                 say(
                     f"WARNING: {self._held.length:,} characters of a document cannot be encoded in "
                     f"parts by {self._tokenizer.name}; it is cut after character "
                     f"{self._held.end:,}"
                 )
-                ready = self._tokens[self._written :]
-                part, tokens = self._encode_from(self._held.end, part)
+                ready = self._ids[self._given :]
+                part, ids, _ = self._encode_from(self._held.end, part)
         if part.cut:
-            self._held, self._tokens, self._written = part, tokens, first
-        else:
-            ready = np.concatenate([ready, tokens[first:]])
-        ids = ready[:, 0]
-        return ids[ids != self._tokenizer.end_id].astype(self._tokenizer.dtype)
+            self._held, self._ids, self._given = part, ids, first
+            return ready
+        return np.concatenate([ready, ids[first:]])
 
-    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray]:
-        """`part` with the text before it from character `start` on, and its tokens."""
-        held = self._held
-        before = (held.before + held.text)[start - held.start :]
-        part = part._replace(before=before, start=int(start))
-        return part, self._encode([part])[0]
+    def _find_seam(self, ids: np.ndarray, common: np.ndarray) -> tuple[int, int] | None:
+        """Where ids are joined, if anywhere: the held ones up to i, those of the part from j on.
 
-    def _find_seam(self, part: Part, tokens: np.ndarray) -> tuple[int, int] | None:
-        """Where tokens are joined, if anywhere: those held up to i, those of `part` from j on.
-
-        Not near the ends of the common text, where tokens may depend on what is cut off.
+        In the middle half of the common text: tokens near an end may depend on what is cut off.
         """
-        left, margin = self._tokens, OVERLAP // 4
-        span = (part.start + margin, self._held.end - margin)
-        low, high = np.searchsorted(left[:, 1], span)
-        low = max(low, self._written, SHARED)
-        high = min(high, len(left) - SHARED)
-        for i in sorted(range(low, high), key=lambda i: abs(2 * i - low - high)):
-            j = int(np.searchsorted(tokens[:, 1], left[i, 1]))
-            shared = tokens[max(0, j - SHARED) : j + SHARED]
-            if np.array_equal(left[i - SHARED : i + SHARED], shared):
-                return i, j
-        return None
+        quarter = len(common) // 4
+        begins = len(common) - _num_equal(self._ids[::-1], common[::-1])  # held ids end with these
+        low = max(begins + SHARED, quarter)
+        high = min(_num_equal(ids, common) - SHARED, len(common) - quarter)
+        j = (low + high) // 2
+        i = len(self._ids) - len(common) + j
+        return (i, j) if low <= high and i >= self._given else None
+
+    def _token_start(self, character: int) -> int:
+        """The character of the document at which the last held token up to `character` begins."""
+        start = self._held.start
+        begins = start + self._tokenizer.token_starts(self._held.before + self._held.text)
+        return int(begins[begins <= character].max(initial=start))
+
+    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray, np.ndarray]:
+        """`part` with the text before it from character `start` on, and the ids as in `_join`."""
+        before = (self._held.before + self._held.text)[start - self._held.start :]
+        ids, common = self._tokenizer.encode_batch([before + part.text, before])
+        return part._replace(before=before, start=start), ids, common
+
+
+def _num_equal(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids are equal before the first that differ."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length

@@ -6,7 +6,6 @@ No text ever encodes to the end token: only code that joins documents writes it.
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -113,19 +112,11 @@ class Tokenizer:
         # then encode to. Other models never give it.
         return [self._without_end(np.array(encoding.ids, self.dtype)) for encoding in batch]
 
-    def encode_places(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of every text, int64 `[tokens, 3]`: id, and the characters begin:end.
-
-        Has end tokens that text encodes to, too.
-        """
+    def token_starts(self, text: str) -> np.ndarray:
+        """The character at which each token of `text` begins, int64 `[tokens]`."""
         with self._named():
-            batch = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        tokens = []
-        for encoding in batch:
-            offsets = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64)
-            ids = np.array(encoding.ids, np.int64)
-            tokens.append(np.column_stack([ids, offsets.reshape(-1, 2)]))
-        return tokens
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        return np.array([begin for begin, _ in encoding.offsets], np.int64)
 
     def is_safe_cut(self, before: str, after: str) -> bool:
         """Whether `before + after` has the ids of `before`, then those of `after`. May miss some.
