@@ -13,8 +13,8 @@ from texts import BYTES, DOCUMENTS, leftovers, split_texts, write_files
 
 from inl_jax.config import InputError
 from inl_jax.data import cache, corpus, token_files
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.failures import DiskFull
+from inl_jax.tokens.tokenizer import Tokenizer
 
 
 def forbid_encoding(monkeypatch):
@@ -77,7 +77,7 @@ SLOW_WRITER = """
 import sys, time
 from inl_jax.config import DataConfig
 from inl_jax.data import corpus
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import Tokenizer
 corpus.BATCH_BYTES = 1000
 real = Tokenizer.encode_batch
 def slow(self, texts):

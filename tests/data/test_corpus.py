@@ -11,8 +11,8 @@ from texts import DOCUMENTS, split_texts, write_files, write_jsonl
 
 from inl_jax.config import InputError
 from inl_jax.data import corpus
-from inl_jax.data.tokenizer import Tokenizer, load
 from inl_jax.text.sources import Entry, find_entries
+from inl_jax.tokens.tokenizer import Tokenizer, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,7 +135,7 @@ def test_progress_is_lines_elsewhere_and_a_bar_on_a_terminal(
 @pytest.mark.parametrize(
     "module",
     ["text.sources", "text.rows", "text.documents"]
-    + ["data.cache", "data.tokenizer", "data.corpus", "data.batches"],
+    + ["tokens.tokenizer", "tokens.long_documents", "data.cache", "data.corpus", "data.batches"],
 )
 def test_modules_of_text_and_data_load_no_jax(module):
     code = f"import sys, inl_jax.{module}; print(*sys.modules)"

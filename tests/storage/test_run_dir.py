@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import load_tokenizer, train_bpe
 from inl_jax.storage.run_dir import check_run, locked, read_config, record_run
+from inl_jax.tokens.tokenizer import load_tokenizer, train_bpe
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 

@@ -4,9 +4,9 @@ import pytest
 import vocabularies
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from inl_jax.model.language_model import abstract_params
 from inl_jax.sampling import LanguageModel
+from inl_jax.tokens.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from inl_jax.watch.inspection import inspect_prompts, token_texts
 from inl_jax.watch.integrator_probe import watch_tokens
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from inl_jax.checks import InputError
-from inl_jax.data.tokenizer import load, load_tokenizer, train_bpe
-from inl_jax.data.tokenizer_files import one_line
+from inl_jax.tokens.tokenizer import load, load_tokenizer, train_bpe
+from inl_jax.tokens.tokenizer_files import one_line
 
 ENDS = ["<|endoftext|>", "</s>", "<s>"]
 

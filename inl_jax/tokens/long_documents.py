@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from inl_jax.console import say
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.text.documents import Pieces
+from inl_jax.tokens.tokenizer import Tokenizer
 
 OVERLAP = 2**12
 """Characters that are encoded with both parts at a cut."""

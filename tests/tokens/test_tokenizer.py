@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import Tokenizer, load, load_tokenizer, train_bpe
+from inl_jax.tokens.tokenizer import Tokenizer, load, load_tokenizer, train_bpe
 
 TEXTS = [
     "the cat sat on the mat <|endoftext|> while the dog, 42, slept\n" * 20,
@@ -245,7 +245,7 @@ def test_gpt2_refuses_other_files(tmp_path, monkeypatch):
 
 
 def test_unreachable_hub_is_one_line():
-    code = "from inl_jax.data.tokenizer import load_tokenizer; load_tokenizer('owner/name')"
+    code = "from inl_jax.tokens.tokenizer import load_tokenizer; load_tokenizer('owner/name')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

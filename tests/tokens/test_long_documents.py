@@ -4,10 +4,11 @@ import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inl_jax.data import corpus, long_documents
-from inl_jax.data.long_documents import Encoder, parts
-from inl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from inl_jax.data import corpus
 from inl_jax.text import documents
+from inl_jax.tokens import long_documents
+from inl_jax.tokens.long_documents import Encoder, parts
+from inl_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = {make.__name__: Tokenizer(make.__name__, make()) for make in vocabularies.ALL}
 TOKENIZERS |= {name: load_tokenizer(name) for name in ("bytes", "gpt2")}
