@@ -11,12 +11,12 @@ from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import load_config
 from inl_jax.console import duration, say
 from inl_jax.data.corpus import Corpus, prepare
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.planning.budget import ASSUMED_MFU, budget
 from inl_jax.planning.hardware import gpu_of
 from inl_jax.planning.preflight import count_steps
 from inl_jax.sampling import LanguageModel
 from inl_jax.text.sniff import sniff
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.trainer import train
 from inl_jax.training.metrics import Record
 

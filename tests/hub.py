@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 
-from inl_jax.data.tokenizer import load_tokenizer
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 COMMITS = {None: "a" * 40, "main": "a" * 40, "v2": "b" * 40}
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from inl_jax.data.tokenizer import load_tokenizer
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 GPT2 = load_tokenizer("gpt2")

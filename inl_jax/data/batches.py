@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from inl_jax.config import DataConfig, InputError
+from inl_jax.console import first_line
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.phases import Curriculum, PhasedSamples
 from inl_jax.data.token_files import TokenFiles
@@ -120,6 +121,9 @@ def training_batches(
       batch_size: rows of a global batch.
       rows: the rows of each global batch that this process reads.
       num_batches: number of batches to yield.
+
+    Raises:
+      InputError: the tokens cannot be read, or are damaged.
     """
     import grain
 
@@ -128,7 +132,10 @@ def training_batches(
         return np.stack([samples[first + row] for row in range(rows.start, rows.stop)])
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
+    try:
+        yield from grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options)
+    except InputError as error:  # to which grain has added lines of its own
+        raise InputError(first_line(error)) from error
 
 
 def eval_batches(

@@ -23,10 +23,10 @@ from typing import Any
 from inl_jax.config import DataConfig, InputError
 from inl_jax.console import first_line, say, size
 from inl_jax.data.token_files import TokenFiles
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.failures import DiskFull
 from inl_jax.files import write_text
 from inl_jax.text.sources import Entry
+from inl_jax.tokens.tokenizer import Tokenizer
 
 STALE_SECONDS = 24 * 3600
 """Another machine's temporary directory is removed if nothing was written to it for this long."""

@@ -19,7 +19,6 @@ import numpy as np
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.console import duration, plural, progress_bar, say
-from inl_jax.data import tokenizer as tokenizers
 from inl_jax.data.cache import (
     digest,
     identity,
@@ -30,13 +29,14 @@ from inl_jax.data.cache import (
     remove_stale,
     write_meta,
 )
-from inl_jax.data.long_documents import Encoder, Part, parts
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.data.token_files import TokenFiles
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.text.columns import say_skipped
 from inl_jax.text.documents import Document, hash_fraction, read_documents, split_file
 from inl_jax.text.sources import Entry, find_entries
+from inl_jax.tokens import tokenizer as tokenizers
+from inl_jax.tokens.long_documents import Encoder, Part, parts
+from inl_jax.tokens.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**22
 """UTF-8 bytes per call of the tokenizer, which needs about 50 times as much memory for the call."""

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from inl_jax.console import say
-from inl_jax.data.tokenizer import is_hub_id
 from inl_jax.text.hub import need_datasets, parse, pin
+from inl_jax.tokens.tokenizer import is_hub_id
 
 
 def pinned_paths(paths: Iterable[str], recorded: tuple[str, ...] = ()) -> tuple[str, ...]:

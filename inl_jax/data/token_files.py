@@ -64,18 +64,18 @@ class Tokens:
         wanted = max(0, stop - start) * width
         try:
             content = _read(self._handle, start * width, wanted)
-            changed = os.fstat(self._handle).st_mtime_ns
+            state = os.fstat(self._handle)
         except OSError as error:
             raise InputError(
                 f"{self._file}, token {start}: {error.strerror}; look at the disk, then start again"
             ) from error
         if len(content) < wanted:
             raise InputError(
-                f"{self._file}: was cut short to {(start * width + len(content)) // width:,} of "
-                f"{self._len:,} tokens; {_ANEW}"
+                f"{self._file}: was cut short to {state.st_size // width:,} of {self._len:,} "
+                f"tokens; {_ANEW}"
             )
-        if changed != self._changed:
-            self._changed = changed
+        if state.st_mtime_ns != self._changed:
+            self._changed = state.st_mtime_ns
             say(f"WARNING: {self._file}: was written to after it was verified")
         tokens = np.frombuffer(content, self.dtype)
         if wanted and tokens.max() >= self._vocab_size:

@@ -20,10 +20,10 @@ from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import say
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
-from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.files import write_text
 from inl_jax.parallel import processes
+from inl_jax.tokens.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import load as read_tokenizer
 
 # Fields of the model that change neither the parameters nor the function they compute.
 _FREE_FIELDS = """model.remat model.attention_kernel model.integrator_gradient

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.sampling import LanguageModel
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.watch.integrator_probe import over_tokens, watch_tokens
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from inl_jax.config import with_fields
 from inl_jax.config_file import load_config
 from inl_jax.data.corpus import prepare
-from inl_jax.data.tokenizer import load_tokenizer
 from inl_jax.storage.run_dir import read_config, record_run
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import BYTES, DOCUMENTS, leftovers, write_files
+from texts import BYTES, DOCUMENTS, leftovers, split_texts, write_files
 
 from inl_jax.config import InputError
-from inl_jax.data import cache, corpus
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.data import cache, corpus, token_files
 from inl_jax.failures import DiskFull
+from inl_jax.tokens.tokenizer import Tokenizer
 
 
 def forbid_encoding(monkeypatch):
@@ -77,7 +77,7 @@ SLOW_WRITER = """
 import sys, time
 from inl_jax.config import DataConfig
 from inl_jax.data import corpus
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import Tokenizer
 corpus.BATCH_BYTES = 1000
 real = Tokenizer.encode_batch
 def slow(self, texts):
@@ -141,6 +141,54 @@ def test_damaged_directory_is_made_again(make_corpus, tmp_path, name, content):
     (again,) = make_corpus(folder).sources
     np.testing.assert_array_equal(again.open("train")[:], tokens)
     assert again == first
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
+def test_flipped_bit_is_noticed_and_said(make_corpus, tmp_path, said, name):
+    folder = write_files(tmp_path / "d")
+    (first,) = make_corpus(folder).sources
+    content = bytearray((first.directory / name).read_bytes())
+    content[content.index(b"1") if name == "meta.json" else 1000] ^= 2  # a count; a letter
+    (first.directory / name).write_bytes(content)
+    said.clear()
+    assert make_corpus(folder).sources == (first,)
+    assert said[0].startswith(f"WARNING: {first.directory}: the tokens there are damaged (")
+    assert said[0].endswith("prepared anew") and said[1].startswith("data: 40 documents")
+
+
+def test_tokens_are_verified_once_per_process(make_corpus, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "d")
+    make_corpus(folder)
+    (found,) = make_corpus(folder).sources
+    monkeypatch.setattr(token_files, "hashlib", None)  # that would read them again
+    assert make_corpus(folder).sources == (found,)
+
+
+def test_other_text_of_the_same_size_and_time_is_other_text(make_corpus, tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("one text\n", "two text\n", "six text\n"):
+        if text[0] == "t":  # replaced, as by rsync
+            (tmp_path / "new").write_text(text)
+            os.replace(tmp_path / "new", file)
+        else:
+            file.write_text(text)
+        os.utime(file, (1, 1))
+        (source,) = make_corpus(file, validation_fraction=0).sources
+        assert split_texts(source, "train") == [text]
+
+
+def test_cache_that_cannot_be_written_is_named(make_corpus, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "d")
+    (first,) = make_corpus(folder).sources
+
+    def refuse(self, *args, **kwargs):
+        if self.name.startswith("tmp."):
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"data.cache_dir=.*/cache: Permission denied; name one"):
+        make_corpus(folder, validation_fraction=0.1)
+    assert make_corpus(folder).sources == (first,)  # which may be read
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])

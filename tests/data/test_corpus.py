@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import vocabularies
 from texts import DOCUMENTS, split_texts, write_files, write_jsonl
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.data import corpus
-from inl_jax.data.tokenizer import load
 from inl_jax.text.sources import Entry, find_entries
+from inl_jax.tokens.tokenizer import Tokenizer, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +135,7 @@ def test_progress_is_lines_elsewhere_and_a_bar_on_a_terminal(
 @pytest.mark.parametrize(
     "module",
     ["text.sources", "text.rows", "text.documents"]
-    + ["data.cache", "data.tokenizer", "data.corpus", "data.batches"],
+    + ["tokens.tokenizer", "tokens.long_documents", "data.cache", "data.corpus", "data.batches"],
 )
 def test_modules_of_text_and_data_load_no_jax(module):
     code = f"import sys, inl_jax.{module}; print(*sys.modules)"
@@ -229,3 +230,38 @@ def test_prepare_trains_a_damaged_bpe_again(make_corpus, tmp_path):
             make_corpus(tmp_path / "d", tokenizer="bpe:270").tokenizer.vocab_size
             == first.vocab_size
         )
+
+
+def test_lossy_tokenizer_is_said_whenever_its_tokens_are_used(make_corpus, tmp_path, said):
+    texts = [vocabularies.PARAGRAPH * 3, "Straße " * 20]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    for make in vocabularies.ALL:
+        tokenizer = Tokenizer(make.__name__, make())
+        for _ in range(2):  # also when they are found in the cache
+            said.clear()
+            (source,) = make_corpus(path, using=tokenizer, validation_fraction=0).sources
+            warnings = [line for line in said if "WARNING" in line]
+            assert len(warnings) == (make.__name__ in ("wordpiece", "unigram")), warnings
+        if make.__name__ == "wordpiece":
+            unknown = sum(list(tokenizer.encode(t)).count(tokenizer.unknown_id) for t in texts)
+            assert source.unknown_tokens == unknown > 0
+            assert warnings[0].startswith("WARNING: tokenizer wordpiece loses text: ")
+            assert warnings[0].endswith(
+                "2 of 2 samples of the text do not come back when decoded; bits per byte does not "
+                "count"
+            )
+
+
+def test_bpe_of_another_user_is_not_removed(make_corpus, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "d", DOCUMENTS)
+    make_corpus(folder, tokenizer="bpe:270")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (kept,) = (tmp_path / "cache").glob("tokenizer-*")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(InputError, match="tokenizer.json: .*Permission denied"):
+            make_corpus(folder, tokenizer="bpe:270")
+    assert kept.is_dir()

@@ -7,8 +7,8 @@ import pytest
 from hub import COMMITS, Hub
 
 from inl_jax.config import InputError, with_fields
-from inl_jax.data.tokenizer import load_tokenizer, train_bpe
 from inl_jax.storage.run_dir import check_run, locked, pinned, read_config, record_run
+from inl_jax.tokens.tokenizer import load_tokenizer, train_bpe
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 

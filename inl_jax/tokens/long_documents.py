@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from inl_jax.console import say
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.text.documents import Pieces
+from inl_jax.tokens.tokenizer import Tokenizer
 
 OVERLAP = 2**12
 """Characters that are encoded with both parts at a cut."""
@@ -95,10 +95,10 @@ class Encoder:
         """
         ready, first = self._ids[:0], 0
         if part.before:
-            seam = self._find_seam(ids, common)
+            seam = self._find_seam(part, ids, common)
             if seam is None:  # a run of digits is split in threes from its beginning: keep in step
                 part, ids, common = self._encode_from(self._token_start(part.start), part)
-                seam = self._find_seam(ids, common)
+                seam = self._find_seam(part, ids, common)
             if seam:
                 ready, first = self._ids[self._given : seam[0]], seam[1]
             elif self._held.length + len(part.text) <= LONGEST:
@@ -117,11 +117,13 @@ class Encoder:
             return ready
         return np.concatenate([ready, ids[first:]])
 
-    def _find_seam(self, ids: np.ndarray, common: np.ndarray) -> tuple[int, int] | None:
+    def _find_seam(self, part: Part, ids: np.ndarray, common: np.ndarray) -> tuple[int, int] | None:
         """Where ids are joined, if anywhere: the held ones up to i, those of the part from j on.
 
         In the middle half of the common text: tokens near an end may depend on what is cut off.
         """
+        if len(part.before) < OVERLAP:
+            return None
         quarter = len(common) // 4
         begins = len(common) - _num_equal(self._ids[::-1], common[::-1])  # held ids end with these
         low = max(begins + SHARED, quarter)

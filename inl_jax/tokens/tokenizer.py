@@ -19,9 +19,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from inl_jax.config import InputError
 from inl_jax.console import first_line
-from inl_jax.data import tokenizer_files
-from inl_jax.data.tokenizer_files import CONFIG_NAME, FILE_NAME, one_line
 from inl_jax.files import write_text
+from inl_jax.tokens import tokenizer_files
+from inl_jax.tokens.tokenizer_files import CONFIG_NAME, FILE_NAME, one_line
 
 END_TOKEN = "<|endoftext|>"
 # What published tokenizers call the token that closes a document, best first, for files that do not
