@@ -139,7 +139,7 @@ def test_hub_tokenizer_has_its_declared_end_token(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     write_files(write_tokenizer(tmp_path, *ENDS), tokenizer_config={"eos_token": "</s>"})
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, revision, allow_patterns):
         assert name == "owner/name" and "tokenizer_config.json" in allow_patterns
         return str(tmp_path)
 
