@@ -1,14 +1,16 @@
 """Token files to batches. A batch is a pure function of (seed, index).
 
-Windows of `seq_len + 1` tokens are reshuffled in each epoch and read by grain's threads. Sample i
+Windows of `seq_len + 1` tokens are reshuffled by grain in each epoch and read in threads. Sample i
 of a run depends neither on the number of processes nor on the batch size nor on where a run
 resumed, so a position in the data is one integer: the number of samples consumed.
 
 B is the batch, S the sequence length.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +21,10 @@ from inl_jax.data.corpus import Corpus
 from inl_jax.data.phases import Curriculum, PhasedSamples
 
 if TYPE_CHECKING:
-    import grain  # here and in the functions below only: it imports jax
+    import grain  # here and in the function below only: it imports jax
+
+
+READ_AHEAD = 8  # batches
 
 
 class Windows:
@@ -120,14 +125,20 @@ def training_batches(
       rows: the rows of each global batch that this process reads.
       num_batches: number of batches to yield.
     """
-    import grain
 
     def batch(index: int) -> np.ndarray:
-        first = position + int(index) * batch_size
+        first = position + index * batch_size
         return np.stack([samples[first + row] for row in range(rows.start, rows.stop)])
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
+    # Daemon threads, unlike grain's: a read that never returns does not keep the process.
+    with ThreadPool(2) as pool:
+        ahead = collections.deque()
+        for index in range(num_batches):
+            ahead.append(pool.apply_async(batch, (index,)))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().get()
+        while ahead:
+            yield ahead.popleft().get()
 
 
 def eval_batches(
