@@ -16,8 +16,7 @@ def host_memory(root: Path = ROOT) -> int:
     Args:
       root: of the file system with `proc` and `sys`.
     """
-    limits = [limit for limit in (*_of_groups(root), *_of_process()) if limit > 0]
-    return min(_available(root), *limits)
+    return min([_available(root), *_of_groups(root), *_of_process()])
 
 
 def _available(root: Path) -> int:
