@@ -277,7 +277,7 @@ class Run:
         """Saves the state after update `step` and ends the run before its end."""
         if step > 0:
             self.save(state, step, wait=True)
-        if self.watchdog.expired:
+        if self.watchdog.gave_up:
             raise self.watchdog.stalled(step, self.config)
         say(f"stopped at update {step} as asked, and saved; the same command resumes")
         return state, "interrupted"

@@ -484,7 +484,7 @@ def test_advice_of_a_diverged_run_works(train_config, monkeypatch):
     rates = trainer.learning_rates
 
     def ruin(optim, num_steps):
-        found = rates(optim, num_steps)
+        found = rates(optim, num_steps).copy()
         if optim.learning_rate == config.optim.learning_rate:
             found[14:] = 1e37
         return found

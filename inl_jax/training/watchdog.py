@@ -57,6 +57,7 @@ class Watchdog:
         self._factor, self._limit, self._end = factor, limit, end
         self._usual = collections.defaultdict(lambda: collections.deque(maxlen=128))
         self._kind, self._at_input = "", False
+        self.gave_up = ""  # why `inputs` ended early, if nobody asked for it
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._start()
@@ -65,7 +66,7 @@ class Watchdog:
     def _start(self) -> None:
         with self._lock:
             self._since, self._waited, self._told = time.monotonic(), 0.0, False
-            self.expired = ""  # what was said when the wait for input came to its limit
+            self._expired = ""  # what was said when the wait for input came to its limit
 
     def progress(self) -> None:
         """Notes that what is watched got on, as by an update."""
@@ -131,12 +132,14 @@ class Watchdog:
                 return
             except TimeoutError:
                 stopping += POLL * (stop.requested is not None)
-                if not self.expired and stopping <= several * OTHERS_SECONDS:
+                self.gave_up = self._expired
+                if not self.gave_up and stopping <= several * OTHERS_SECONDS:
                     continue
                 if not several:
                     return
-                if self.expired:
-                    raise Stalled(f"{self.expired}; the same command resumes") from None
+                if self.gave_up:
+                    raise Stalled(f"{self.gave_up}; the same command resumes") from None
+                console.complain(describe(UPDATE, True, self._waited, 0))
                 raise exception_of(stop.requested) from None
             finally:
                 self._at_input = False
@@ -168,7 +171,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file=2)
             console.complain(f"WARNING: {what}; the stacks of all threads are above")
         if over and at_input:
-            self.expired = what
+            self._expired = what
         elif over:
             self._end(
                 f"{what}, the limit being stall_limit={self._limit:g}; nothing was saved after the "
@@ -178,7 +181,7 @@ class Watchdog:
     def stalled(self, step: int, config: TrainConfig) -> Stalled:
         """What ends a run that waits for input, once the state after update `step` is saved."""
         return Stalled(
-            f"{self.expired}, the limit being stall_limit={self._limit:g}; update {step} is saved "
+            f"{self.gave_up}, the limit being stall_limit={self._limit:g}; update {step} is saved "
             f"in {config.run_dir}: see to the disk of data.cache_dir={config.data.cache_dir}, then "
             "the same command resumes"
         )

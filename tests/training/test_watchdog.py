@@ -94,7 +94,6 @@ def test_progress_puts_the_end_off(ticking):
     with dog.during(UPDATE):
         for _ in range(3):
             for _ in dog.each(range(20)):
-                assert not dog.expired
                 with pytest.raises(queue.Empty):
                     ended.get(timeout=0.01)
 
@@ -126,7 +125,9 @@ def test_inputs_end_at_the_limit_and_say_that_they_waited_for_input(ticking, han
     dog, ended = ticking(factor=1.0, limit=0.1)
     with dog.during(UPDATE):
         assert list(dog.inputs(hanging, NOT_ASKED)) == []
-        assert "waiting for input" in dog.expired and ended.empty()
+        assert "waiting for input" in dog.gave_up and ended.empty()
+        dog.progress()
+        assert dog.gave_up, "the update before has yet to be fetched"
 
 
 def test_inputs_end_when_a_signal_asks_for_it(ticking, hanging):
@@ -134,13 +135,16 @@ def test_inputs_end_when_a_signal_asks_for_it(ticking, hanging):
     assert list(dog.inputs(hanging, SimpleNamespace(requested=signal.SIGTERM))) == []
 
 
-def test_inputs_of_several_processes_end_all_and_name_the_one_that_waits(ticking, hanging, two):
+def test_inputs_of_several_processes_end_all_and_name_the_one_that_waits(
+    ticking, hanging, two, capsys
+):
     dog, _ = ticking(factor=1.0, limit=0.1)
     with dog.during(UPDATE), pytest.raises(Stalled, match="process 1 of 2.*waiting for input"):
         list(dog.inputs(hanging, NOT_ASKED))
     for number, raised in ((signal.SIGHUP, Stopped), (signal.SIGINT, KeyboardInterrupt)):
         with pytest.raises(raised):
             list(dog.inputs(hanging, SimpleNamespace(requested=number)))
+        assert "process 1 of 2: no progress" in capsys.readouterr().err
 
 
 def test_failure_beside_the_training_is_a_line_and_of_several_processes_ends_them(
