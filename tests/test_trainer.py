@@ -416,7 +416,7 @@ def test_train_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_
 
 @pytest.fixture
 def stalling(monkeypatch):
-    """Makes the reading of sample 40 and later hang: batches of 8 end with update 5."""
+    """Makes reading hang after 40 samples: batches of 8, so after update 5 at most."""
     released = threading.Event()
     read = batches.Windows.__getitem__
     calls = itertools.count(1)
@@ -447,7 +447,7 @@ def test_train_saves_and_ends_on_a_signal_while_it_waits_for_input(
 
     monkeypatch.setattr(Reader, "next", terminate_once_nothing_comes)
     result = trainer.train(config)
-    assert result.interrupted and saved_steps(config) == {result.step} and 3 <= result.step <= 5
+    assert result.interrupted and saved_steps(config) == {result.step} and 1 <= result.step <= 5
     assert [r["step"] for r in result.history if "loss" in r] == list(range(1, result.step + 1))
 
 
@@ -458,7 +458,7 @@ def test_train_saves_and_ends_when_input_does_not_come_within_the_limit(
     with pytest.raises(Stalled, match="waiting for input, the limit being stall_limit=1; update"):
         trainer.train(config)
     (step,) = saved_steps(config)
-    assert 3 <= step <= 5
+    assert 1 <= step <= 5
     err = capfd.readouterr().err
     assert "WARNING: no progress for" in err and "in hang" in err, "the stack of the reader"
 
