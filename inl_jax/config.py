@@ -69,6 +69,10 @@ class OptimConfig:
     """Decoupled weight decay of kernels and the embedding. Nothing else is decayed."""
     clip_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to this norm."""
+    skip_spikes: float = 0.0
+    """An update whose gradient norm exceeds this multiple of the median of the last 128 accepted
+    updates is skipped, as one that is not finite; 0 skips none. The first 16 are never skipped, nor
+    are more than 8 in a row: then the level has changed, and the norms are collected anew."""
 
     def __post_init__(self):
         check_types(self, "optim.")
@@ -77,6 +81,10 @@ class OptimConfig:
             value = getattr(self, name)
             require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
         require_not_negative(self, "optim.", "warmup_steps weight_decay")
+        require(
+            self.skip_spikes == 0 or 1 < self.skip_spikes < 3e38,
+            f"optim.skip_spikes={self.skip_spikes}: a multiple of the median, such as 10, or 0",
+        )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}={value}: must be at least 0, below 1")
@@ -172,6 +180,14 @@ class TrainConfig:
     """Project of the run in wandb and trackio."""
     max_nonfinite_steps: int = 10
     """The run ends after so many updates in a row with a loss or gradient that is not finite."""
+    stall_factor: float = 20.0
+    """A wait of more than 60 s and more than this multiple of the usual update is said on stderr,
+    with what is waited for and the stacks of all threads; 0 says nothing. Evaluations, saves and
+    samples are compared with those before. The first of each and the first update may take 30
+    minutes, but for the wait for its input."""
+    stall_limit: float = 1800.0
+    """Seconds without any progress after which the run ends with exit code 110, but not before
+    twice the usual time; 0 never. It saves first if it waits for input."""
     xla_flags: tuple[str, ...] = ()
     """Flags of the XLA compiler that `inl train` adds to XLA_FLAGS, as in
     --xla_flags='--xla_a=1 --xla_b=2'. A flag that this version of XLA does not know is left out
@@ -188,7 +204,7 @@ class TrainConfig:
             self,
             "",
             "loss_chunk num_steps num_epochs eval_every eval_sequences save_every patience "
-            "min_delta sample_every seed",
+            "min_delta sample_every seed stall_factor stall_limit",
         )
         require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
         require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")

@@ -12,6 +12,10 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the same command resumes
 EXIT_CTRL_C = 130  # nothing more was saved
 
 
+class Diverged(RuntimeError):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
 class MachineFailure(RuntimeError):
     """The machine failed, not the run: one line that says what to do, then the same command."""
 

@@ -16,6 +16,7 @@ from inl_jax.console import aside, count, mute, plural, say
 from inl_jax.data import batches
 from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
+from inl_jax.failures import Diverged
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import (
     any_process,
@@ -24,6 +25,7 @@ from inl_jax.parallel.sharding import (
     place,
 )
 from inl_jax.planning.cost import utilization
+from inl_jax.planning.out_of_memory import explained
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
@@ -38,23 +40,22 @@ from inl_jax.training.metrics import (
     update_record,
 )
 from inl_jax.training.optim import learning_rates
+from inl_jax.training.reader import Reader
 from inl_jax.training.state import (
     Layout,
     TrainState,
     split_state,
 )
-from inl_jax.training.step import compile_step
+from inl_jax.training.step import compile_step, why_skipped
 from inl_jax.training.stop import StopRequest
 from inl_jax.training.trackers import Trackers
+from inl_jax.training.watchdog import UPDATE, Watchdog
+from inl_jax.watch.divergence import Losses
 from inl_jax.watch.gpu_use import GpuUse, peak_memory
 from inl_jax.watch.integrator_probe import fixed_batch, measure_dynamics
 from inl_jax.watch.progress import Standing, Stretch, lowest, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
 from inl_jax.watch.step_timer import StepTimer
-
-
-class Diverged(RuntimeError):
-    """Too many updates in a row had a non-finite loss or gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +91,22 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
 
     Raises:
       InputError: the config, the data, the machine or the run directory does not fit.
-      Diverged: too many updates in a row were not finite. They changed nothing; the state is
-        saved.
+      Diverged: too many updates in a row were not finite; the message names the last good
+        checkpoint.
+      MachineFailure: memory or disk ran out, or no update was finished for too long.
       Stopped: SIGTERM came before the first update.
     """
     with StopRequest(answers=processes.first()) as stop:
         mute(not processes.first())
         check_setup(config)
         config = pinned(config)
-        fitted, mesh, layout = plan_run(config)
+        fitted, mesh, layout = plan = plan_run(config)
         corpus = prepare_data(config)
         check_run(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
             locked(config.run_dir),
+            explained(config, plan),
             on(mesh),
             contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as saved,
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,
@@ -124,7 +127,11 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             trackers = Trackers(
                 config.track, config.run_dir, project=config.project, step=start.step
             )
-            with contextlib.closing(trackers), contextlib.closing(run.gpu_use):
+            with (
+                contextlib.closing(trackers),
+                contextlib.closing(run.gpu_use),
+                contextlib.closing(run.watchdog),
+            ):
                 stop.release()
                 announce(run)
                 if run.evaluation_is_missing():
@@ -133,7 +140,9 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 if not ended:
                     step_fns = compile_steps(run, layout)
                     samples = batches.training_samples(corpus, config.data, config.seed, curriculum)
-                    state, ended = run.loop(step_fns, state, samples, stop)
+                    reading = contextlib.closing(run.read(samples))
+                    with reading as reader, run.watchdog.during(UPDATE):
+                        state, ended = run.loop(step_fns, state, reader, stop)
                 stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
         step = int(state.step)
@@ -177,7 +186,8 @@ class Run:
         self.config, self.mesh, self.corpus, self.curriculum = config, mesh, corpus, curriculum
         self.num_steps, self.start = num_steps, start
         self.checkpoints, self.log, self.timer = checkpoints, log, StepTimer()
-        self.nonfinite_in_a_row = 0
+        self.watchdog = Watchdog(factor=config.stall_factor, limit=config.stall_limit)
+        self.nonfinite_in_a_row, self.losses = 0, Losses(config.model.vocab_size)
         past = read_metrics(config.run_dir, up_to=start.step)
         self.started = time.monotonic() - latest(past, "elapsed")
         self.gpu_use = GpuUse(jax.local_devices(), energy_kwh=latest(past, "energy_kwh"))
@@ -208,21 +218,27 @@ class Run:
             return "complete"
         return "stopped early" if self.out_of_patience(step, tell=tell) else ""
 
-    def loop(self, step_fns, state, samples, stop: StopRequest) -> tuple[TrainState, str]:
-        """Updates until the end or a stop; returns the state and how it ended."""
-        c, last = self.config, self.num_steps
-        read = batches.training_batches(
-            samples,
-            position=self.start.position,
-            batch_size=c.batch_size,
-            rows=local_rows(self.mesh, c.batch_size),
-            num_batches=last - self.start.step,
+    def read(self, samples) -> Reader:
+        """Starts reading this process's rows of the batches to come."""
+        c = self.config
+        return Reader(
+            batches.training_batches(
+                samples,
+                position=self.start.position,
+                batch_size=c.batch_size,
+                rows=local_rows(self.mesh, c.batch_size),
+                num_batches=self.num_steps - self.start.step,
+            )
         )
-        placed = (place(self.mesh, batch) for batch in read)
+
+    def loop(self, step_fns, state, reader: Reader, stop: StopRequest) -> tuple[TrainState, str]:
+        """Updates until the end or a stop; returns the state and how it ended."""
+        c, step, last = self.config, self.start.step, self.num_steps
         rates, any_stop, pending = learning_rates(c.optim, last), any_process(self.mesh), None
         beginnings = phases.beginnings(self.curriculum, c, self.start.step, self.start.position)
         stop.enter_loop()
-        self.timer.start(self.start.step)
+        self.timer.start(step)
+        placed = (place(self.mesh, batch) for batch in self.watchdog.inputs(reader, stop))
         for step, batch in enumerate(self.timer.inputs(placed), start=self.start.step + 1):
             if step in beginnings:
                 say(f"update {step}/{last}  {beginnings[step]}")
@@ -238,38 +254,45 @@ class Run:
                 continue
             self.look_at(state, *pending)
             pending = None
-            if save:  # before anything that could fail
-                self.save(state, step)
             if stopping:
-                self.checkpoints.wait()
-                say(f"stopped at update {step} as asked, and saved; the same command resumes")
-                return state, "interrupted"
+                return self.leave(state, step)
+            if save and (step == last or self.losses.allow_saving(step)):
+                self.save(state, step)  # before anything that could fail
             if validate:
                 self.evaluate(state, step)
             if sample:
                 self.sample(state, step)
             if validate and step < last and self.out_of_patience(step):
-                self.save(state, step)
-                self.checkpoints.wait()
+                self.save(state, step, wait=True)
                 return state, "stopped early"
             self.timer.start(step)
-        self.checkpoints.wait()  # signals are still caught: the last save must not be lost
+        if step < last:  # no batch came
+            if pending:
+                self.look_at(state, *pending)
+            return self.leave(state, step)
+        self.save(state, step, wait=True)  # signals are still caught: it must not be lost
         say(f"complete: update {last} is saved in {c.run_dir}")
         return state, "complete"
+
+    def leave(self, state: TrainState, step: int) -> tuple[TrainState, str]:
+        """Saves the state after update `step` and ends the run before its end."""
+        if step > 0:
+            self.save(state, step, wait=True)
+        if self.watchdog.gave_up:
+            raise self.watchdog.stalled(step, self.config)
+        say(f"stopped at update {step} as asked, and saved; the same command resumes")
+        return state, "interrupted"
 
     def look_at(self, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches the metrics of an update: watches that they are finite, and records them."""
         c = self.config
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if values["finite"]:
-            self.nonfinite_in_a_row = 0
-            self.stretch = self.stretch.add(values["loss"])
+        self.nonfinite_in_a_row = 0 if values["finite"] else self.nonfinite_in_a_row + 1
+        self.losses.add(step, values["loss"])
+        if why := why_skipped(values):
+            say(f"update {step} skipped: {why} ({values['skipped']} skipped so far)")
         else:
-            self.nonfinite_in_a_row += 1
-            say(
-                f"update {step} skipped: loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']} ({values['skipped']} skipped so far)"
-            )
+            self.stretch = self.stretch.add(values["loss"])
         self.log.progress(step, self.num_steps, values["loss"])
         diverged = self.nonfinite_in_a_row >= c.max_nonfinite_steps
         if diverged or step in (1, self.num_steps) or _due(step, c.log_every):
@@ -279,16 +302,13 @@ class Run:
             record = update_record(values, step, self.num_steps, seconds, rate, input_wait)
             record |= self.progress(step) | utilization(c, self.mesh, rate, seq_len)
             self.log.write(record | peak_memory(jax.local_devices()) | self.gpu_use.record())
+        self.watchdog.progress()
         if diverged:
-            # The state is one update newer than `step`. It is as good: skipped too, or finite.
-            self.save(state, int(state.step))
-            self.checkpoints.wait()
-            raise Diverged(
-                f"{self.nonfinite_in_a_row} updates in a row, up to update {step}, had a "
-                f"non-finite loss or gradient (max_nonfinite_steps={c.max_nonfinite_steps}); they "
-                f"changed nothing, and the state is saved in {c.run_dir}. Lower "
-                "optim.learning_rate or look at the data"
-            )
+            if not self.checkpoints.steps():  # else this state would push out a better one
+                self.save(state, int(state.step), wait=True)
+            saved, best = self.checkpoints.steps(), self.checkpoints.best_step()
+            in_a_row = self.nonfinite_in_a_row
+            raise Diverged(self.losses.describe_divergence(in_a_row, step, c, saved, best))
 
     def position(self, step: int) -> int:
         """Samples consumed after `step` updates."""
@@ -313,10 +333,8 @@ class Run:
         """The beginning of a record."""
         return {"step": step, "num_steps": self.num_steps, "time": time.time()}
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts saving the state, once for each step."""
-        if self.checkpoints.latest_step() == step:
-            return
+    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
+        """Starts saving the state, once for each step; with `wait` it is then on disk."""
         position = {
             "samples_seen": self.position(step),
             "seq_len": self.config.data.seq_len,
@@ -324,7 +342,11 @@ class Run:
             "phases": phases.note_read(self.curriculum, self.position(step)),
             "stretch": list(self.stretch),
         }
-        self.checkpoints.save(step, **split_state(state), position=position)
+        with self.watchdog.during("a save"):
+            if self.checkpoints.latest_step() != step:
+                self.checkpoints.save(step, **split_state(state), position=position)
+            if wait:
+                self.checkpoints.wait()
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Records the validation loss, and saves the best. Does nothing without validation text."""
@@ -337,7 +359,14 @@ class Run:
             batch_size=c.batch_size // c.accumulate_steps,
             max_sequences=c.eval_sequences,
         )
-        result = evaluate(c.model, state.params, windows, mesh=self.mesh, loss_chunk=c.loss_chunk)
+        result = None
+        with self.watchdog.beside("the evaluation", step):
+            windows = self.watchdog.each(windows)
+            result = evaluate(
+                c.model, state.params, windows, mesh=self.mesh, loss_chunk=c.loss_chunk
+            )
+        if result is None:
+            return
         best = self.checkpoints.is_best(result.loss, basis=self.basis)
         record = validation_record(result, c.data, step, self.num_steps) | self.progress(step)
         record |= over_fitting(result.loss, self.stretch) | {"best": best, "basis": self.basis}
@@ -350,7 +379,7 @@ class Run:
             self.save(state, step)
             self.checkpoints.note_best(step, result.loss, basis=self.basis)
         dynamics = {}
-        with aside(f"the integrator's dynamics at update {step}"):
+        with self.watchdog.beside("the integrator's dynamics", step):
             tokens = fixed_batch(self.corpus, c.model)
             dynamics = measure_dynamics(c.model, state.params, tokens, mesh=self.mesh)
         if dynamics:
@@ -380,9 +409,10 @@ class Run:
         c = self.config
         model = LanguageModel(c.model, state.params, self.corpus.tokenizer, mesh=self.mesh)
         samples = []
-        with aside(f"the samples at update {step}"):
+        with self.watchdog.beside("the samples", step):
             samples = make_samples(model, c.sample_prompts, max_new_tokens=c.sample_tokens)
-            if processes.first():
+        with aside(f"writing the samples at update {step}"):
+            if samples and processes.first():
                 write_samples(c.run_dir, step, samples)
         if samples:
             self.log.write(self.stamped(step) | {"samples": samples})

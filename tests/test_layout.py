@@ -32,6 +32,7 @@ FLOORS = [
         "failures",
         "files",
         "internals",
+        "limits",
         "model_config",
         "other_names",
         "phase",

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,13 @@ from inl_jax.config import InputError, MeshConfig, Phase, with_fields
 from inl_jax.config_file import to_json
 from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
-from inl_jax.failures import EXIT_INTERRUPTED
+from inl_jax.failures import EXIT_INTERRUPTED, Stalled
 from inl_jax.planning import preflight
+from inl_jax.storage import checkpoint
 from inl_jax.storage.run_dir import locked, read_config
-from inl_jax.training import checkpoint, state
+from inl_jax.training import state
 from inl_jax.training.metrics import read_metrics
+from inl_jax.training.reader import Reader
 from inl_jax.training.step import loss_fn
 from inl_jax.training.stop import Stopped
 from inl_jax.watch import step_timer
@@ -412,6 +415,55 @@ def test_train_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_
         trainer.train(dataclasses.replace(other, init_from="nowhere"))
 
 
+@pytest.fixture
+def stalling(monkeypatch):
+    """Makes reading hang after 40 samples: batches of 8, so after update 5 at most."""
+    released = threading.Event()
+    read = batches.Windows.__getitem__
+    calls = itertools.count(1)
+
+    def hang(self, index):
+        if next(calls) > 40:
+            released.wait()
+        return read(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batches.Windows, "__getitem__", hang)
+        yield
+        released.set()
+
+
+def test_train_saves_and_ends_on_a_signal_while_it_waits_for_input(
+    train_config, stalling, monkeypatch
+):
+    config = train_config(save_every=0, eval_every=0)
+    next_batch = Reader.next
+
+    def terminate_once_nothing_comes(self, seconds):
+        try:
+            return next_batch(self, seconds)
+        except TimeoutError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    monkeypatch.setattr(Reader, "next", terminate_once_nothing_comes)
+    result = trainer.train(config)
+    assert result.interrupted and saved_steps(config) == {result.step} and 1 <= result.step <= 5
+    assert [r["step"] for r in result.history if "loss" in r] == list(range(1, result.step + 1))
+
+
+def test_train_saves_and_ends_when_input_does_not_come_within_the_limit(
+    train_config, stalling, capfd
+):
+    config = train_config(save_every=0, eval_every=0, stall_limit=1.0)
+    with pytest.raises(Stalled, match="waiting for input, the limit being stall_limit=1; update"):
+        trainer.train(config)
+    (step,) = saved_steps(config)
+    assert 1 <= step <= 5
+    err = capfd.readouterr().err
+    assert "WARNING: no progress for" in err and "in hang" in err, "the stack of the reader"
+
+
 def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config, monkeypatch):
     config = train_config(max_nonfinite_steps=3, num_steps=20)
 
@@ -425,6 +477,43 @@ def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config
         trainer.train(config)
     _, params = checkpoint.read_params(config.run_dir, config.model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_advice_of_a_diverged_run_works(train_config, monkeypatch):
+    """A finite learning rate may ruin the weights; the last good checkpoint stays."""
+    config = train_config(max_nonfinite_steps=2, num_steps=40, save_every=2, eval_every=0)
+    rates = trainer.learning_rates
+
+    def ruin(optim, num_steps):
+        found = rates(optim, num_steps).copy()
+        if optim.learning_rate == config.optim.learning_rate:
+            found[14:] = 1e37
+        return found
+
+    monkeypatch.setattr(trainer, "learning_rates", ruin)
+    with pytest.raises(trainer.Diverged) as error:
+        trainer.train(config)
+    good = re.search(r"the last good checkpoint in .* is update (\d+): ", str(error.value))
+    assert int(good[1]) in (12, 14) and int(good[1]) in saved_steps(config)
+    if remove := re.search("run `(.*)`, then", str(error.value)):
+        subprocess.run(remove[1], shell=True, check=True)
+    rate = float(re.search(r"add --optim.learning_rate (\S+) to the same", str(error.value))[1])
+    lower = with_fields(config, {"optim.learning_rate": rate, "num_steps": 16, "save_every": 0})
+    result = trainer.train(lower)
+    assert result.step == 16
+    losses = [r["loss"] for r in result.history if "loss" in r]
+    assert len(losses) == 16 and losses[-1] < losses[0]
+
+
+def test_train_goes_on_if_an_evaluation_fails(train_config, monkeypatch, said):
+    def fail(*args, **fields):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(trainer, "evaluate", fail)
+    result = trainer.train(train_config(num_steps=4, eval_every=2, patience=1))
+    assert result.ended == "complete"
+    line = "WARNING: the evaluation at update 2 failed (JaxRuntimeError: RESOURCE_EXHAUSTED: Out of"
+    assert sum(told.startswith(line) for told in said) == 1
 
 
 @pytest.mark.slow  # its halves, resuming and splitting, are tested by default
@@ -529,20 +618,20 @@ def test_run_measures_and_shows_the_wait_for_data(
 ):
     """On a clock of our own: a second for each update, and `read_seconds` for each batch."""
     clock = [0.0]
-    compile_step, training_batches = trainer.compile_step, batches.training_batches
+    compile_step, inputs = trainer.compile_step, trainer.Watchdog.inputs
 
     def slow_step(*args):
         step_fn = compile_step(*args)
         return lambda *inputs: (clock.__setitem__(0, clock[0] + 1), step_fn(*inputs))[1]
 
-    def slow_source(*args, **kwargs):
-        for batch in training_batches(*args, **kwargs):
+    def slow_inputs(*args):
+        for batch in inputs(*args):
             clock[0] += read_seconds
             yield batch
 
     monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(trainer, "compile_step", slow_step)
-    monkeypatch.setattr(batches, "training_batches", slow_source)
+    monkeypatch.setattr(trainer.Watchdog, "inputs", slow_inputs)
     config = train_config(num_steps=6, log_every=2, save_every=0, eval_every=0)
     waits = [r["input_wait"] for r in trainer.train(config).history if "loss" in r]
     assert waits == [share] * 4

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C outside the training loop: one line and a documented exit code."""
+"""SIGTERM, SIGHUP and Ctrl-C outside the training loop: one line and a documented exit code."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from inl_jax.failures import EXIT_CTRL_C, EXIT_INTERRUPTED
-from inl_jax.training.stop import Stopped
+from inl_jax.training.stop import Stopped, exception_of, stop_signals
 
 PATIENCE = 5  # seconds for a verb to remove its temporary files
 
@@ -25,15 +25,15 @@ def end_at_once() -> None:
     """
     global _started
     _started = True
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, leave)
 
 
 def unwind(*, patience: float | None = PATIENCE) -> None:
     """From here on, after the imports, the first signal raises; a second one ends at once.
 
-    Raises `Stopped` for SIGTERM and KeyboardInterrupt for Ctrl-C, so that temporary files are
-    removed on the way out. Without `end_at_once` before, as in a test, this does nothing.
+    Raises `Stopped` for SIGTERM and SIGHUP, KeyboardInterrupt for Ctrl-C, so that temporary files
+    are removed on the way out. Without `end_at_once` before, as in a test, this does nothing.
 
     Args:
       patience: seconds after which the process ends even if nothing has been raised: Python runs a
@@ -47,11 +47,11 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
         if _held:
             _noted = number
             return
-        for again in (signal.SIGTERM, signal.SIGINT):
+        for again in stop_signals():
             signal.signal(again, leave)
-        raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
+        raise exception_of(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop)
     sys.unraisablehook = _dropped
     if patience is None:
@@ -62,7 +62,7 @@ def unwind(*, patience: float | None = PATIENCE) -> None:
 
     def watch():
         number = os.read(read_end, 1)[0]
-        while number not in (signal.SIGTERM, signal.SIGINT):
+        while number not in stop_signals():
             number = os.read(read_end, 1)[0]
         time.sleep(patience)
         leave(number)
@@ -98,7 +98,7 @@ def leave(number: int, frame=None) -> None:
     """Ends the process because signal `number` came: one line on stderr and the exit code."""
     if threading.current_thread() is threading.main_thread():
         ignore()  # one line, also for two signals
-    terminated = number == signal.SIGTERM
+    terminated = number != signal.SIGINT
     with contextlib.suppress(Exception):  # the signal may have come in the middle of a flush
         sys.stdout.flush()
     line = "terminated" if terminated else "interrupted"
@@ -110,5 +110,5 @@ def leave(number: int, frame=None) -> None:
 
 def ignore() -> None:
     """From here on a signal changes nothing: the exit code is decided."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)

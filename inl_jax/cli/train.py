@@ -1,8 +1,9 @@
 """Trains a model, or resumes its run: inl train --config tiny.
 
-Exit codes: 0 done; 1 failed; 2 a mistake in the input; 3 diverged; 75 ended by SIGTERM, or by
-Ctrl-C after it saved: the same command resumes the run; 130 ended by Ctrl-C with nothing more to
-save. Several processes (docs/cluster.md) all end with the same code.
+Exit codes: 0 done; 1 failed; 2 a mistake in the input; 3 diverged; 12 out of memory; 28 the disk is
+full; 110 stalled; 75 ended by SIGTERM or SIGHUP, or by Ctrl-C after it saved: the same command
+resumes the run; 130 ended by Ctrl-C with nothing more to save. Several processes (docs/cluster.md)
+all end with the same code.
 """
 
 import os
@@ -17,8 +18,17 @@ from inl_jax.cli.command_line import (
     join_processes,
 )
 from inl_jax.config import InputError
-from inl_jax.console import flush, say
-from inl_jax.failures import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISTAKE
+from inl_jax.console import first_line, flush, say
+from inl_jax.failures import (
+    EXIT_CTRL_C,
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    Diverged,
+    MachineFailure,
+    OutOfMemory,
+)
 from inl_jax.training.stop import Stopped
 
 # The fields that most people need.
@@ -37,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
     config, flags = from_command_line(parser, argv, first=FIRST)
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.parallel import processes
-    from inl_jax.trainer import Diverged
 
     signals.unwind(patience=None)  # until `train` catches signals itself
     try:
@@ -56,6 +65,10 @@ def main(argv: Sequence[str]) -> int:
         os._exit(code)  # XLA may still compile in its threads: a slower exit would crash
     except Diverged as error:
         return processes.end(EXIT_DIVERGED, f"error: {error}")
+    except MachineFailure as error:
+        return processes.end(error.exit_code, f"error: {error}")
+    except MemoryError as error:  # before `train` knows what the run needs
+        return processes.end(OutOfMemory.exit_code, f"error: out of memory: {first_line(error)}")
     except Exception:  # of several processes, also because another one died
         return processes.end(EXIT_FAILED, traceback.format_exc().rstrip())
 

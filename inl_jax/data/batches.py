@@ -1,26 +1,30 @@
 """Token files to batches. A batch is a pure function of (seed, index).
 
-Windows of `seq_len + 1` tokens are reshuffled in each epoch and read by grain's threads. Sample i
+Windows of `seq_len + 1` tokens are reshuffled by grain in each epoch and read in threads. Sample i
 of a run depends neither on the number of processes nor on the batch size nor on where a run
 resumed, so a position in the data is one integer: the number of samples consumed.
 
 B is the batch, S the sequence length.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.console import first_line
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.phases import Curriculum, PhasedSamples
 from inl_jax.data.token_files import TokenFiles
 
 if TYPE_CHECKING:
-    import grain  # here and in the functions below only: it imports jax
+    import grain  # here and in the function below only: it imports jax
+
+
+READ_AHEAD = 8  # batches
 
 
 class Windows:
@@ -125,17 +129,20 @@ def training_batches(
     Raises:
       InputError: the tokens cannot be read, or are damaged.
     """
-    import grain
 
     def batch(index: int) -> np.ndarray:
-        first = position + int(index) * batch_size
+        first = position + index * batch_size
         return np.stack([samples[first + row] for row in range(rows.start, rows.stop)])
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    try:
-        yield from grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options)
-    except InputError as error:  # to which grain has added lines of its own
-        raise InputError(first_line(error)) from error
+    # Daemon threads, unlike grain's: a read that never returns does not keep the process.
+    with ThreadPool(2) as pool:
+        ahead = collections.deque()
+        for index in range(num_batches):
+            ahead.append(pool.apply_async(batch, (index,)))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().get()
+        while ahead:
+            yield ahead.popleft().get()
 
 
 def eval_batches(

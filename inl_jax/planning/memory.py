@@ -5,9 +5,7 @@ to what XLA's compilers report (`_working_memory`).
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -15,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
+from inl_jax.console import size
+from inl_jax.limits import host_memory
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
@@ -39,6 +39,10 @@ class MemoryNeeded(NamedTuple):
         """Bytes of host memory for one device's share of the state."""
         return sum(self.host.values())
 
+    def by_part(self) -> str:
+        """The parts of a device's memory in one line."""
+        return ", ".join(f"{part} {size(n)}" for part, n in self.device.items() if n)
+
 
 def memory_needed(config: TrainConfig, mesh: Mesh, layout: Layout) -> MemoryNeeded:
     """Bytes that a training step needs on each device, by part.
@@ -61,9 +65,9 @@ def memory_needed(config: TrainConfig, mesh: Mesh, layout: Layout) -> MemoryNeed
         "accumulator": num_bytes(accumulated) if config.accumulate_steps > 1 else 0,
     }
     working = _working_memory(config, mesh)
-    device |= {f"{part} (estimate)": size for part, size in working.items()}
+    device |= {f"{part} (estimate)": n for part, n in working.items()}
     host = {part: state[part, "pinned_host"] for part in ("masters", "moments")}
-    return MemoryNeeded(device, {part: size for part, size in host.items() if size})
+    return MemoryNeeded(device, {part: n for part, n in host.items() if n})
 
 
 def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
@@ -194,20 +198,6 @@ def memory_found(mesh: Mesh) -> tuple[int, str]:
     return host_memory() // len(mesh.local_devices), "free memory of this machine"
 
 
-def host_memory() -> int:
-    """Free bytes of this machine's memory, or the limit of its container if that is less."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # unlike sysconf, MemAvailable counts page cache that Linux can free
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        if limit.exists() and limit.read_text().strip().isdigit():
-            available = min(available, int(limit.read_text()))
-    return available
-
-
 def smallest_change(
     config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False
 ) -> dict[str, Any] | None:
@@ -247,6 +237,13 @@ def smallest_change(
                 before = without if needs(without) <= usable else before
             return _merged(before)
     return None
+
+
+def memory_advice(config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False) -> str:
+    """What to do if a run does not fit: `add --model.remat block`. Arguments: `smallest_change`."""
+    if change := smallest_change(config, mesh, usable, shared=shared):
+        return f"add {as_flags(change)}"
+    return "use more devices (mesh.fsdp), a shorter data.seq_len or a smaller model"
 
 
 def as_flags(fields: Mapping[str, Any]) -> str:

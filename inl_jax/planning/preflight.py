@@ -24,18 +24,13 @@ from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
+from inl_jax.limits import host_memory
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
-from inl_jax.planning.memory import (
-    as_flags,
-    host_memory,
-    memory_found,
-    memory_needed,
-    smallest_change,
-)
+from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
@@ -156,18 +151,11 @@ def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     shared = mesh.local_devices[0].platform == "cpu"  # a CPU device has no memory of its own
     total = needed.device_bytes + shared * needed.host_bytes
     if total > found:
-        change = smallest_change(asked, mesh, found, shared=shared)
-        advice = (
-            f"add {as_flags(change)}"
-            if change
-            else "use more devices (mesh.fsdp), a shorter data.seq_len or a smaller model"
-        )
         raise InputError(
             f"{config.name} needs {size(total)} of memory on each device and {size(found)} was "
-            f"found: {advice}"
+            f"found: {memory_advice(asked, mesh, found, shared=shared)}"
         )
-    parts = ", ".join(f"{part} {size(n)}" for part, n in needed.device.items() if n)
-    return f"{size(found)} ({what})", f"{size(needed.device_bytes)} ({parts})", "ok"
+    return f"{size(found)} ({what})", f"{size(needed.device_bytes)} ({needed.by_part()})", "ok"
 
 
 def _check_host(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:

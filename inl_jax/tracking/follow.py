@@ -113,7 +113,7 @@ def follow(
 def main() -> None:
     """The process of one tracker."""
     name, run_dir, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the run
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with the run
         signal.signal(number, signal.SIG_IGN)
     stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
     finish_log = log.capture()

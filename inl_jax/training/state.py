@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.model.language_model import abstract_params, init_params
 from inl_jax.parallel.sharding import param_shardings, with_shardings
+from inl_jax.training import spikes
 from inl_jax.training.optim import (
     init_optimizer,
     make_optimizer,
@@ -47,7 +48,10 @@ def init_state(key: jax.Array, *, config: TrainConfig) -> TrainState:
 def state_from_params(params: Any, *, config: TrainConfig) -> TrainState:
     """The state before the first update, with given parameters."""
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # two buffers, to be donated
-    return TrainState(step, skipped, params, init_optimizer(make_optimizer(config), params))
+    opt_state = init_optimizer(make_optimizer(config), params)
+    if config.optim.skip_spikes:
+        opt_state["spikes"] = spikes.init_window()
+    return TrainState(step, skipped, params, opt_state)
 
 
 def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
@@ -94,10 +98,15 @@ def _optimizer_layout(config: TrainConfig, mesh: Mesh, params: Any) -> dict[str,
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return {
+    layout = {
         part: optax.tree.map_params(optimizer, place, state[part], tree, transform_non_params=place)
         for part, tree in zip(("blocks", "rest"), split_blocks(params), strict=True)
     }
+    if config.optim.skip_spikes:
+        window = jax.eval_shape(spikes.init_window)
+        everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), window)
+        layout["spikes"] = with_shardings(window, everywhere)
+    return layout
 
 
 def split_state(state: TrainState) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from inl_jax.model.language_model import hidden_states
 from inl_jax.model.layers import at_least_float32, attention_kernel
 from inl_jax.model.losses import mean_loss
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
+from inl_jax.training import spikes
 from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_optimizer, round_tree
 from inl_jax.training.state import Layout, TrainState
 
@@ -86,9 +87,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer update.
 
-    If the loss or the gradient norm is not finite, parameters and optimizer state stay as they are
-    and the update counts as skipped. The test comes before clipping, which would spread one NaN
-    over all gradients.
+    If the loss or the gradient norm is not finite, or the norm is a spike (`spikes.judge`),
+    parameters and optimizer state stay as they are and the update counts as skipped. The test comes
+    before clipping, which would spread one NaN over all gradients.
 
     Args:
       state: the state, to be donated.
@@ -99,7 +100,8 @@ def train_step(
       shardings: of the gradients, one for each parameter; left to XLA by default.
 
     Returns:
-      The new state, and scalar metrics: loss, grad_norm, learning_rate, finite, skipped.
+      The new state, and scalar metrics: loss, grad_norm, learning_rate, finite, skipped; with
+      `optim.skip_spikes` also spike and median_norm.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     loss, grads = mean_over_micro_batches(
@@ -107,6 +109,13 @@ def train_step(
     )
     grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(loss.dtype), grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    skip, window, of_spikes = ~finite, {}, {}
+    if config.optim.skip_spikes:
+        found, spike, median = spikes.judge(
+            state.opt_state["spikes"], grad_norm, finite=finite, multiple=config.optim.skip_spikes
+        )
+        skip |= spike
+        window, of_spikes = {"spikes": found}, {"spike": spike, "median_norm": median}
     params, opt_state = apply_gradients(
         optimizer,
         grads,
@@ -114,10 +123,10 @@ def train_step(
         state.params,
         learning_rate=learning_rate,
         scale=jnp.minimum(1, config.optim.clip_norm / grad_norm),
-        skip=~finite,
+        skip=skip,
         key=jax.random.fold_in(key, config.accumulate_steps),
     )
-    skipped = state.skipped + jnp.where(finite, 0, 1)
+    skipped = state.skipped + jnp.where(skip, 1, 0)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
@@ -125,7 +134,19 @@ def train_step(
         "finite": finite,
         "skipped": skipped,
     }
-    return TrainState(state.step + 1, skipped, params, opt_state), metrics
+    return TrainState(state.step + 1, skipped, params, opt_state | window), metrics | of_spikes
+
+
+def why_skipped(values: dict[str, Any]) -> str:
+    """Why an update was skipped, from its metrics as numbers; empty if it was not."""
+    loss, norm = values["loss"], values["grad_norm"]
+    if not values["finite"]:
+        return f"loss {loss}, gradient norm {norm}"
+    if values.get("spike"):
+        median = values["median_norm"]
+        times = f"{norm / median:.1f} times the median {median:.3g}"
+        return f"a spike, gradient norm {norm:.3g} is {times}"
+    return ""
 
 
 def trace_step(config: TrainConfig, mesh: Mesh, layout: Layout):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: when a run ends at once, when it finishes its update first."""
+"""SIGTERM, SIGHUP and Ctrl-C: when a run ends at once, when it finishes its update first."""
 
 import contextlib
 import os
@@ -13,11 +13,24 @@ _ANSWER = (
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM came outside the loop: there was no update to finish and save."""
+    """SIGTERM or SIGHUP came outside the loop: there was no update to finish and save."""
+
+
+def stop_signals() -> list[int]:
+    """The signals that stop a program: SIGINT, SIGTERM, and SIGHUP unless nohup ignores it."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
+
+
+def exception_of(number: int) -> type[KeyboardInterrupt]:
+    """What a stop signal raises: KeyboardInterrupt for Ctrl-C, `Stopped` for the others."""
+    return KeyboardInterrupt if number == signal.SIGINT else Stopped
 
 
 class StopRequest:
-    """Catches SIGTERM and Ctrl-C while it is open.
+    """Catches SIGTERM, SIGHUP and Ctrl-C while it is open.
 
     At first a signal raises at once. While held, it is only noted: Orbax would mistake an exception
     raised while it reads for a bad checkpoint. In the loop it is noted too, so that the update is
@@ -40,7 +53,7 @@ class StopRequest:
         """Ends `hold`, and raises what came meanwhile."""
         self._mode = "raise"
         if self.requested is not None:
-            self._raise()
+            raise exception_of(self.requested)
 
     def enter_loop(self) -> None:
         """From here on the update is finished first."""
@@ -49,7 +62,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._old = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._old[number] = signal.signal(number, self._catch)
         return self
 
@@ -59,10 +72,7 @@ class StopRequest:
             with contextlib.suppress(OSError):  # `say` might hold its lock: this is a handler
                 os.write(2, _ANSWER)
         if self._mode == "raise" or (self._mode == "loop" and again and number == signal.SIGINT):
-            self._raise()
-
-    def _raise(self):
-        raise Stopped if self.requested == signal.SIGTERM else KeyboardInterrupt
+            raise exception_of(number)
 
     def __exit__(self, *exception):
         for number, handler in self._old.items():

@@ -8,8 +8,12 @@ from inl_process import ROOT, start
 
 from inl_jax.cli import signals
 
-CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-WORDS = {signal.SIGTERM: "terminated; ", signal.SIGINT: "interrupted; "}
+CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}
+WORDS = {
+    signal.SIGTERM: "terminated; ",
+    signal.SIGINT: "interrupted; ",
+    signal.SIGHUP: "terminated; ",
+}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
@@ -53,8 +57,10 @@ def train(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("seconds", [0, 0.2, 0.7])
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [*((n, s) for n in (signal.SIGTERM, signal.SIGINT) for s in (0, 0.2, 0.7)), (signal.SIGHUP, 0)],
+)
 def test_signal_while_train_imports_ends_it_with_its_code_and_one_line(tmp_path, number, seconds):
     check(signalled(train(tmp_path), number, seconds), number)
 
@@ -129,6 +135,21 @@ def test_verb_unwinds_once_and_then_ends_at_a_second_signal_or_when_patience_end
     began = time.monotonic()
     assert process.communicate(timeout=60)[0] == out
     assert process.returncode == CODES[getattr(signal, number)] and time.monotonic() - began < 30
+
+
+def test_hangup_is_ignored_if_it_was_before():
+    """As by nohup."""
+    code = """
+import os, signal
+from inl_jax.cli import signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signals.end_at_once()
+signals.unwind()
+os.kill(os.getpid(), signal.SIGHUP)
+print("goes on")
+"""
+    process = start([sys.executable, "-c", code])
+    assert process.communicate(timeout=60) == ("goes on\n", "") and process.returncode == 0
 
 
 def test_stop_that_python_drops_ends_the_process_all_the_same():

@@ -5,6 +5,7 @@ import pytest
 from inl_process import ROOT, run, run_inl
 
 from inl_jax.config_file import load_config
+from inl_jax.failures import DiskFull, MachineFailure, OutOfMemory, Stalled
 from inl_jax.model.language_model import param_count
 
 
@@ -65,3 +66,24 @@ def test_train_names_text_that_is_not_there(tiny_run, inl, tmp_path):
 def test_the_same_command_again_finds_the_run_complete(trained, inl):
     code, out, err = inl("train", "--config", trained[0])
     assert code == 0 and "complete at update 4" in out, err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (OutOfMemory("needs more"), 12),
+        (MemoryError("needs more"), 12),
+        (DiskFull("needs more"), 28),
+        (Stalled("needs more"), 110),
+        (MachineFailure("needs more"), 1),
+    ],
+)
+def test_failure_of_the_machine_is_one_line_and_its_exit_code(
+    tiny_run, inl, monkeypatch, failure, code
+):
+    def fail(config):
+        raise failure
+
+    monkeypatch.setattr("inl_jax.trainer.train", fail)
+    found, _, err = inl("train", "--config", tiny_run[0])
+    assert found == code and re.fullmatch(r"error: .*needs more\n", err)

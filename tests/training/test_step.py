@@ -7,6 +7,7 @@ from conftest import assert_same
 from inl_jax.config import MeshConfig
 from inl_jax.model import layers
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
+from inl_jax.training import spikes
 from inl_jax.training.optim import make_optimizer
 from inl_jax.training.state import init_state, make_layout
 from inl_jax.training.step import (
@@ -14,6 +15,7 @@ from inl_jax.training.step import (
     compile_step,
     trace_step,
     train_step,
+    why_skipped,
 )
 
 RATE = np.float32(1e-2)
@@ -85,6 +87,37 @@ def test_train_step_skips_a_nonfinite_update_bit_for_bit(train_config, accumulat
     after, results = step(after._replace(params=state.params), batches(1)[0])
     assert results["finite"] and results["skipped"] == 1
     assert good["finite"] and not jnp.array_equal(after.params["embedding"], params["embedding"])
+
+
+def test_train_step_skips_a_spike_bit_for_bit_and_says_why(train_config):
+    config = train_config(optim={"skip_spikes": 3.0})
+    step, state = stepper(config)
+    batch = batches(1)[0]
+    window = spikes.Window(jnp.full(spikes.WINDOW, 0.1), jnp.int32(spikes.WINDOW), jnp.int32(0))
+    state = state._replace(opt_state=state.opt_state | {"spikes": window})
+    after, results = step(state, batch)
+    assert results["spike"] and results["finite"] and results["skipped"] == 1
+    before = state.opt_state | {"spikes": window._replace(in_a_row=jnp.int32(1))}
+    assert_same((after.params, after.opt_state), (state.params, before))
+    values = {name: value.item() for name, value in results.items()}
+    norm = values["grad_norm"]
+    assert why_skipped(values) == (
+        f"a spike, gradient norm {norm:.3g} is {norm / 0.1:.1f} times the median 0.1"
+    )
+    usual = window._replace(norms=jnp.full(spikes.WINDOW, norm))
+    after, results = step(state._replace(opt_state=state.opt_state | {"spikes": usual}), batch)
+    assert not results["spike"] and results["skipped"] == 0
+    assert not jnp.array_equal(after.params["embedding"], state.params["embedding"])
+    assert after.opt_state["spikes"].accepted == spikes.WINDOW + 1
+
+
+def test_state_and_layout_have_a_window_only_if_spikes_are_skipped(train_config):
+    for multiple, parts in ((0.0, {"blocks", "rest"}), (9.0, {"blocks", "rest", "spikes"})):
+        config = train_config(optim={"skip_spikes": multiple})
+        shapes = jax.eval_shape(lambda c=config: init_state(jax.random.key(0), config=c))
+        layout = make_layout(config, make_mesh(config.mesh)).state
+        assert shapes.opt_state.keys() == layout.opt_state.keys() == parts
+        jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or 1 / 0, shapes, layout)
 
 
 @pytest.mark.parametrize(

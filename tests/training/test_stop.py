@@ -25,3 +25,15 @@ def test_stop_request_raises_notes_or_waits_for_the_update(capfd):
         assert answer in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_hangup_is_a_stop_unless_it_is_ignored_as_under_nohup():
+    with StopRequest(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
