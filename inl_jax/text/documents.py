@@ -108,7 +108,8 @@ def _read_span(file: Path, packing: Packing, start: int, end: int | None, bad_ut
 
 
 # The last place that no token of GPT-2's pre-tokenizer crosses. Its tokens are (space?)(letters |
-# digits | other) or white space, and only white space looks ahead.
+# digits | other) or white space, and only white space looks ahead. For other tokenizers, and where
+# there is no such place, `tokens.long_documents` joins the pieces.
 _SAFE_CUT = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
 
 

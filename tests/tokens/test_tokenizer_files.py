@@ -169,7 +169,7 @@ def damaged(draw, original):
         elif isinstance(parent, list) and action == "double":
             parent.insert(key, parent[key])
         else:
-            parent[key] = draw(JUNK)
+            parent[key] = copy.deepcopy(draw(JUNK))
         if not value:
             break
     return value
