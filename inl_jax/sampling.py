@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural
 from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.data.tokenizer import load as read_tokenizer
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.sharding import fetch, on, param_shardings
 from inl_jax.storage.checkpoint import read_params
-from inl_jax.storage.run_dir import read_config
+from inl_jax.storage.run_dir import read_config, read_tokenizer
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:

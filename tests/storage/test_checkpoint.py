@@ -333,7 +333,8 @@ def test_damaged_note_of_the_best_counts_as_none(tmp_path, text):
     checkpoints.close()
 
 
-def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
+@pytest.mark.parametrize("saves", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path, saves):
     """Orbax frees both only in the `result()` of a save's response (a run died at save 339)."""
 
     def held():
@@ -341,14 +342,15 @@ def test_save_leaks_no_thread_and_no_file_descriptor(tmp_path):
 
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     counts = []
-    for step in range(1, 13):
+    for step in range(1, saves + 1):
         checkpoints.save(step, {"w": jnp.ones(3)}, position={"samples_seen": step})
-        if step in (4, 12):
+        if step in (4, saves):
             checkpoints.wait()
             counts.append(held())
     checkpoints.close()
     early, late = counts
-    assert late[0] <= early[0] and late[1] <= early[1], (early, late)
+    # A thread of the last save may still be ending.
+    assert late[0] <= early[0] + 1 and late[1] <= early[1], (early, late)
 
 
 def test_resume_from_forgets_a_best_that_was_abandoned(tmp_path):
