@@ -24,8 +24,9 @@ from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
 from inl_jax.failures import EXIT_INTERRUPTED
 from inl_jax.planning import preflight
+from inl_jax.storage import checkpoint
 from inl_jax.storage.run_dir import locked, read_config
-from inl_jax.training import checkpoint, state
+from inl_jax.training import state
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.step import loss_fn
 from inl_jax.training.stop import Stopped

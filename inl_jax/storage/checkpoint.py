@@ -22,7 +22,8 @@ from inl_jax.files import read_json, write_text
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import num_bytes, with_shardings
+from inl_jax.parallel.sharding import with_shardings
+from inl_jax.storage.audit import choose_steps
 from inl_jax.storage.disk import reason_of, write_failure
 from inl_jax.storage.identity import (
     CONFIG_NAME,
@@ -31,7 +32,7 @@ from inl_jax.storage.identity import (
     check_tokenizer,
     steps_on_disk,
 )
-from inl_jax.storage.manifest import has_manifest, verify, write_manifest
+from inl_jax.storage.manifest import disappears, has_manifest, verify, write_manifest
 from inl_jax.storage.retention import Retention, read_best
 from inl_jax.storage.run_dir import LAST_SAVE, Lock, read_config, record_run
 from inl_jax.storage.shapes import check_shapes
@@ -129,13 +130,15 @@ class Checkpoints:
             {"params": params} if optimizer is None else dict(params=params, optimizer=optimizer)
         )
         self._finish_save()
-        self._needed = num_bytes(items)
+        self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         with self._writing():
             if self._lock is not None:
                 self._lock.renew()
             if self._identity is not None and not (self._run_dir / CONFIG_NAME).exists():
                 say(f"{self._run_dir} lost its files while the run trains: they are written again")
                 record_run(*self._identity)
+            if processes.first():
+                _make_and_remove(self._folder / f".{step}")
             saving = self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
         self._saving = self._thread.submit(self._seal, step, saving)
 
@@ -317,6 +320,12 @@ def _is_no_failed_save(entry: logging.LogRecord) -> bool:
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
+def _make_and_remove(directory: Path) -> None:
+    """Raises `OSError` if a directory cannot be made there: Orbax would wait for it for minutes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.rmdir()
+
+
 def _move_aside(step_dir: Path, folder: Path) -> Path:
     """Moves a checkpoint to a name of its own in a folder; returns that."""
     folder.mkdir(exist_ok=True)
@@ -362,7 +371,7 @@ def read_params(
         shardings = jax.tree.map(lambda _: here, abstract)
     abstract = with_shardings(abstract, shardings)
     while True:
-        chosen = _choose(run_dir, step)
+        (chosen,) = choose_steps(run_dir, step)
         where = run_dir / "checkpoints" / str(chosen)
         try:
             remark = verify(where, without="optimizer")
@@ -373,7 +382,7 @@ def read_params(
             check_shapes(saved, {"params": abstract}, where)
             params = ocp.load_checkpointables(where, {"params": abstract})["params"]
         except Exception as error:
-            if _disappears(where):
+            if disappears(where):
                 continue
             if isinstance(error, InputError):
                 raise
@@ -383,29 +392,3 @@ def read_params(
         if remark:
             say(f"{where} {remark}")
         return chosen, params
-
-
-def _choose(run_dir: Path, step: int | str) -> int:
-    """The step that a name means."""
-    steps = steps_on_disk(run_dir)
-    if step == "latest":
-        chosen = steps[-1] if steps else None
-    elif step == "best":
-        chosen = read_best(run_dir / "best.json").get("step")
-    else:
-        chosen = int(step) if str(step).isdecimal() else None
-    if chosen not in steps:
-        raise InputError(
-            f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}, and the names latest "
-            "and best"
-        )
-    return chosen
-
-
-def _disappears(step_dir: Path) -> bool:
-    """Whether a checkpoint is being deleted: its files grow fewer until it is gone."""
-    left = None
-    while (now := sum(1 for _ in step_dir.rglob("*"))) != left and step_dir.exists():
-        left = now
-        time.sleep(0.2)
-    return not step_dir.exists()

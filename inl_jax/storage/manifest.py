@@ -6,6 +6,7 @@ Orbax has no checksum of array data: without a manifest, most flipped bits load 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,15 @@ def verify(step_dir: Path, *, without: str = "", part: int = 0, parts: int = 1) 
     return (
         f"also holds {', '.join(map(repr, more[:3]))}, which training did not save" if more else ""
     )
+
+
+def disappears(step_dir: Path) -> bool:
+    """Whether a checkpoint is being deleted: its files grow fewer until it is gone."""
+    left = None
+    while (now := sum(1 for _ in step_dir.rglob("*"))) != left and step_dir.exists():
+        left = now
+        time.sleep(0.2)
+    return not step_dir.exists()
 
 
 def _read(step_dir: Path) -> dict[str, dict[str, Any]]:

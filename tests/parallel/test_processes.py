@@ -22,8 +22,8 @@ from inl_jax.data import corpus
 from inl_jax.parallel import processes
 from inl_jax.parallel.launch import Launch
 from inl_jax.parallel.sharding import make_mesh
+from inl_jax.storage import checkpoint
 from inl_jax.storage.run_dir import locked
-from inl_jax.training import checkpoint
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import make_layout, split_state
 
