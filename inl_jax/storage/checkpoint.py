@@ -312,6 +312,8 @@ class Checkpoints:
             self._thread.shutdown()
             with contextlib.suppress(Exception) if self._failed else self._writing():
                 self._orbax.close()  # raises a failure that `save` or `wait` raised again
+            if self._failed:
+                self._remove_unfinished()  # other threads of Orbax may have written until now
             logging.getLogger("absl").removeFilter(_is_no_failed_save)
 
 
