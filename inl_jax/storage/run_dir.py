@@ -22,9 +22,10 @@ from inl_jax.console import say
 from inl_jax.data.tokenizer import FILE_NAME as TOKENIZER_NAME
 from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.data.tokenizer import load as load_tokenizer
-from inl_jax.failures import MachineFailure
+from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.files import write_text
 from inl_jax.parallel import processes
+from inl_jax.storage.disk import write_failure
 from inl_jax.storage.identity import (
     CONFIG_NAME,
     FREE_FIELDS,
@@ -85,7 +86,8 @@ def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:
     if not log:
         return
     step = log[-1]["step"]
-    if (run_dir / LAST_SAVE).exists() or not (run_dir / "checkpoints").is_dir():
+    noted = (run_dir / LAST_SAVE).exists() or (run_dir / "best.json").exists()
+    if noted or not (run_dir / "checkpoints").is_dir():
         raise InputError(
             f"{run_dir}: the log is at update {step}, but checkpoints/ is gone or empty: restore "
             "it from a copy, name another run_dir, or remove metrics.jsonl to start at update 0"
@@ -106,16 +108,23 @@ def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
 
 
 def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the config and the tokenizer into the run directory."""
+    """Writes the config and the tokenizer into the run directory.
+
+    Raises:
+      MachineFailure: the disk is full, or fails.
+    """
     if not processes.first():
         return
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        load_tokenizer(run_dir)
-    except InputError:  # missing, or damaged
-        tokenizer.save(run_dir)
-    write_text(run_dir / CONFIG_NAME, to_json(config))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            load_tokenizer(run_dir)
+        except InputError:  # missing, or damaged
+            tokenizer.save(run_dir)
+        write_text(run_dir / CONFIG_NAME, to_json(config))
+    except OSError as error:
+        raise write_failure(error, run_dir) from error
 
 
 def read_config(run_dir: str | Path) -> TrainConfig:
@@ -158,9 +167,13 @@ def read_tokenizer(run_dir: str | Path) -> Tokenizer:
             raise
         say(f"{path} is missing or damaged: taken from {saved / TOKENIZER_NAME}")
         return load_tokenizer(saved)
-    if saved is not None and path.read_bytes() != (saved / TOKENIZER_NAME).read_bytes():
+    if saved is not None and not _same_bytes(path, saved / TOKENIZER_NAME):
         check_tokenizer(saved, tokenizer, of=path, advice=f"copy {saved / TOKENIZER_NAME} over it")
     return tokenizer
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 class Lock:
@@ -171,6 +184,7 @@ class Lock:
 
         Raises:
           InputError: another process trains there, or the directory cannot be made.
+          DiskFull: there is no space for it.
         """
         self._run_dir = run_dir
         self._handles: dict[Path, int] = {}
@@ -197,6 +211,9 @@ class Lock:
                     path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666
                 )
             except OSError as error:
+                failure = write_failure(error, self._run_dir)
+                if isinstance(failure, DiskFull):
+                    raise failure from error
                 raise InputError(
                     f"run_dir={self._run_dir}: {error.strerror}; name a directory"
                 ) from None

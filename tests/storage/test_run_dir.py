@@ -10,7 +10,7 @@ import pytest
 
 from inl_jax.config import InputError
 from inl_jax.data.tokenizer import load_tokenizer, train_bpe
-from inl_jax.failures import MachineFailure
+from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import check_run, locked, read_config, read_tokenizer, record_run
 
@@ -242,3 +242,16 @@ def test_check_run_lets_a_run_start_again_that_ended_before_its_first_save(confi
     assert said == [
         f"nothing was saved before the run in {run_dir} ended at update 5: it starts at 0"
     ]
+
+
+def test_full_disk_at_the_start_is_one_line(config, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with pytest.raises(DiskFull, match="No space left"), locked(config.run_dir):
+            pass
+    monkeypatch.setattr("inl_jax.storage.run_dir.write_text", full)
+    with pytest.raises(DiskFull, match=f"{config.run_dir}: No space left"):
+        record_run(config, BYTES)
