@@ -53,8 +53,12 @@ def check_checkpoints(run_dir: Path, step: str = "all") -> Iterator[Finding]:
             if not disappears(step_dir):
                 yield Finding(what, "damaged", str(error))
             continue
-        state = "good" if has_manifest(step_dir) else "unverified"
-        yield Finding(what, "damaged" if remark and state == "good" else state, remark)
+        if not has_manifest(step_dir):
+            yield Finding(what, "unverified", "it has no manifest")
+        elif remark:
+            yield Finding(what, "damaged", remark)
+        else:
+            yield Finding(what, "good")
 
 
 def choose_steps(run_dir: Path, step: str | int) -> list[int]:

@@ -32,7 +32,7 @@ from inl_jax.storage.identity import (
     check_tokenizer,
     steps_on_disk,
 )
-from inl_jax.storage.manifest import disappears, has_manifest, verify, write_manifest
+from inl_jax.storage.manifest import Damaged, disappears, has_manifest, verify, write_manifest
 from inl_jax.storage.retention import Retention, read_best
 from inl_jax.storage.run_dir import LAST_SAVE, Lock, read_config, record_run
 from inl_jax.storage.shapes import check_shapes
@@ -206,7 +206,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many types for bad bytes
-                trouble = reason_of(error)
+                trouble = _trouble(error)
             # Bad bytes may be in the part of one process only; all give the checkpoint up then.
             if troubles := list(filter(None, processes.gather(trouble))):
                 damaged[step] = troubles[0]
@@ -322,6 +322,10 @@ def _is_no_failed_save(entry: logging.LogRecord) -> bool:
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
+def _trouble(error: Exception) -> str:
+    return str(error) if isinstance(error, Damaged) else reason_of(error)
+
+
 def _make_and_remove(directory: Path) -> None:
     """Raises `OSError` if a directory cannot be made there: Orbax would wait for it for minutes."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -377,7 +381,7 @@ def read_params(
         where = run_dir / "checkpoints" / str(chosen)
         try:
             remark = verify(where, without="optimizer")
-            if (where / CONFIG_NAME).is_file():
+            if (run_dir / CONFIG_NAME).is_file():
                 copy = f"copy {where / CONFIG_NAME} over it"
                 check_config(where, read_config(run_dir), of=run_dir / CONFIG_NAME, advice=copy)
             saved = ocp.checkpointables_metadata(where).metadata
@@ -389,7 +393,7 @@ def read_params(
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{where} is damaged ({reason_of(error)}); there are {steps_on_disk(run_dir)}"
+                f"{where} is damaged ({_trouble(error)}); there are {steps_on_disk(run_dir)}"
             ) from error
         if remark:
             say(f"{where} {remark}")

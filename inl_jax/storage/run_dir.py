@@ -59,6 +59,7 @@ def check_run(
         _check_not_lost(run_dir, tell)
     if not (saved or os.path.lexists(run_dir / CONFIG_NAME)):
         if config.init_from:
+            read_config(config.init_from)  # raises if there is no run
             _check_tokenizer(config.init_from, tokenizer)
         return
     for field, before, now in differences(read_config(run_dir), config):
@@ -96,7 +97,6 @@ def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:
 
 
 def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
-    read_config(run_dir)  # raises if there is no run
     saved = read_tokenizer(run_dir)
     if tokenizer and saved.fingerprint != tokenizer.fingerprint:
         raise InputError(
