@@ -33,7 +33,7 @@ from inl_jax.planning.preflight import (
     read_corpus,
     warn,
 )
-from inl_jax.storage.run_dir import check_run
+from inl_jax.storage.run_dir import check_run, pinned
 from inl_jax.training.step import compile_step
 from inl_jax.training.trackers import check_trackers
 
@@ -81,6 +81,7 @@ def checklist(
         rows += _not_checked(["data", *DATA_CHECKS])
     else:
         try:
+            config = pinned(config)
             corpus = read_corpus(config)
             rows += [Check("data", ", ".join(config.data.paths), "", "ok")]
             rows += _tried(DATA_CHECKS, config, corpus)

@@ -12,9 +12,10 @@ class DataConfig:
     """The text, how it becomes tokens, and how tokens become sequences."""
 
     paths: tuple[str, ...] = ("stdlib",)
-    """Sources, each one of: a text file, .jsonl[.gz], .parquet, a directory, a glob, hf:owner/name
-    or hf:path (a Hugging Face dataset of the hub or the disk), stdlib (the Python standard library
-    of the running interpreter)."""
+    """Sources, each one of: a file of text, of rows (jsonl, json, csv, parquet, arrow) or of either
+    packed, a directory, a glob, hf:owner/name or hf:path (a Hugging Face dataset of the hub or the
+    disk; hf:owner/name@CONFIG#REVISION names a part and a commit, branch or tag, and a run keeps
+    the commit that it began with), stdlib (the library of the running Python)."""
     weights: tuple[float, ...] = ()
     """Share of each source in the training batches, one weight per path; they need not sum to 1.
     Empty: all paths are one corpus."""
@@ -23,15 +24,17 @@ class DataConfig:
     a number of tokens, above 1) and a weight per path, as in 0.5:1,0 0.5:1,1. SHARE@SEQ_LEN gives a
     phase shorter sequences. The last phase lasts to the end of the run. Empty: no phases."""
     column: str = ""
-    """Text column of jsonl, parquet and Hugging Face sources. Empty: content, text, code, data or
-    prompt + completion, whichever is found first."""
+    """Text column of rows. Empty: content, text, code, data or prompt + completion, whichever holds
+    text in most of the first rows. Rows without text, or with half of it, are counted and left
+    out."""
     hf_split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split to read of a Hugging Face dataset, and of a directory whose files or folders are named
+    after splits. all: every split."""
     max_documents: int = 0
     """Documents to read from each path, from its beginning; 0 reads all."""
     tokenizer: str = "gpt2"
     """bytes, bpe:<vocabulary size> (trained on the paths), gpt2, a tokenizer.json, or the id of a
-    Hugging Face repository."""
+    Hugging Face repository: owner/name, or owner/name#REVISION."""
     seq_len: int = 256
     """Tokens per training sequence, S."""
     validation_fraction: float = 0.01

@@ -11,12 +11,12 @@ from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import load_config
 from inl_jax.console import duration, say
 from inl_jax.data.corpus import Corpus, prepare
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.planning.budget import ASSUMED_MFU, budget
 from inl_jax.planning.hardware import gpu_of
 from inl_jax.planning.preflight import count_steps
 from inl_jax.sampling import LanguageModel
-from inl_jax.text.sources import is_rows
+from inl_jax.text.sniff import sniff
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.trainer import train
 from inl_jax.training.metrics import Record
 
@@ -85,7 +85,8 @@ def guide_config(
     one = isinstance(data_path, str | Path)
     paths = tuple(map(os.fspath, [data_path] if one else data_path))
     for path in paths if max_samples else ():
-        if Path(path).expanduser().is_file() and not is_rows(Path(path)):
+        file = Path(path).expanduser()
+        if file.is_file() and sniff(file).format == "text":
             say(
                 f"max_samples={max_samples} does nothing for {path}: a text file is one document; "
                 f"take its first lines (head -n {max_samples}), or make it .jsonl, a row a sample"

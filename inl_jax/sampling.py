@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.sharding import fetch, on, param_shardings
 from inl_jax.storage.checkpoint import read_params
 from inl_jax.storage.run_dir import read_config, read_tokenizer
+from inl_jax.tokens.tokenizer import Tokenizer
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
@@ -248,8 +248,9 @@ class LanguageModel:
         ]
         known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
         settings = known | {"mesh": self.mesh} | settings
+        rows = generate(self.config, self.params, ids, **settings)
         texts = [
-            self.tokenizer.decode(row)
-            for row in generate(self.config, self.params, ids, **settings)
+            self.tokenizer.decode_after(*continued)
+            for continued in zip(prompts if several else [prompts], ids, rows, strict=True)
         ]
         return texts if several else texts[0]

@@ -14,7 +14,6 @@ from inl_jax.checklist import check_setup
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import aside, count, mute, plural, say
 from inl_jax.data import batches
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.parallel import processes
@@ -30,7 +29,8 @@ from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.identity import Identity
-from inl_jax.storage.run_dir import check_run, locked, record_run
+from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import (
     MetricsLog,
     Record,
@@ -98,6 +98,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
     with StopRequest(answers=processes.first()) as stop:
         mute(not processes.first())
         check_setup(config)
+        config = pinned(config)
         fitted, mesh, layout = plan_run(config)
         corpus = prepare_data(config)
         check_run(config, corpus.tokenizer)

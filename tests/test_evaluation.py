@@ -64,7 +64,7 @@ def test_evaluate_takes_the_mean_over_all_targets(setting, max_sequences):
     config, params, corpus = setting
     result = run(setting, max_sequences=max_sequences)
     (files,) = corpus.sources
-    tokens = np.array(files.open("validation"), np.int32)
+    tokens = np.array(files.open("validation")[:], np.int32)
     count = -(-len(tokens) // 32)
     chosen = np.arange(5) * count // 5 if max_sequences else np.arange(count)
     inputs = np.zeros((count, 32), np.int32)
@@ -87,7 +87,7 @@ def test_evaluate_weighs_tokens_by_the_text_they_stand_for(setting, corpora):
     for tokenizer in ("bytes", "bpe:280"):
         corpus = corpora(config, tokenizer)
         (files,) = corpus.sources
-        text = files.open("validation")
+        text = files.open("validation")[:]
         decoded = corpus.tokenizer.decode(text[text != corpus.tokenizer.end_id])
         assert files.validation_bytes == len(decoded.encode())
         result = run((config, params, corpus))

@@ -19,6 +19,7 @@ FLOORS = [
     {"storage", "training", "tracking", "curriculum"},
     {"parallel"},
     {"data", "model"},
+    {"tokens"},
     {"text"},
     {
         "checks",

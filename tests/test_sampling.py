@@ -7,11 +7,11 @@ import pytest
 from conftest import mesh_of
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import load_tokenizer
 from inl_jax.model import language_model as model
 from inl_jax.sampling import LanguageModel, choose, decode_loop, generate, prefill
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import record_run
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 MODELS = [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)]
 PROMPTS = [[5, 9, 200, 31], [7], [250, 3, 3, 17, 90, 41, 8, 1, 64]]

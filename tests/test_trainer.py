@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from hub import COMMITS, Hub
 
 import inl_jax
 from inl_jax import trainer
@@ -667,3 +668,13 @@ def test_train_marks_the_branch_that_it_abandons(train_config):
     steps = [r["step"] for r in again.history if "loss" in r]
     assert steps == [1, 2, 3, 4] and max(r["step"] for r in again.history) == 4
     assert again.history == read_metrics(config.run_dir)
+
+
+def test_train_reads_a_dataset_of_the_hub_at_one_commit(train_config, monkeypatch, tmp_path):
+    def prepare_data(config):
+        raise InputError(config.data.paths[0])
+
+    Hub(monkeypatch, tmp_path)
+    monkeypatch.setattr(trainer, "prepare_data", prepare_data)
+    with pytest.raises(InputError, match=f"^hf:owner/name#{COMMITS['main']}$"):
+        trainer.train(train_config(data={"paths": ("hf:owner/name",)}))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from inl_jax.data.tokenizer import load_tokenizer
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 GPT2 = load_tokenizer("gpt2")
@@ -26,7 +26,7 @@ def write_jsonl(file, documents=DOCUMENTS, column="text", opener=open):
 
 def split_texts(source, split, tokenizer=BYTES):
     """The documents of a split, in order."""
-    ids = source.open(split)
+    ids = source.open(split)[:]
     ends = np.flatnonzero(ids == tokenizer.end_id)
     assert len(ids) == 0 or ends[-1] == len(ids) - 1, "an end token must follow every document"
     return [tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]

@@ -1,6 +1,6 @@
 """Computes loss, perplexity and bits per byte of a run, on its validation split or on any text.
 
-inl evaluate runs/tiny [--data PATH ...] [--step best] [--json]
+inl evaluate runs/tiny [--data PATH ...] [--column body] [--step best] [--json]
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
+from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,6 +19,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_run()
     parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
     parser.add_argument("--data", nargs="+", help="sources as in data.paths; all of their text")
+    parser.add_argument(
+        "--column",
+        "--data.column",
+        metavar="NAME",
+        help="text column of --data; the run's if it is there, else found by name",
+    )
     parser.add_argument("--seq_len", type=int, help="tokens per window; the run's by default")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -26,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("batch_size", "seq_len"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise InputError(f"--{name} {value}: must be positive")
+    if flags.column and not flags.data:
+        raise InputError(f"--column {flags.column}: of --data, which is not given; give both")
     with lines_on_stderr():
         result, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
@@ -51,6 +60,7 @@ def evaluate_run(flags):
     from inl_jax.planning.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel
     from inl_jax.storage.run_dir import read_config
+    from inl_jax.text.columns import MissingColumn
 
     signals.unwind()
     config = read_config(flags.checkpoint)
@@ -71,13 +81,20 @@ def evaluate_run(flags):
             weights=(),
             phases=(),
             validation_fraction=1.0,
-            column="",
+            column=flags.column or data.column,
             max_documents=0,
         )
     phases = tuple(dataclasses.replace(phase, seq_len=0) for phase in data.phases)
     data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len, phases=phases)
     dataclasses.replace(config, data=data)  # checks the length against the model
-    corpus = prepare(data, tokenizer=model.tokenizer)
+    try:
+        corpus = prepare(data, tokenizer=model.tokenizer)
+    except MissingColumn:  # the run's column is of its own files
+        if flags.column or not flags.data:
+            raise
+        say(f"data.column={data.column}: not in --data; the text column is found by name")
+        data = dataclasses.replace(data, column="")
+        corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)
     batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
     found = evaluate(model.config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)

@@ -25,12 +25,12 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_flags(argv)
     if Path(flags.out).exists() and any(Path(flags.out).iterdir()):
         raise InputError(f"--out {flags.out}: not empty; name a new directory")
-    from inl_jax.data.tokenizer import load_tokenizer
     from inl_jax.interop.published import config_from_torch, params_from_torch
     from inl_jax.interop.torch_file import read_state_dict
     from inl_jax.storage.checkpoint import Checkpoints
     from inl_jax.storage.identity import Identity
     from inl_jax.storage.run_dir import record_run
+    from inl_jax.tokens.tokenizer import load_tokenizer
 
     signals.unwind()
     state_dict = read_state_dict(flags.weights)

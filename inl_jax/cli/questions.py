@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from inl_jax.cli import signals, train
 from inl_jax.cli.command_line import Parser, exit_on_input_error
 from inl_jax.cli.main import config_lines, exit_with
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import DataConfig, InputError, TrainConfig
 from inl_jax.config_file import as_overrides, load_config, presets
 from inl_jax.text.sources import find_entries
 
@@ -66,7 +66,7 @@ def read_size(text: str) -> str:
 
 def read_data(text: str) -> str:
     """A source as in `data.paths`."""
-    find_entries([text])
+    find_entries([text], DataConfig())
     return text
 
 

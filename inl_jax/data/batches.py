@@ -14,27 +14,29 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.data.cache import TokenFiles
+from inl_jax.console import first_line
 from inl_jax.data.corpus import Corpus
 from inl_jax.data.phases import Curriculum, PhasedSamples
+from inl_jax.data.token_files import TokenFiles
 
 if TYPE_CHECKING:
     import grain  # here and in the functions below only: it imports jax
 
 
 class Windows:
-    """The training windows of one source, int32 [S + 1]; the next starts S tokens further on."""
+    """The training windows of one source, int32 [S + 1]; the next starts S tokens further on.
+
+    Reading one raises what `Tokens` raises.
+    """
 
     def __init__(self, files: TokenFiles, seq_len: int):
-        self._files, self._seq_len, self._tokens = files, seq_len, None
+        self._tokens, self._seq_len = files.open("train"), seq_len
         self._len = count_windows(files, seq_len)
 
     def __len__(self) -> int:
         return self._len
 
     def __getitem__(self, index) -> np.ndarray:
-        if self._tokens is None:  # opened on first use
-            self._tokens = self._files.open("train")
         start = int(index) * self._seq_len
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
@@ -119,6 +121,9 @@ def training_batches(
       batch_size: rows of a global batch.
       rows: the rows of each global batch that this process reads.
       num_batches: number of batches to yield.
+
+    Raises:
+      InputError: the tokens cannot be read, or are damaged.
     """
     import grain
 
@@ -127,7 +132,10 @@ def training_batches(
         return np.stack([samples[first + row] for row in range(rows.start, rows.stop)])
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
+    try:
+        yield from grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options)
+    except InputError as error:  # to which grain has added lines of its own
+        raise InputError(first_line(error)) from error
 
 
 def eval_batches(
@@ -167,8 +175,8 @@ def _eval_windows(corpus: Corpus, seq_len: int, max_sequences: int) -> Iterator[
         for index in np.arange(wanted) * count // max(1, wanted):
             start = int(index) * seq_len
             targets = tokens[start : start + seq_len].astype(np.int32)
-            before = tokens[start - 1] if start else corpus.tokenizer.end_id
-            inputs = np.concatenate([[np.int32(before)], targets[:-1]])
+            before = tokens[start - 1 : start] if start else [corpus.tokenizer.end_id]
+            inputs = np.concatenate([before, targets[:-1]], dtype=np.int32)
             missing = (0, seq_len - len(targets))
             weights = np.ones(len(targets), np.float32)
             yield EvalBatch(

@@ -8,6 +8,7 @@ A directory is renamed into place when it is complete, so any number of processe
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,53 +17,28 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from inl_jax.config import DataConfig, InputError
-from inl_jax.console import first_line
+from inl_jax.console import first_line, say, size
+from inl_jax.data.token_files import TokenFiles
+from inl_jax.failures import DiskFull
+from inl_jax.files import write_text
 from inl_jax.text.sources import Entry
+from inl_jax.tokens.tokenizer import Tokenizer
 
 STALE_SECONDS = 24 * 3600
 """Another machine's temporary directory is removed if nothing was written to it for this long."""
 
-_FORMAT = 1  # part of every key: raise it if the same text would give other tokens
+SAID_BYTES = 2**32
+"""Tokens whose verification takes long enough to be said."""
+
+_FORMAT = 2  # part of every key: raise it if the same text would give other tokens
 
 
-@dataclass(frozen=True)
-class TokenFiles:
-    """The tokens of one source: `train.bin` and `validation.bin`, plain arrays of `dtype`.
-
-    Token counts include the end tokens. Byte counts are bytes of UTF-8 text, without end tokens.
-    """
-
-    directory: Path
-    train_tokens: int
-    validation_tokens: int
-    train_bytes: int
-    validation_bytes: int
-    documents: int
-    bad_utf8: int
-    """Invalid UTF-8 sequences that were replaced by U+FFFD."""
-    dtype: str
-    """uint16 or uint32."""
-    fingerprint: str
-    """Hex digest of the tokens and the tokenizer, whatever files the text came from."""
-
-    def open(self, split: Literal["train", "validation"]) -> np.ndarray:
-        """The tokens of a split, `[tokens]`, memory-mapped and read-only.
-
-        Raises:
-          OSError: the file cannot be read.
-          ValueError: its length is not a whole number of tokens.
-        """
-        file = self.directory / f"{split}.bin"
-        if file.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.empty(0, self.dtype)
-        return np.memmap(file, self.dtype, mode="r")
+# What reading a damaged directory raises.
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
 
 
 def make_cache(cache_dir: str) -> Path:
@@ -93,11 +69,16 @@ def identity(entries: tuple[Entry, ...], data: DataConfig) -> list[Any]:
     return [_FORMAT, [entry.identity() for entry in entries], *settings]
 
 
-def read_finished(directory: Path) -> TokenFiles | None:
-    """The tokens in `directory`; None if there is none.
+def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Writes the fields of `TokenFiles` but its directory, and a digest of them."""
+    write_text(directory / "meta.json", json.dumps(meta | {"digest": digest(meta)}, indent=2))
 
-    A directory that is damaged, as by a power cut, is removed: meta.json is missing or no such
-    record, or a token file is missing or has another length.
+
+def read_finished(directory: Path, tokenizer: Tokenizer) -> TokenFiles | None:
+    """The tokens in `directory`, opened; None if there are none.
+
+    Reads all of them, once per process, and compares their digest. A directory that is damaged, as
+    by a power cut or a bad disk, is removed.
 
     Raises:
       InputError: the directory cannot be read for another reason, or is none. Nothing is removed.
@@ -107,26 +88,51 @@ def read_finished(directory: Path) -> TokenFiles | None:
     try:
         if not directory.is_dir():
             return None
-        done = TokenFiles(directory, **json.loads((directory / "meta.json").read_text()))
-        if len(done.open("train")) == done.train_tokens:
-            if len(done.open("validation")) == done.validation_tokens:
-                return done
-    except (ValueError, TypeError, FileNotFoundError):
-        pass
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("digest") != digest(meta):
+            raise ValueError("meta.json has changed")
+        done = TokenFiles(directory, **meta)
+        _verify(done, tokenizer)
+        return done
+    except _DAMAGED as error:
+        reason = first_line(error)
     except OSError as error:  # the disk or the network may recover, and hours of work are kept here
         raise InputError(
             f"{directory}: cannot read the tokens kept there ({first_line(error)}); make it "
             "readable, remove it, or name another data.cache_dir"
         ) from error
+    say(f"WARNING: {directory}: the tokens there are damaged ({reason}) and are prepared anew")
     remove(directory)
     return None
 
 
+def _verify(done: TokenFiles, tokenizer: Tokenizer) -> None:
+    train, validation = done.open("train"), done.open("validation")
+    if (len(train), len(validation)) != (done.train_tokens, done.validation_tokens):
+        raise ValueError("a file has another length")
+    num_bytes = train.nbytes + validation.nbytes
+    if num_bytes >= SAID_BYTES:
+        say(f"data: verifying {size(num_bytes)} of tokens in {done.directory}")
+    if digest(tokenizer.fingerprint, train.digest(), validation.digest()) != done.fingerprint:
+        raise ValueError("they are not those that were written")
+
+
 def remove(directory: Path) -> None:
-    """Removes a damaged directory, though others may find it damaged at the same time."""
+    """Removes a damaged directory, though others may find it damaged at the same time.
+
+    Raises:
+      InputError: it cannot be removed.
+    """
     aside = directory.with_name(_temporary_name())
-    with contextlib.suppress(FileNotFoundError):  # another was first
+    try:
         os.replace(directory, aside)
+    except FileNotFoundError:  # another was first
+        pass
+    except OSError as error:
+        raise InputError(
+            f"{directory}: is damaged and cannot be removed ({error.strerror}); remove it, or name "
+            "another data.cache_dir"
+        ) from error
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -136,9 +142,19 @@ def _temporary_name() -> str:
 
 @contextlib.contextmanager
 def publishing(directory: Path) -> Iterator[Path]:
-    """A temporary directory, renamed to `directory` at the end of the block, removed on errors."""
+    """A temporary directory, renamed to `directory` at the end of the block, removed on errors.
+
+    Raises:
+      InputError: it cannot be made.
+      DiskFull: what the block writes does not fit.
+    """
     temporary = directory.with_name(_temporary_name())
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"data.cache_dir={directory.parent}: {error.strerror}; name one that can be written"
+        ) from error
     try:
         yield temporary
         try:
@@ -146,6 +162,14 @@ def publishing(directory: Path) -> Iterator[Path]:
         except OSError:
             if not directory.is_dir():  # if it is, another process made the same one first
                 raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = size(shutil.disk_usage(directory.parent).free)
+        raise DiskFull(
+            f"data.cache_dir={directory.parent}: {error.strerror}, {free} are free; make room "
+            "there, or name another"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

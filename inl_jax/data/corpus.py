@@ -6,11 +6,10 @@ The tokenizer's end token follows every document.
 import functools
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ import numpy as np
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.console import duration, plural, progress_bar, say
-from inl_jax.data import tokenizer as tokenizers
 from inl_jax.data.cache import (
-    TokenFiles,
     digest,
     identity,
     make_cache,
@@ -30,15 +27,23 @@ from inl_jax.data.cache import (
     read_finished,
     remove,
     remove_stale,
+    write_meta,
 )
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.data.pins import pinned_paths, pinned_tokenizer
+from inl_jax.data.token_files import TokenFiles
+from inl_jax.text.columns import say_skipped
 from inl_jax.text.documents import Document, hash_fraction, read_documents, split_file
 from inl_jax.text.sources import Entry, find_entries
+from inl_jax.tokens import tokenizer as tokenizers
+from inl_jax.tokens.long_documents import Encoder, Part, parts
+from inl_jax.tokens.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**22
 """UTF-8 bytes per call of the tokenizer, which needs about 50 times as much memory for the call."""
 BPE_SAMPLE_BYTES = 2**26
 """The most text, in UTF-8 bytes, that a BPE is trained on."""
+SAMPLES, SAMPLE_LENGTH = 8, 1000
+"""Samples of each BATCH_BYTES, and their characters, that are encoded and decoded again."""
 SECONDS_PER_LINE = 10
 """Time between two lines of progress if there is no terminal to show a bar on."""
 
@@ -69,17 +74,18 @@ def prepare(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
 
     Raises:
       InputError: a source is missing, empty or damaged, the tokenizer cannot be had, or the cache
-        cannot be read.
+        cannot be read or written.
+      DiskFull: the tokens do not fit into the cache.
       OSError: reading or writing failed. Nothing that looks finished is left behind.
     """
-    entries = find_entries(data.paths)
+    entries = find_entries(pinned_paths(data.paths), data)
     cache = make_cache(data.cache_dir)
     remove_stale(cache)
     if tokenizer is None:
         if data.tokenizer.startswith("bpe:"):
             tokenizer = _trained_bpe(entries, data, cache)
         else:
-            tokenizer = tokenizers.load_tokenizer(data.tokenizer)
+            tokenizer = tokenizers.load_tokenizer(pinned_tokenizer(data.tokenizer))
     groups = tuple((entry,) for entry in entries) if data.weights or data.phases else (entries,)
     sources = tuple(_prepare_source(group, data, tokenizer, cache) for group in groups)
     fingerprint = digest(*[files.fingerprint for files in sources])
@@ -99,7 +105,10 @@ def _trained_bpe(entries: tuple[Entry, ...], data: DataConfig, cache: Path) -> T
     if directory.is_dir():
         try:
             return tokenizers.load(directory)
-        except InputError:  # damaged; it is trained again
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole, and be another user's
+                raise
+            say(f"WARNING: {error}; it is trained again")
             remove(directory)
     share = BPE_SAMPLE_BYTES // len(entries)
 
@@ -128,20 +137,21 @@ def _prepare_source(
 ) -> TokenFiles:
     key = digest(*identity(entries, data), data.validation_fraction, tokenizer.fingerprint)
     directory = cache / key
-    if files := read_finished(directory):
+    files = read_finished(directory, tokenizer)
+    if files:
         say(
             f"data: {files.train_tokens:,} training + {files.validation_tokens:,} validation "
             f"tokens from the cache, {directory}"
         )
-        _say_if_nothing_validates(files.validation_tokens, data)
-        return files
-    with publishing(directory) as temporary:
-        tokenizer.save(temporary)
-        meta = _write_tokens(entries, data, tokenizer, temporary)
-        _say_if_nothing_validates(meta["validation_tokens"], data)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
-    files = read_finished(directory)
-    assert files is not None
+    else:
+        with publishing(directory) as temporary:
+            tokenizer.save(temporary)
+            meta = _write_tokens(entries, data, tokenizer, temporary)
+            write_meta(temporary, meta)
+        files = TokenFiles(directory, **meta)
+        files.open("train")  # from now on they may be removed
+    _say_if_nothing_validates(files.validation_tokens, data)
+    _say_if_lossy(files, tokenizer)
     return files
 
 
@@ -154,18 +164,20 @@ def _write_tokens(
     text_files = [file for entry in entries if entry.is_text() for file in entry.files]
     all_text = all(entry.is_text() for entry in entries)
     one_file = all_text and len(text_files) == 1
+    skipped: Counter[str] = Counter()
     documents: Callable[[], Iterable[Document]]
     if one_file and 0 < fraction < 1:
         documents = functools.partial(split_file, text_files[0], fraction, data.bad_utf8)
     else:
-        documents = functools.partial(read_documents, entries, data)
+        documents = functools.partial(read_documents, entries, data, skipped)
     size_known = all_text and data.max_documents == 0
     total = sum(entry.size() for entry in entries) if size_known else 0
 
     meta, hashes = _encode(documents(), fraction, tokenizer, directory, total)
     if meta["documents"] == 0:
         specs = ", ".join(entry.spec for entry in entries)
-        raise InputError(f"data.paths: no text in {specs}; name sources that hold some")
+        rows = say_skipped(skipped)
+        raise InputError(f"data.paths: no text in {specs}{rows}; name others, or their data.column")
     if hashes and 0 < fraction < 1:
         low, high = hashes
         threshold = None
@@ -174,9 +186,11 @@ def _write_tokens(
         elif meta["validation_tokens"] == 0 and low < high:
             threshold = math.nextafter(low, 1.0)
         if threshold is not None:  # there are few documents, so a second reading is cheap
+            skipped.clear()
             meta, _ = _encode(documents(), threshold, tokenizer, directory, total)
     if one_file:
         meta["documents"] = 1  # its two parts count as one
+    meta |= {"rows_without_text": skipped["all"], "rows_with_half": skipped["half"]}
     _say_summary(meta, max(time.monotonic() - started, 1e-3))
     return meta
 
@@ -184,10 +198,9 @@ def _write_tokens(
 class _Piece(NamedTuple):
     """What one call of the tokenizer takes of a document."""
 
-    text: str  # empty at the end of the document
+    part: Part  # without text at the end of the document
     split: str
     num_bytes: int
-    bad: int
 
 
 def _encode(
@@ -219,11 +232,11 @@ def _encode(
                 hashes[:] = [min([fraction, *hashes]), max([fraction, *hashes])]
                 split = "validation" if fraction < threshold else "train"
             split = split or ("validation" if threshold else "train")
-            text = ""
-            for text, bad in document.pieces():
-                yield _Piece(text, split, len(text.encode()), bad)
-            if text:
-                yield _Piece("", split, 0, 0)
+            part = None
+            for part in parts(document.pieces(), tokenizer):
+                yield _Piece(part, split, len(part.text.encode()))
+            if part:
+                yield _Piece(Part(""), split, 0)
 
     def batches() -> Iterator[list[_Piece]]:
         batch, size = [], 0
@@ -239,6 +252,7 @@ def _encode(
     count: Counter[str] = Counter()
     digests = {split: hashlib.blake2b(digest_size=16) for split in ("train", "validation")}
     end = np.array([tokenizer.end_id], tokenizer.dtype)
+    encoder = Encoder(tokenizer)
     with (
         open(directory / "train.bin", "wb") as train,
         open(directory / "validation.bin", "wb") as validation,
@@ -251,13 +265,15 @@ def _encode(
         ahead = reader.submit(next, stream, None)
         while batch := ahead.result():
             ahead = reader.submit(next, stream, None)
-            encoded = tokenizer.encode_batch([piece.text for piece in batch])
+            count.update(_try_round_trip([piece.part.text for piece in batch], tokenizer))
+            encoded = encoder.encode([piece.part for piece in batch])
             for piece, ids in zip(batch, encoded, strict=True):
-                ids = ids if piece.text else end
+                ids = ids if piece.part.text else end
                 files[piece.split].write(ids.data)
                 digests[piece.split].update(ids.data)
-                count["documents"] += not piece.text
-                count["bad_utf8"] += piece.bad
+                count["documents"] += not piece.part.text
+                count["bad_utf8"] += piece.part.bad_utf8
+                count["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unknown_id))
                 count[f"{piece.split}_tokens"] += len(ids)
                 count[f"{piece.split}_bytes"] += piece.num_bytes
             bar.update(sum(piece.num_bytes for piece in batch))
@@ -266,11 +282,34 @@ def _encode(
                 done = count["train_bytes"] + count["validation_bytes"]
                 _say_progress(done, total_bytes, now - started)
     fields = ("train_tokens", "validation_tokens", "train_bytes", "validation_bytes", "documents")
-    meta: dict[str, Any] = {name: count[name] for name in (*fields, "bad_utf8")}
-    meta["dtype"] = tokenizer.dtype.name
+    fields += ("bad_utf8", "unknown_tokens", "samples", "lossy_samples")
+    meta: dict[str, Any] = {name: count[name] for name in fields}
+    meta |= {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     content = (digests["train"].hexdigest(), digests["validation"].hexdigest())
     meta["fingerprint"] = digest(tokenizer.fingerprint, *content)
     return meta, (hashes[0], hashes[1]) if hashes else None
+
+
+def _try_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, int]:
+    """How many of a few samples of `texts` come back as another text when they are decoded.
+
+    Without white space at their ends: many tokenizers put a space there, and drop one.
+    """
+    beginnings = (text[:SAMPLE_LENGTH].strip() for text in texts)
+    samples = [text for text in beginnings if text]
+    samples = samples[:: -(-len(samples) // SAMPLES) or 1]
+    lossy = [text for text in samples if tokenizer.decode(tokenizer.encode(text)) != text]
+    return {"samples": len(samples), "lossy_samples": len(lossy)}
+
+
+def _say_if_lossy(files: TokenFiles, tokenizer: Tokenizer) -> None:
+    if files.lossy_samples or files.unknown_tokens:
+        unknown = files.unknown_tokens / (files.train_tokens + files.validation_tokens)
+        say(
+            f"WARNING: tokenizer {tokenizer.name} loses text: {unknown:.2%} of the tokens are "
+            f"unknown, {files.lossy_samples} of {plural(files.samples, 'sample')} of the text do "
+            "not come back when decoded; bits per byte does not count"
+        )
 
 
 def _say_progress(done: int, total: int, seconds: float) -> None:
@@ -299,4 +338,5 @@ def _say_summary(meta: dict[str, Any], seconds: float) -> None:
         f"data: {plural(meta['documents'], 'document')}, {meta['train_tokens']:,} training + "
         f"{meta['validation_tokens']:,} validation tokens, {num_bytes:,} bytes, "
         f"{num_bytes / tokens:.2f} bytes per token, {tokens / seconds:,.0f} tokens/s{bad}"
+        f"{say_skipped(Counter(all=meta['rows_without_text'], half=meta['rows_with_half']))}"
     )

@@ -24,7 +24,6 @@ from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.parallel import processes
@@ -37,6 +36,7 @@ from inl_jax.planning.memory import (
     memory_needed,
     smallest_change,
 )
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
 

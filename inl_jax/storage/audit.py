@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import FILE_NAME as TOKENIZER_NAME
-from inl_jax.data.tokenizer import load as load_tokenizer
 from inl_jax.files import read_json
 from inl_jax.storage.identity import (
     CONFIG_NAME,
@@ -24,6 +22,8 @@ from inl_jax.storage.identity import (
 from inl_jax.storage.manifest import Damaged, disappears, has_manifest, verify
 from inl_jax.storage.retention import read_best
 from inl_jax.storage.run_dir import LAST_SAVE
+from inl_jax.tokens.tokenizer import FILE_NAME as TOKENIZER_NAME
+from inl_jax.tokens.tokenizer import load as load_tokenizer
 
 
 class Finding(NamedTuple):

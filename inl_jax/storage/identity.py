@@ -3,16 +3,17 @@
 The files lie in a checkpoint as they lie in the run directory, so that either can be made good.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from inl_jax.checks import require
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
-from inl_jax.data.tokenizer import FILE_NAME as TOKENIZER_NAME
-from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.data.tokenizer import load as load_tokenizer
 from inl_jax.files import write_text
+from inl_jax.tokens.tokenizer import FILE_NAME as TOKENIZER_NAME
+from inl_jax.tokens.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import load as load_tokenizer
 
 CONFIG_NAME = "config.json"
 # Fields of the model that change neither the parameters nor the function they compute.
@@ -38,8 +39,9 @@ class Identity(NamedTuple):
 
 def steps_on_disk(run_dir: str | Path) -> list[int]:
     """The saved steps of a run, oldest first."""
-    found = (Path(run_dir) / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    folder = Path(run_dir) / "checkpoints"
+    names = os.listdir(folder) if os.path.isdir(folder) else ()  # none for an impossible path
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def newest_identity(run_dir: str | Path) -> Path | None:

@@ -12,16 +12,15 @@ RUN/events.out.tfevents.*           TensorBoard's
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, to_json
 from inl_jax.console import say
-from inl_jax.data.tokenizer import FILE_NAME as TOKENIZER_NAME
-from inl_jax.data.tokenizer import Tokenizer
-from inl_jax.data.tokenizer import load as load_tokenizer
+from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.files import write_text
 from inl_jax.parallel import processes
@@ -35,6 +34,9 @@ from inl_jax.storage.identity import (
     read_config_file,
     steps_on_disk,
 )
+from inl_jax.tokens.tokenizer import FILE_NAME as TOKENIZER_NAME
+from inl_jax.tokens.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import load as load_tokenizer
 from inl_jax.training.metrics import read_metrics
 
 LAST_SAVE = "last_save.json"  # names the last step that was saved
@@ -125,6 +127,27 @@ def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
         write_text(run_dir / CONFIG_NAME, to_json(config))
     except OSError as error:
         raise write_failure(error, run_dir) from error
+
+
+def pinned(config: TrainConfig) -> TrainConfig:
+    """`config` with a commit for each dataset and tokenizer of the hub: the run's own, if it began.
+
+    Every process calls it; process 0 asks the hub.
+
+    Raises:
+      InputError: the hub cannot be asked.
+    """
+    names = []
+    if processes.first():
+        run_dir = Path(config.run_dir)
+        began = os.path.exists(run_dir / CONFIG_NAME) or newest_identity(run_dir)
+        recorded = read_config(config.run_dir).data if began else config.data
+        names = [
+            pinned_tokenizer(config.data.tokenizer, recorded.tokenizer),
+            *pinned_paths(config.data.paths, recorded.paths),
+        ]
+    tokenizer, *paths = json.loads(processes.gather(json.dumps(names))[0])
+    return with_fields(config, {"data.tokenizer": tokenizer, "data.paths": tuple(paths)})
 
 
 def read_config(run_dir: str | Path) -> TrainConfig:

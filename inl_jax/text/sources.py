@@ -1,28 +1,25 @@
 """What an entry of `data.paths` means: the files it names.
 
-An entry is a file, a directory, a glob, `stdlib` or `hf:NAME`. Text files are read in
-`documents.py`, rows in `rows.py`.
+An entry is a file, a directory, a glob, `stdlib` or `hf:NAME`. What to read in a directory is
+decided in `folders.py`, what a file holds in `sniff.py`.
 """
 
 import glob
 import os
+import stat
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inl_jax.config import InputError
+from inl_jax.config import DataConfig, InputError
 from inl_jax.console import plural, say
+from inl_jax.text.folders import text_files, walk
+from inl_jax.text.hub import parse
+from inl_jax.text.places import local_path, mode_of, special_kind
+from inl_jax.text.sniff import Kind, sniff
+from inl_jax.text.splits import other_splits
 
-_ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_PACKED_SUFFIXES = (".gz", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".arrow")
-_TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .org .html .htm .xml .csv .tsv .json .yaml .yml .toml .ini .cfg .log "
-    ".py .pyi .ipynb .c .h .cc .cpp .cxx .hpp .cu .java .kt .scala .js .jsx .ts .tsx .css .go .rs "
-    ".rb .php .pl .sh .sql .r .jl .lua .swift .m .cs .fs .hs .ml .clj .ex .erl .el .lisp .f90 "
-    ".asm .s .v .vhd .proto .cmake .srt .bib".split()
-)
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -31,104 +28,104 @@ class Entry(NamedTuple):
 
     spec: str
     files: tuple[Path, ...]
-    """An `hf:` entry reads none of these itself: they only tell its versions apart."""
+    """Each once, even if it has two names. An `hf:` entry reads none of these itself: they only
+    tell its versions apart."""
+    kinds: tuple[Kind, ...]
+    """How to read each file; empty for an `hf:` entry."""
 
     def identity(self) -> list[Any]:
-        """The files' paths, sizes and times of change, and the name of an `hf:` entry: for JSON."""
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
-        return [self.spec if self.spec.startswith("hf:") else "", stats]
+        """What tells this entry's text from another's, for JSON.
+
+        The ctime tells files apart whose mtime was kept, as cp -p, rsync -t and tar do.
+        """
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        times = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
+        return [self.spec if self.spec.startswith("hf:") else "", times, self.kinds]
 
     def is_text(self) -> bool:
         """Whether every file is a text file: no rows and no `hf:` entry."""
-        return not self.spec.startswith("hf:") and not any(map(is_rows, self.files))
+        return not self.spec.startswith("hf:") and all(k.format == "text" for k in self.kinds)
 
     def size(self) -> int:
         """Bytes on disk; 0 for a dataset of the Hugging Face hub."""
         return sum(file.stat().st_size for file in self.files)
 
 
-def find_entries(specs: Iterable[str]) -> tuple[Entry, ...]:
-    """Finds the files of every entry.
+def find_entries(specs: Iterable[str], data: DataConfig) -> tuple[Entry, ...]:
+    """Finds the files of every entry. `data` says which split and which column are wanted.
 
     Raises:
-      InputError: an entry names nothing, a packed file, or a file that another entry names too.
+      InputError: an entry names nothing, a file that cannot be read as text or records, or a file
+        that another entry names, too.
     """
-    entries = tuple(map(_find, specs))
-    entry_of: dict[Path, str] = {}
-    for entry in entries:
-        for file in {file.resolve() for file in entry.files}:
+    entries = tuple(_find(spec, data) for spec in specs)
+    entry_of: dict[tuple[int, int], int] = {}
+    for index, entry in enumerate(entries):
+        for file in entry.files:
+            other = entry_of.setdefault(_inode(file), index)
             # Each entry may split the file differently: validation text would be trained on.
-            if file in entry_of:
-                raise InputError(
-                    f"data.paths: {file} is in both {entry_of[file]} and {entry.spec}; name it once"
-                )
-            entry_of[file] = entry.spec
+            if other != index:
+                both = f"{entries[other].spec} and {entry.spec}"
+                raise InputError(f"data.paths: {file} is in both {both}; name it once")
     return entries
 
 
-def _find(spec: str) -> Entry:
+def _find(spec: str, data: DataConfig) -> Entry:
     if spec in ("", "hf:"):
         raise InputError(f"data.paths: an entry is {spec!r}; name a file, a directory or a dataset")
     if spec == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [file for file in _walk(root, _STDLIB_EXCLUDED) if file.suffix == ".py"]
-        return Entry(spec, tuple(files))
+        files = tuple(f for f in walk(root, _STDLIB_EXCLUDED) if f.suffix == ".py" and f.is_file())
+        return Entry(spec, files, (Kind("text", ""),) * len(files))
     if spec.startswith("hf:"):
-        local = os.path.expanduser(spec[3:]).partition("@")[0]
-        return Entry(spec, tuple(_walk(Path(local))))  # no files if it is a dataset of the hub
-    found = _matches(spec)
-    files, skipped = [], Counter()
-    for path in found:
-        if path.is_file():
-            files.append(path)
-            continue
-        for file in _walk(path):
-            if is_rows(file) or file.suffix.lower() in _TEXT_SUFFIXES:
-                files.append(file)
-            else:
-                skipped[file.suffix or "without suffix"] += 1
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
-    if not files:
-        raise InputError(
-            f"data.paths: {spec} holds no text, jsonl or parquet files "
-            f"(skipped: {kinds or 'nothing'}); name other files by a glob such as {spec}/**/*"
-        )
-    if skipped:
-        say(f"data: {spec}: skipped {plural(skipped.total(), 'file')} of other kinds ({kinds})")
-    files = list(dict.fromkeys(files))  # a ** glob matches directories and also their files
-    for file in files:
-        if file.name.lower().endswith(_PACKED_SUFFIXES) and not is_rows(file):
-            raise InputError(f"data.paths: {file} is packed; unpack it, or write .jsonl.gz")
-    return Entry(spec, tuple(files))
+        root = Path(parse(spec).name)
+        files = (file for file in walk(root) if file.is_file()) if root.is_dir() else ()
+        return Entry(spec, tuple(files), ())
+    found: dict[Path, Kind] = {}
+    for path in _matches(spec):
+        mode = mode_of(path)
+        if mode is None:
+            raise InputError(f"data.paths: {path} is a broken link; mend or remove it")
+        if special := special_kind(mode):
+            raise InputError(
+                f"data.paths: {path} is {special}, not a regular file; write it to a file first"
+            )
+        found |= text_files(path, data) if stat.S_ISDIR(mode) else {path: sniff(path)}
+    if "[" not in data.hf_split:
+        others = other_splits(Path(os.path.commonpath(found)), found, data)
+        if 0 < len(others) < len(found):  # as a glob may match them
+            say(f"data: {spec} also names {plural(len(others), 'file')} of other splits")
+    first = {_inode(file): file for file in reversed(found)}
+    files = tuple(file for file in found if first[_inode(file)] == file)
+    return Entry(spec, files, tuple(found[file] for file in files))
+
+
+def _inode(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _matches(spec: str) -> list[Path]:
     """The file or directory that `spec` names, or all that match it as a glob; at least one."""
-    try:
-        path = Path(spec).expanduser()
-        found = [path] if path.exists() else []
-    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
-        raise InputError(f"data.paths: {spec[:80]}: {error}; name a file or directory") from None
-    if not found and any(c in spec for c in "*?["):
-        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not found:
-            raise InputError(f"data.paths: no file matches {spec}; quote globs in the shell")
-    if not found:
+    path = local_path(spec)
+    if mode_of(path) is not None:
+        return [path]
+    if not glob.has_magic(spec):
         raise InputError(
             f"data.paths: no such file or directory: {spec}; "
             "for a Hugging Face dataset write hf:owner/name"
         )
-    return found
-
-
-def _walk(root: Path, excluded: Iterable[str] = ()) -> Iterator[Path]:
-    """The files under `root` in a fixed order, without hidden ones; follows no directory links."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in excluded and not f.startswith("."))
-        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        yield from (file for file in files if file.exists())  # skips broken links
-
-
-def is_rows(file: Path) -> bool:
-    """Whether a file holds rows (.jsonl, .jsonl.gz, .parquet); any other file is one text."""
-    return file.name.lower().endswith(_ROW_SUFFIXES)
+    base, rest = Path(path.anchor), path.relative_to(path.anchor)
+    # A folder that exists may have brackets in its name: no pattern.
+    while mode_of(base / rest.parts[0]) is not None:
+        base, rest = base / rest.parts[0], Path(*rest.parts[1:])
+    if "**" in rest.parts:
+        list(walk(base))  # raises for a folder that may not be read, which `glob` passes over
+    found = [base / match for match in glob.glob(str(rest), root_dir=base, recursive=True)]
+    if not found:
+        raise InputError(
+            f"data.paths: no file matches {spec}; quote globs in the shell, and write [[] for a "
+            "bracket that is no pattern"
+        )
+    held = {folder for match in found for folder in match.parents}  # as ** gives them
+    return sorted(match for match in found if match not in held)

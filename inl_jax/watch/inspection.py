@@ -1,13 +1,15 @@
 """Texts, read by the integrators of a trained model."""
 
+import itertools
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import Tokenizer
 from inl_jax.sampling import LanguageModel
+from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.watch.integrator_probe import over_tokens, watch_tokens
 
 
@@ -58,11 +60,10 @@ def inspect_prompts(model: LanguageModel, prompts: Sequence[str]) -> list[Inspec
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text. A character of several tokens belongs to the last one."""
-    texts, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        if text.endswith("\ufffd") and end < len(ids):  # a character that may not be complete
-            text = shown
-        texts.append(text[len(shown) :])
-        shown = text
-    return texts
+    whole = tokenizer.decode(ids)
+    ends = [0]
+    for end in range(1, len(ids)):
+        shared = os.path.commonprefix([tokenizer.decode(ids[:end]), whole])
+        complete = shared.rstrip("\ufffd")  # perhaps a character that is not complete
+        ends.append(max(ends[-1], len(complete)))
+    return [whole[start:end] for start, end in itertools.pairwise([*ends, len(whole)])]

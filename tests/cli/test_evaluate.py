@@ -1,10 +1,14 @@
 import json
 import os
+import shutil
 
 import numpy as np
 
+from inl_jax.config import with_fields
 from inl_jax.config_file import load_config
 from inl_jax.data.corpus import prepare
+from inl_jax.storage.run_dir import read_config, record_run
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # set in conftest.py
 
@@ -37,6 +41,36 @@ def test_evaluate_reads_any_text_and_counts_its_bytes(trained, inl, tmp_path):
     assert found["tokens"] == len(other.read_text()) + 1  # and an end token
     bits = found["loss"] / np.log(2) * found["tokens"] / 36
     np.testing.assert_allclose(found["bits_per_byte"], bits)
+
+
+def test_evaluate_reads_the_column_of_the_run_or_one_that_is_named(trained, inl, tmp_path):
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
+    config = read_config(run_dir)
+    record_run(
+        with_fields(config, {"data.column": "body", "run_dir": str(run_dir)}),
+        load_tokenizer("bytes"),
+    )
+    rows = {
+        "a.jsonl": {"title": "abc", "body": "abcdefgh", "text": "ab"},
+        "b.jsonl": {"title": "abc", "text": "abcde"},
+        "c.jsonl": {"title": "abc"},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+
+    def evaluate(name, *flags):
+        code, out, err = inl("evaluate", run_dir, "--json", "--data", tmp_path / name, *flags)
+        return json.loads(out)["tokens"] - 1 if code == 0 else err
+
+    assert evaluate("a.jsonl") == 8 and evaluate("b.jsonl") == 5
+    assert evaluate("a.jsonl", "--column", "text") == 2
+    assert "no column text; set data.column to one of: title" in evaluate(
+        "c.jsonl", "--column", "text"
+    )
+    assert "no text column; set data.column to one of: title" in evaluate("c.jsonl")
+    assert evaluate("c.jsonl", "--data.column", "title") == 3
+    code, _, err = inl("evaluate", run_dir, "--column", "text")
+    assert code == 2 and "--column text: of --data, which is not given" in err
 
 
 def test_evaluate_names_what_does_not_fit(trained, inl):

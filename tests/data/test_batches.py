@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def read(corpora, name="one", *, seed=0, position=0, batch_size=8, rows=None, nu
 
 def windows(corpora):
     config, corpus = corpora["one"]
-    tokens = np.array(corpus.sources[0].open("train"))
+    tokens = np.array(corpus.sources[0].open("train")[:])
     n = data.count_windows(corpus.sources[0], S)
     return np.stack([tokens[i * S : i * S + S + 1] for i in range(n)])
 
@@ -121,7 +122,7 @@ def test_validation_tokens_are_targets_once_each(corpora, name, batch_size):
         [weights[source == i].sum() for i in range(len(corpus.sources))],
         [files.validation_tokens for files in corpus.sources],
     )
-    tokens = [np.array(files.open("validation")) for files in corpus.sources]
+    tokens = [np.array(files.open("validation")[:]) for files in corpus.sources]
     np.testing.assert_array_equal(targets[weights == 1], np.concatenate(tokens))
     before = [np.concatenate([[END], part[:-1]]) for part in tokens]
     np.testing.assert_array_equal(inputs[weights == 1], np.concatenate(before))
@@ -160,3 +161,51 @@ def test_corpus_that_does_not_fit_the_model_is_named(corpora):
     data.check_windows(corpus, dataclasses.replace(config, seq_len=n - 1))
     with pytest.raises(InputError, match=f"{n} training tokens.*data.seq_len={n}"):
         data.check_windows(corpus, dataclasses.replace(config, seq_len=n))
+
+
+@pytest.fixture
+def damageable(tmp_path):
+    """A config, its corpus, and its files of tokens."""
+    (tmp_path / "a.txt").write_bytes(bytes(range(97, 117)) * 100)
+    config = DataConfig(
+        paths=(str(tmp_path / "a.txt"),),
+        tokenizer="bytes",
+        seq_len=S,
+        validation_fraction=0.5,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    corpus = prepare(config)
+    directory = corpus.sources[0].directory
+    return config, corpus, directory / "train.bin", directory / "validation.bin"
+
+
+def read_all(config, corpus):
+    samples = data.training_samples(corpus, config, seed=0)
+    n = data.count_windows(corpus.sources[0], S)
+    rows = {"position": 0, "batch_size": n, "rows": slice(0, n), "num_batches": 1}
+    return next(data.training_batches(samples, **rows))
+
+
+def eval_all(config, corpus):
+    return list(data.eval_batches(corpus, seq_len=S, batch_size=4))
+
+
+def test_files_removed_under_a_job_are_read_to_the_end(damageable):
+    config, corpus, *files = damageable
+    for file in files:
+        file.unlink()
+    assert len(read_all(config, corpus)) and len(eval_all(config, corpus))
+
+
+def test_files_damaged_under_a_job_end_it_in_a_line(damageable):
+    config, corpus, *files = damageable
+    for file, read in zip(files, (read_all, eval_all), strict=True):
+        with open(file, "r+b") as handle:
+            handle.seek(600)
+            handle.write(b"\xff\xff")
+        with pytest.raises(InputError, match=rf"{file}, token 300: id 65535, and the tokenizer"):
+            read(config, corpus)
+        os.truncate(file, 500)
+        with pytest.raises(InputError, match=rf"{file}: was cut short to 250 of") as caught:
+            read(config, corpus)
+        assert "\n" not in str(caught.value)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import DOCUMENTS, leftovers, write_files
+from texts import BYTES, DOCUMENTS, leftovers, split_texts, write_files
 
 from inl_jax.config import InputError
-from inl_jax.data import cache, corpus
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.data import cache, corpus, token_files
+from inl_jax.failures import DiskFull
+from inl_jax.tokens.tokenizer import Tokenizer
 
 
 def forbid_encoding(monkeypatch):
@@ -76,7 +77,7 @@ SLOW_WRITER = """
 import sys, time
 from inl_jax.config import DataConfig
 from inl_jax.data import corpus
-from inl_jax.data.tokenizer import Tokenizer
+from inl_jax.tokens.tokenizer import Tokenizer
 corpus.BATCH_BYTES = 1000
 real = Tokenizer.encode_batch
 def slow(self, texts):
@@ -132,14 +133,62 @@ def test_many_threads_at_once_make_the_same(make_corpus, tmp_path):
 def test_damaged_directory_is_made_again(make_corpus, tmp_path, name, content):
     folder = write_files(tmp_path / "d")
     (first,) = make_corpus(folder).sources
-    tokens = np.array(first.open("train"))
+    tokens = np.array(first.open("train")[:])
     if content is None:
         (first.directory / name).unlink()
     else:
         (first.directory / name).write_bytes(content)
     (again,) = make_corpus(folder).sources
-    np.testing.assert_array_equal(again.open("train"), tokens)
+    np.testing.assert_array_equal(again.open("train")[:], tokens)
     assert again == first
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
+def test_flipped_bit_is_noticed_and_said(make_corpus, tmp_path, said, name):
+    folder = write_files(tmp_path / "d")
+    (first,) = make_corpus(folder).sources
+    content = bytearray((first.directory / name).read_bytes())
+    content[content.index(b"1") if name == "meta.json" else 1000] ^= 2  # a count; a letter
+    (first.directory / name).write_bytes(content)
+    said.clear()
+    assert make_corpus(folder).sources == (first,)
+    assert said[0].startswith(f"WARNING: {first.directory}: the tokens there are damaged (")
+    assert said[0].endswith("prepared anew") and said[1].startswith("data: 40 documents")
+
+
+def test_tokens_are_verified_once_per_process(make_corpus, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "d")
+    make_corpus(folder)
+    (found,) = make_corpus(folder).sources
+    monkeypatch.setattr(token_files, "hashlib", None)  # that would read them again
+    assert make_corpus(folder).sources == (found,)
+
+
+def test_other_text_of_the_same_size_and_time_is_other_text(make_corpus, tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("one text\n", "two text\n", "six text\n"):
+        if text[0] == "t":  # replaced, as by rsync
+            (tmp_path / "new").write_text(text)
+            os.replace(tmp_path / "new", file)
+        else:
+            file.write_text(text)
+        os.utime(file, (1, 1))
+        (source,) = make_corpus(file, validation_fraction=0).sources
+        assert split_texts(source, "train") == [text]
+
+
+def test_cache_that_cannot_be_written_is_named(make_corpus, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "d")
+    (first,) = make_corpus(folder).sources
+
+    def refuse(self, *args, **kwargs):
+        if self.name.startswith("tmp."):
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"data.cache_dir=.*/cache: Permission denied; name one"):
+        make_corpus(folder, validation_fraction=0.1)
+    assert make_corpus(folder).sources == (first,)  # which may be read
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
@@ -148,16 +197,18 @@ def test_directory_that_cannot_be_read_is_kept(make_corpus, tmp_path, monkeypatc
     folder = write_files(tmp_path / "d")
     (first,) = make_corpus(folder).sources
     kept = {file.name: file.read_bytes() for file in first.directory.iterdir()}
-    real = io.open
 
-    def fail(file, *args, **kwargs):
-        if Path(file).name == name:
-            raise error
-        return real(file, *args, **kwargs)
+    def failing(real):
+        def fail(file, *args, **kwargs):
+            if Path(file).name == name:
+                raise error
+            return real(file, *args, **kwargs)
+
+        return fail
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", fail)  # of np.memmap
-        patch.setattr("io.open", fail)  # of Path.read_text
+        patch.setattr("os.open", failing(os.open))
+        patch.setattr("io.open", failing(io.open))  # of Path.read_text
         with pytest.raises(InputError, match=f"{first.directory}: .*{error.strerror}") as caught:
             make_corpus(folder)
     assert "\n" not in str(caught.value)
@@ -184,7 +235,7 @@ def test_full_disk_leaves_nothing(make_corpus, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "d")
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskFull, match=r"/cache: No space left on device, .* are free; make"):
             make_corpus(folder)
     assert leftovers(tmp_path) == []
     make_corpus(folder)
@@ -193,7 +244,7 @@ def test_full_disk_leaves_nothing(make_corpus, tmp_path, monkeypatch):
 def test_read_finished_names_what_is_no_directory(tmp_path):
     (tmp_path / "key").write_text("a file")
     with pytest.raises(InputError, match="key: is no directory of prepared tokens; remove it"):
-        cache.read_finished(tmp_path / "key")
+        cache.read_finished(tmp_path / "key", BYTES)
 
 
 def test_remove_may_be_called_by_several_at_once(tmp_path):

@@ -144,7 +144,7 @@ def test_phased_samples_show_every_window_once_in_an_epoch(three_sources):
     n = (corpus.sources[0].train_tokens - 1) // S
     shown = [samples[i][:-1] for i in range(2200) if curriculum.place(i)[0] == 0]
     epoch = np.concatenate(shown)[: n * S].reshape(n, S)
-    tokens = np.array(corpus.sources[0].open("train"))[: n * S].reshape(n, S)
+    tokens = np.array(corpus.sources[0].open("train")[:])[: n * S].reshape(n, S)
     assert sorted(map(bytes, epoch.astype(np.uint8))) == sorted(map(bytes, tokens.astype(np.uint8)))
 
 

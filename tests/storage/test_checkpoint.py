@@ -20,13 +20,13 @@ from damages import damage as damage_one
 
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.config_file import to_json
-from inl_jax.data.tokenizer import load_tokenizer
 from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.parallel.sharding import num_bytes
 from inl_jax.storage import checkpoint
 from inl_jax.storage.checkpoint import Checkpoints, read_params
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import record_run
+from inl_jax.tokens.tokenizer import load_tokenizer
 from inl_jax.training.state import TrainState, make_layout, split_state
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import load_tokenizer
 from inl_jax.storage.identity import Identity, check_config, newest_identity, steps_on_disk
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 
 def test_check_config_compares_what_decides_the_function_alone(train_config, tmp_path):

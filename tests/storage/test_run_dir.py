@@ -7,12 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hub import COMMITS, Hub
 
-from inl_jax.config import InputError
-from inl_jax.data.tokenizer import load_tokenizer, train_bpe
+from inl_jax.config import InputError, with_fields
 from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.storage.identity import Identity
-from inl_jax.storage.run_dir import check_run, locked, read_config, read_tokenizer, record_run
+from inl_jax.storage.run_dir import (
+    check_run,
+    locked,
+    pinned,
+    read_config,
+    read_tokenizer,
+    record_run,
+)
+from inl_jax.tokens.tokenizer import load_tokenizer, train_bpe
 
 CONFIG = {"model": {"param_dtype": "bfloat16", "num_layers": 1}, "accumulate_steps": 2}
 
@@ -255,3 +263,24 @@ def test_full_disk_at_the_start_is_one_line(config, monkeypatch):
     monkeypatch.setattr("inl_jax.storage.run_dir.write_text", full)
     with pytest.raises(DiskFull, match=f"{config.run_dir}: No space left"):
         record_run(config, BYTES)
+
+
+def test_pinned_keeps_the_commits_that_the_run_began_with(
+    train_config, monkeypatch, tmp_path, said
+):
+    hub = Hub(monkeypatch, tmp_path)
+    first, second = COMMITS["main"], COMMITS["v2"]
+    paths = ("stdlib", "hf:owner/name@en")
+    asked = train_config(data={"paths": paths, "tokenizer": "owner/tokens"})
+    run = pinned(asked)
+    assert run.data.paths == ("stdlib", f"hf:owner/name@en#{first}")
+    assert run.data.tokenizer == f"owner/tokens#{first}"
+    record_run(run, BYTES)
+    hub.commits[None], hub.online = second, False
+    said.clear()
+    assert pinned(asked) == run  # the same command, though the hub has moved
+    check_run(pinned(asked), BYTES)
+    assert not any("changed since" in line for line in said)
+    assert f"hf:owner/name@en#{first}, as the run has recorded; name another commit" in said[1]
+    other = f"hf:owner/name@en#{second}"
+    assert pinned(with_fields(asked, {"data.paths": ("stdlib", other)})).data.paths[1] == other

@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,6 +11,7 @@ from texts import BYTES, DOCUMENTS, GPT2, split_texts, write_files, write_jsonl
 from inl_jax.config import InputError
 from inl_jax.data import corpus
 from inl_jax.text import documents
+from inl_jax.text.sniff import HEAD_BYTES
 
 
 def test_split_depends_on_the_document_and_not_on_its_place(make_corpus, tmp_path):
@@ -63,7 +66,7 @@ def test_pieces_change_no_token(make_corpus, tmp_path, monkeypatch, tokenizer, s
     expected = [*tokenizer.encode(TRICKY), tokenizer.end_id]
     for name in ("a.txt", "a.jsonl"):
         (source,) = make_corpus(tmp_path / name, using=tokenizer, validation_fraction=0).sources
-        np.testing.assert_array_equal(source.open("train"), expected)
+        np.testing.assert_array_equal(source.open("train")[:], expected)
         assert source.documents == 1
 
 
@@ -71,6 +74,27 @@ def test_text_with_no_safe_place_is_cut_anyway(monkeypatch):
     monkeypatch.setattr(documents, "PIECE_SIZE", 10)
     pieces = list(documents._pieces([("é" * 10, 0)] * 3 + [("b c", 1)]))
     assert pieces == [("é" * 10, 0)] * 3 + [("b c", 1)]
+
+
+@pytest.mark.parametrize("text", ["".join(f"line {i} é\n" for i in range(900)), "é" * 4000])
+def test_packed_text_is_split_as_if_it_were_not_packed(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(documents, "PIECE_SIZE", 1000)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    plain, packed = (
+        [list(part.pieces()) for part in documents.split_file(tmp_path / name, 0.3, "error")]
+        for name in ("a.txt", "a.txt.gz")
+    )
+    assert plain == packed and len(plain) == 2
+    assert "".join(piece for part in plain for piece, _ in part) == text
+
+
+@pytest.mark.parametrize("noise", [bytes(50_000), b"\xff" * 50_000])
+@pytest.mark.parametrize("fraction", [0, 0.5])
+def test_noise_after_the_first_bytes_is_refused(make_corpus, tmp_path, noise, fraction):
+    (tmp_path / "a.txt").write_bytes(b"good text\n" * (HEAD_BYTES // 10 + 1) + noise)
+    with pytest.raises(InputError, match="a.txt: not UTF-8 text .* characters are invalid"):
+        make_corpus(tmp_path / "a.txt", validation_fraction=fraction)
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,7 +107,7 @@ def test_any_bytes_decode_as_if_read_at_once(tmp_path_factory, data, size):
     file.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_SIZE", size)
-        pieces = list(documents._read_span(file, 0, len(data), "replace"))
+        pieces = list(documents._read_span(file, "", 0, len(data), "replace"))
         expected = data.removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
         assert "".join(text for text, _ in pieces) == expected
         genuine = data.removeprefix(b"\xef\xbb\xbf").decode(errors="ignore").count("\ufffd")
@@ -92,7 +116,7 @@ def test_any_bytes_decode_as_if_read_at_once(tmp_path_factory, data, size):
             data.decode()
         except UnicodeDecodeError as error:
             with pytest.raises(InputError, match=rf"a\.txt, byte {error.start}: not UTF-8"):
-                list(documents._read_span(file, 0, len(data), "error"))
+                list(documents._read_span(file, "", 0, len(data), "error"))
 
 
 def test_bad_utf8_in_a_file_is_replaced_and_counted_or_refused(make_corpus, tmp_path, said):

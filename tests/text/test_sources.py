@@ -53,16 +53,17 @@ def test_directory_gives_files_of_text_in_order_and_names_the_skipped(make_corpu
     for name in ("b.txt", "a/z.md", "a/b/c.py", ".git/config.txt", "a/.hidden.txt", "a/x.png"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).write_text(name)
+    (tmp_path / "d" / "a" / "x.png").write_bytes(b"\x89PNG\r\n")
     write_jsonl(tmp_path / "d" / "a" / "r.jsonl", ["row"])
     (source,) = make_corpus(tmp_path / "d", validation_fraction=0).sources
     assert split_texts(source, "train") == ["b.txt", "row", "a/z.md", "a/b/c.py"]
-    assert "skipped 1 file of other kinds (1 .png)" in said[0]
+    assert "skipped 1 file: 1 .png (an image)" in said[0]
 
 
 def test_stdlib_is_the_library_without_its_tests_and_other_packages(make_corpus):
     (source,) = make_corpus("stdlib", max_documents=30).sources
     assert source.documents == 30
-    (entry,) = find_entries(["stdlib"])
+    (entry,) = find_entries(["stdlib"], DataConfig())
     names = {str(file) for file in entry.files}
     assert 500 < len(names) < 1200
     assert not [n for n in names if re.search(r"/(site-packages|test|tests|idle_test)/", n)]
@@ -76,7 +77,6 @@ def test_stdlib_is_the_library_without_its_tests_and_other_packages(make_corpus)
         ({"code": "c", "CONTENT": "t"}, "", "t"),
         ({"data": "t", "id": 3}, "", "t"),
         ({"prompt": "a", "completion": "b"}, "", "ab"),
-        ({"prompt": "a", "completion": None}, "", "a"),
         ({"text": "no", "Body": "t"}, "Body", "t"),
         ({"text": "no", "Body": "t"}, "body", "t"),
     ],
@@ -94,7 +94,7 @@ def test_text_columns_are_found_by_name(make_corpus, tmp_path, row, column, text
 
 
 def test_column_that_does_not_exist_is_named(make_corpus, tmp_path):
-    with pytest.raises(InputError, match="no column body; set data.column to one of: id, text"):
+    with pytest.raises(InputError, match="no column body; set data.column to one of: text"):
         make_corpus(write_jsonl(tmp_path / "a.jsonl"), column="body")
 
 
@@ -102,7 +102,11 @@ def test_order_of_files_is_fixed(make_corpus, tmp_path, monkeypatch):
     folder = write_files(tmp_path / "d")
     first = make_corpus(folder)
     real = os.walk
-    monkeypatch.setattr(os, "walk", lambda root: ((a, b, c[::-1]) for a, b, c in real(root)))
+
+    def reversed_walk(root, **options):
+        return ((folder, names, files[::-1]) for folder, names, files in real(root, **options))
+
+    monkeypatch.setattr(os, "walk", reversed_walk)
     assert make_corpus(folder).sources == first.sources
 
 
@@ -122,6 +126,80 @@ def test_broken_links_and_strange_names_do_no_harm(tmp_path):
     for bad in ("", str(folder / "a.txt"), "~nobody-of-this-name/x"):
         with pytest.raises(InputError, match="data.cache_dir"):
             prepare(dataclasses.replace(data, cache_dir=bad))
+
+
+def names(spec, **fields):
+    (entry,) = find_entries([str(spec)], DataConfig(**fields))
+    assert len(entry.kinds) == len(entry.files)
+    return [file.name for file in entry.files]
+
+
+def test_file_of_two_names_is_read_once_in_an_entry_and_refused_in_two(tmp_path):
+    folder = write_files(tmp_path / "d", ["a", "b"])
+    (folder / "latest.txt").symlink_to("001.txt")
+    (folder / "other.txt").hardlink_to(folder / "000.txt")
+    assert names(folder) == names(folder / "*.txt") == ["000.txt", "001.txt"]
+    with pytest.raises(InputError, match="name it once"):
+        find_entries([str(folder / "000.txt"), str(folder / "other.txt")], DataConfig())
+
+
+def test_identity_tells_two_readings_of_one_file_apart(tmp_path):
+    for name in ("a.txt", "a.csv"):
+        (tmp_path / name).symlink_to(write(tmp_path / "data", b"id,text\n1,a\n"))
+    text, table = (
+        find_entries([str(tmp_path / name)], DataConfig())[0] for name in ("a.txt", "a.csv")
+    )
+    assert text.identity()[1] == table.identity()[1]
+    assert json.dumps(text.identity()) != json.dumps(table.identity())
+
+
+def test_existing_path_comes_before_a_pattern(tmp_path):
+    folder = write_files(tmp_path / "my däta [v1]", ["a", "b"])
+    (folder / "c[1].txt").write_text("c")
+    (folder / "c1.txt").write_text("d")
+    assert names(folder / "c[1].txt") == ["c[1].txt"]
+    assert names(folder / "00?.txt") == ["000.txt", "001.txt"]
+    assert names(folder / "c[0-9].*") == ["c1.txt"]
+    with pytest.raises(InputError, match=r"no file matches .*write \[\[\] for a bracket"):
+        names(folder / "c[1]*.none")
+    assert names(folder / "c[[]1]*") == ["c[1].txt"]
+
+
+def test_glob_names_each_file_once_and_says_that_it_names_other_splits(tmp_path, said):
+    write_jsonl(write_files(tmp_path / "d" / "data", ["a"]) / "train.jsonl")
+    write_jsonl(tmp_path / "d" / "data" / "test.jsonl")
+    assert names(tmp_path / "d" / "**" / "*") == ["000.txt", "test.jsonl", "train.jsonl"]
+    assert "also names 1 file of other splits" in said[0] and len(said) == 1
+    assert names(tmp_path / "d" / "*") == ["000.txt", "train.jsonl"]
+
+
+def test_folder_that_a_glob_may_not_read_is_named(tmp_path, monkeypatch):
+    write_files(tmp_path / "d" / "inner")
+    real = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for spec in (tmp_path / "d", tmp_path / "d" / "**" / "*.txt"):
+        with pytest.raises(InputError, match="inner: Permission denied; name a folder that you"):
+            names(spec)
+
+
+def test_file_without_text_is_refused_alone_and_by_a_glob(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.txt").symlink_to("none")
+    for name, message in {
+        "a.png": "a.png: an image",
+        "pipe.txt": "pipe.txt is a pipe, not a regular file; write it to a file first",
+        "gone.txt": "no such file or directory|gone.txt is a broken link",
+    }.items():
+        for spec in (name, f"{name[:2]}*"):
+            with pytest.raises(InputError, match=message):
+                names(tmp_path / spec)
 
 
 def test_file_named_twice_is_refused(tmp_path):
@@ -182,7 +260,7 @@ ERRORS = {
     "empty file": (lambda d: write(d / "a.txt", b""), "no text in .*a.txt"),
     "empty jsonl": (lambda d: write(d / "a.jsonl", b'{"text": ""}\n'), "no text in .*a.jsonl"),
     "empty directory": (lambda d: d, "holds no text"),
-    "packed": (lambda d: write(d / "a.zip", b"PK"), "a.zip is packed"),
+    "packed": (lambda d: write(d / "a.zip", b"PK\3\4"), "a.zip: an archive; unpack it"),
     "parquet": (lambda d: write(d / "a.parquet", b"no"), "a.parquet: damaged, or not parquet"),
     "cut parquet": (
         lambda d: damage(write_parquet(d / "b.parquet", text=DOCUMENTS), 500),
@@ -192,20 +270,23 @@ ERRORS = {
         lambda d: damage(write_jsonl(d / "a.jsonl.gz", opener=gzip.open), 300),
         "a.jsonl.gz: damaged gzip",
     ),
-    "no gzip": (lambda d: write(d / "a.jsonl.gz", ROW), "a.jsonl.gz: damaged gzip"),
+    "no gzip": (lambda d: write(d / "a.jsonl.gz", ROW), "a.jsonl.gz: holds no gzip"),
     "json": (lambda d: write(d / "a.jsonl", ROW + b"\n{oops\n"), "a.jsonl line 3: invalid JSON"),
     "list": (
         lambda d: write(d / "a.jsonl", ROW + b"[1]"),
         "a.jsonl line 2: holds a list; write one JSON object a line",
     ),
-    "number": (lambda d: write(d / "a.jsonl", b'{"text": 1}'), "line 1: column text holds int"),
+    "number": (
+        lambda d: write(d / "a.jsonl", b'{"text": 1}'),
+        "line 1: column text holds a number",
+    ),
     "column": (
         lambda d: write(d / "a.jsonl", b'{"id": "a", "body": "b"}'),
         "line 1: no text column; set data.column to one of: id, body",
     ),
     "parquet column": (
         lambda d: write_parquet(d / "c.parquet", id=[1], body=["b"]),
-        "c.parquet: no text column; set data.column to one of: id, body",
+        "c.parquet row 1: no text column; set data.column to one of: body",
     ),
 }
 
@@ -224,7 +305,7 @@ def test_mistakes_are_one_line_and_leave_nothing(make_corpus, tmp_path, kind):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"content": "x"}', "line 2: no column text, .*this one: content"),
+        ('{"body": "x"}', "line 2: no column text, .*this one: body"),
         ('{"text": ' + "9" * 5000 + "}", "line 2: invalid JSON"),
         ("[" * 100_000, "line 2: invalid JSON"),
     ],

@@ -1,11 +1,12 @@
 import jax
 import numpy as np
 import pytest
+import vocabularies
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import load_tokenizer, train_bpe
 from inl_jax.model.language_model import abstract_params
 from inl_jax.sampling import LanguageModel
+from inl_jax.tokens.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from inl_jax.watch.inspection import inspect_prompts, token_texts
 from inl_jax.watch.integrator_probe import watch_tokens
 
@@ -24,6 +25,14 @@ def test_character_of_several_tokens_belongs_to_the_last_one():
     tokenizer = load_tokenizer("bytes")
     assert token_texts(tokenizer, tokenizer.encode("aé界")) == ["a", "", "é", "", "", "界"]
     assert token_texts(tokenizer, tokenizer.encode("é")[:1]) == ["\ufffd"]  # cut short
+
+
+@pytest.mark.parametrize("make", vocabularies.ALL)
+def test_token_texts_add_up_for_any_decoder(make):
+    tokenizer = Tokenizer(make.__name__, make())
+    ids = tokenizer.encode(vocabularies.PARAGRAPH)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
 
 
 @pytest.fixture

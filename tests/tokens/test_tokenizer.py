@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
+import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from inl_jax.config import InputError
-from inl_jax.data.tokenizer import Tokenizer, load, load_tokenizer, train_bpe
+from inl_jax.tokens.tokenizer import Tokenizer, load, load_tokenizer, train_bpe
 
 TEXTS = [
     "the cat sat on the mat <|endoftext|> while the dog, 42, slept\n" * 20,
@@ -165,6 +166,9 @@ def test_file_with_other_spacing_has_the_same_fingerprint(tmp_path):
     ALL["bpe:300"].save(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
+    with pytest.raises(InputError, match="is not the file that was written there"):
+        load(file)
+    (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(str(file)).fingerprint == ALL["bpe:300"].fingerprint
 
 
@@ -195,9 +199,35 @@ def test_files_of_no_tokenizer_are_refused(tmp_path):
         load(tmp_path / "absent")
 
 
-def test_bpe_needs_room_for_the_bytes():
-    with pytest.raises(InputError, match="257"):
-        train_bpe(TEXTS, 256)
+@pytest.mark.parametrize("size", [-1, 0, 256, 2**24 + 1, 10**12])
+def test_bpe_of_a_size_that_cannot_be_is_refused(size):
+    with pytest.raises(InputError, match=f"data.tokenizer=bpe:{size}: .* from 257"):
+        train_bpe(TEXTS, size)
+
+
+KINDS = {make.__name__: Tokenizer(make.__name__, make()) for make in vocabularies.ALL} | ALL
+PROMPTS = ["Some words", "Some words ", "", "here, and", "don't", "猫", "Some wor"]
+
+
+@pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
+def test_prompt_and_continuation_are_the_text_of_all_ids(tokenizer):
+    for prompt in PROMPTS:
+        for text in ("there (again)", "words", " words", "'t", "🙂", "\n\n  done."):
+            ids = tokenizer.encode(prompt), tokenizer.encode(text)
+            whole = tokenizer.decode(np.concatenate(ids))
+            known = prompt if whole.startswith(prompt) else tokenizer.decode(ids[0])
+            assert known + tokenizer.decode_after(prompt, *ids) == whole
+
+
+def test_continuation_of_a_prompt_whose_text_changes_has_what_is_new():
+    ours = ALL["bytes"]
+    assert ours.decode_after("caf\ufffd", [99, 97, 102, 195], [169, 33]) == "é!"
+
+
+def test_library_that_fails_is_named():
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))
+    with pytest.raises(InputError, match=r"tokenizer words: fails \(.*\[UNK\]"):
+        Tokenizer("words", backend).encode("b")
 
 
 def test_gpt2_refuses_other_files(tmp_path, monkeypatch):
@@ -215,7 +245,7 @@ def test_gpt2_refuses_other_files(tmp_path, monkeypatch):
 
 
 def test_unreachable_hub_is_one_line():
-    code = "from inl_jax.data.tokenizer import load_tokenizer; load_tokenizer('owner/name')"
+    code = "from inl_jax.tokens.tokenizer import load_tokenizer; load_tokenizer('owner/name')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -225,7 +255,7 @@ def test_unreachable_hub_is_one_line():
 
 @pytest.mark.parametrize("name", ["bpe", "char", "gpt-2"])
 def test_load_tokenizer_answers_a_usual_name_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(tokenizers, "Tokenizer", None)  # that would ask
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # that would ask
     with pytest.raises(InputError, match=f"data.tokenizer={name}: write bytes, gpt2, or bpe:4096"):
         load_tokenizer(name)
 

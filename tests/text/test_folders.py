@@ -1,0 +1,163 @@
+import gzip
+import os
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from inl_jax.config import DataConfig, InputError
+from inl_jax.text.folders import text_files, walk
+from inl_jax.text.sniff import HEAD_BYTES, sniff
+
+ROW = b'{"text": "a"}\n'
+CARD = b"---\nlicense: mit\n---\n# Card\n"
+LONG_ROWS = b'{"text": "' + b"a" * HEAD_BYTES + b'"}\n'
+PNG = b"\x89PNG\r\n\x1a\n\0"
+ALPACA = b'[{"instruction": "a", "output": "b"}]'
+
+
+def write(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def names(folder, **fields):
+    return [str(file.relative_to(folder)) for file in text_files(folder, DataConfig(**fields))]
+
+
+def test_folder_reads_a_file_as_if_it_were_named_alone(tmp_path):
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    files = {"a.txt": b"a", "b": b"b", "c.json": ROW, "d.csv": b"text\na\n", "e.jsonl": ROW}
+    files |= {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
+    found = text_files(write(tmp_path, files), DataConfig())
+    assert len(found) == 11 and found == {file: sniff(file) for file in found}
+
+
+SOURCE_TREE = {
+    "Makefile": b"all:\n",
+    "README.md": b"# Code\n",
+    "package.json": b'{\n "name": "x"\n}',
+    "src/test.py": b"assert True\n",
+    "src/train.py": b"pass\n",
+    "src/users.json": b'[{"name": "x"}]',
+    "table.csv": b"a,b\n1,2\n",
+    "x.png": PNG,
+}
+
+
+def test_source_tree_is_text_but_for_its_json_tables_and_pictures(tmp_path, said):
+    folder = write(tmp_path, SOURCE_TREE)
+    assert names(folder) == ["Makefile", "README.md", "src/test.py", "src/train.py"]
+    (line,) = said
+    assert "skipped 4 files: " in line
+    for part in ("1 .json (JSON, but no rows)", "1 .csv (no text column)", "1 .png (an image)"):
+        assert part in line
+
+
+FOLDERS = {
+    "card and shards": (
+        {"README.md": CARD, "load.py": b"import a", "data/train-0.csv": b"text\na\n"},
+        ["data/train-0.csv"],
+        ["what describes the data: README.md, load.py"],
+    ),
+    "card and text": ({"README.md": CARD, "corpus.txt": b"a"}, ["corpus.txt"], ["README.md"]),
+    "packed shards": (
+        {"README.md": b"# C4", "c4-train.0.json.gz": gzip.compress(ROW), "LICENSE": b"free"},
+        ["c4-train.0.json.gz"],
+        ["what describes the data: LICENSE, README.md"],
+    ),
+    "splits": (
+        {"README": b"x", "train.jsonl": ROW, "test.jsonl": ROW, "valid.csv": b"text\na\n"},
+        ["train.jsonl"],
+        ["other splits (test, validation): test.jsonl, valid.csv", "describes the data: README"],
+    ),
+    "another split is a pointer": (
+        {"train.jsonl": ROW, "test.parquet": b"version https://git-lfs"},
+        ["train.jsonl"],
+        ["other splits (test): test.parquet"],
+    ),
+    "shards of Spark": (
+        {"_SUCCESS": b"", "README": b"x", "part-0": ROW * 2},
+        ["part-0"],
+        ["README"],
+    ),
+    "text and rows": ({"README.md": b"x", "a.md": b"b", "b.jsonl": ROW}, None, []),
+    "a README alone": ({"README.md": b"x"}, None, []),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folder_leaves_out_what_is_no_training_text_and_says_so(tmp_path, said, kind):
+    files, expected, lines = FOLDERS[kind]
+    assert names(write(tmp_path, files)) == (expected or sorted(files))
+    assert len(said) == len(lines)
+    for line, part in zip(said, lines, strict=True):
+        assert part in line
+
+
+REFUSED = {
+    "no text": ({"a.png": PNG}, "holds no text to train on; .*a.png: an image"),
+    "empty": ({"a.txt": b""}, "holds no text; name a file or folder"),
+    "shards that cannot be read": (
+        {"README.md": b"# x", "0.png": PNG},
+        "holds no text to train on; .*0.png: an image",
+    ),
+    "no column": (
+        {"README.md": b"# x", "a.json.gz": gzip.compress(b'{"raw": "b"}\n')},
+        "a.json.gz: no text column; set data.column to one of: raw",
+    ),
+    "parts": ({"README.md": b"# x", "alpaca.json": ALPACA}, "the text is in parts"),
+    "split": (
+        {"README.md": CARD, "test.jsonl": ROW, "dev.jsonl": ROW},
+        "holds no text of split train; set data.hf_split to one of: test, validation",
+    ),
+    "damaged rows": ({"a.txt": b"a", "b.jsonl": ROW.decode().encode("utf-16")}, "UTF-16"),
+    "pointer": ({"a.txt": b"a", "b.parquet": b"version https://git-lfs"}, "run: git lfs pull"),
+    "cut": ({"a.txt": b"a", "b.gz": gzip.compress(ROW)[:20]}, "b.gz: damaged gzip"),
+    "cut late": (
+        {"a.txt": b"a", "b.json.gz": gzip.compress(LONG_ROWS)[:-9]},
+        "b.json.gz: damaged gzip",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_folder_is_refused_rather_than_read_without_its_data(tmp_path, kind):
+    files, message = REFUSED[kind]
+    with pytest.raises(InputError, match=message):
+        names(write(tmp_path, files))
+
+
+def test_advice_about_a_column_and_a_split_works(tmp_path):
+    folder = write(tmp_path, {"README.md": b"# x", "test.json": b'{"raw": "b"}\n'})
+    assert names(folder, column="raw", hf_split="test") == ["test.json"]
+
+
+def test_links_pipes_and_unread_folders_are_skipped_and_counted(tmp_path, said):
+    folder = write(tmp_path / "a", {"a.txt": b"a", ".hidden.txt": b"b"})
+    os.mkfifo(folder / "pipe")
+    (folder / "gone.txt").symlink_to("none")
+    (folder / "other").symlink_to(write(tmp_path / "b", {"b.txt": b"b"}))
+    assert names(folder) == ["a.txt"]
+    for part in ("(a pipe)", "(a broken link)", "(a link to a folder)", "skipped 3 files"):
+        assert part in said[0]
+
+
+def test_cache_of_the_hub_is_read_by_the_names_of_its_files(tmp_path):
+    write(tmp_path, {"blobs/0af3": ROW, "blobs/1b5d": ROW, "refs/main": b"c0ffee"})
+    data = tmp_path / "snapshots" / "c0ffee" / "data"
+    data.mkdir(parents=True)
+    for name, blob in (("train.jsonl", "0af3"), ("test.jsonl", "1b5d")):
+        (data / name).symlink_to(tmp_path / "blobs" / blob)
+    assert names(tmp_path) == ["snapshots/c0ffee/data/train.jsonl"]
+
+
+def test_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=f"{tmp_path}: Permission denied; name a folder"):
+        list(walk(tmp_path))
