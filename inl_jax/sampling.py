@@ -16,9 +16,8 @@ from inl_jax.console import plural
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.sharding import fetch, on, param_shardings
 from inl_jax.storage.checkpoint import read_params
-from inl_jax.storage.run_dir import read_config
+from inl_jax.storage.run_dir import read_config, read_tokenizer
 from inl_jax.tokens.tokenizer import Tokenizer
-from inl_jax.tokens.tokenizer import load as read_tokenizer
 
 
 def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:

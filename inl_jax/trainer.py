@@ -30,6 +30,7 @@ from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
 from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.storage.checkpoint import Checkpoints
+from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import (
@@ -105,10 +106,17 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         check_run(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
-            locked(config.run_dir),
+            locked(config.run_dir) as lock,
             explained(config, plan),
             on(mesh),
-            contextlib.closing(Checkpoints(config.run_dir, keep_last=config.keep_last)) as saved,
+            contextlib.closing(
+                Checkpoints(
+                    config.run_dir,
+                    keep_last=config.keep_last,
+                    identity=Identity(config, corpus.tokenizer),
+                    lock=lock,
+                )
+            ) as saved,
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,
         ):
             state, start = restore_or_init(fitted, layout, saved, corpus)

@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     from inl_jax.interop.published import config_from_torch, params_from_torch
     from inl_jax.interop.torch_file import read_state_dict
     from inl_jax.storage.checkpoint import Checkpoints
+    from inl_jax.storage.identity import Identity
     from inl_jax.storage.run_dir import record_run
     from inl_jax.tokens.tokenizer import load_tokenizer
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         run_dir=flags.out,
     )
     record_run(config, tokenizer)
-    checkpoints = Checkpoints(flags.out, keep_last=1)
+    checkpoints = Checkpoints(flags.out, keep_last=1, identity=Identity(config, tokenizer))
     checkpoints.save(0, params, position={})
     checkpoints.close()
     print(f"{flags.out}: {dataclasses.asdict(model)}")

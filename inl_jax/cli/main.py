@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "computes loss, perplexity and bits per byte of a run",
     "generate": "continues prompts with a trained model",
     "estimate": "predicts memory, time and price of a run, without a device",
+    "verify": "checks that a run directory holds what was saved in it",
     "plot": "draws the loss of a run",
     "report": "writes a page about a run, or several compared",
     "inspect": "draws what the integrator does with a text",

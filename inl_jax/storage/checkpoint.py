@@ -1,54 +1,102 @@
 """Checkpoints: Orbax behind one small class. `run_dir.py` says what else is in a run directory."""
 
 import contextlib
+import itertools
 import json
+import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
+from inl_jax.failures import MachineFailure
 from inl_jax.files import read_json, write_text
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import with_shardings
-
-
-class _KeepLastAndBest:
-    """Orbax's preservation policy: the newest `keep_last` and the best by validation loss."""
-
-    def __init__(self, keep_last: int, best: Path):
-        self._keep_last, self._best = keep_last, best
-
-    def should_preserve(self, checkpoints, *, context):
-        del context
-        newest = {c.step for c in checkpoints[-self._keep_last :]}
-        best = _read_best(self._best).get("step")
-        return [c.step in newest or c.step == best for c in checkpoints]
+from inl_jax.storage.audit import choose_steps
+from inl_jax.storage.disk import reason_of, write_failure
+from inl_jax.storage.identity import (
+    CONFIG_NAME,
+    Identity,
+    check_config,
+    check_tokenizer,
+    steps_on_disk,
+)
+from inl_jax.storage.manifest import Damaged, disappears, has_manifest, verify, write_manifest
+from inl_jax.storage.retention import Retention, read_best
+from inl_jax.storage.run_dir import LAST_SAVE, Lock, read_config, record_run
+from inl_jax.storage.shapes import check_shapes
 
 
 class Checkpoints:
     """The checkpoints of one run directory, for the processes that train it."""
 
-    def __init__(self, run_dir: str | Path, *, keep_last: int):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep_last: int,
+        identity: Identity | None = None,
+        lock: Lock | None = None,
+    ):
+        """Opens the checkpoints of a run.
+
+        Args:
+          run_dir: the run directory.
+          keep_last: how many of the newest to keep.
+          identity: what the run is; written into each checkpoint, and compared with that of the
+            checkpoint restored.
+          lock: the hold on the run directory, checked before each save.
+
+        Raises:
+          MachineFailure: the directory cannot be written.
+        """
         self._run_dir = Path(run_dir).absolute()
+        self._folder = self._run_dir / "checkpoints"
         self._best = self._run_dir / "best.json"
-        self._orbax = ocp.training.Checkpointer(
-            self._run_dir / "checkpoints",
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_KeepLastAndBest(keep_last, self._best),
-            cleanup_tmp_directories=True,
-        )
-        self._saving = None  # Orbax's response to the save that is under way
+        self._identity, self._lock = identity, lock
+        self._kept = Retention(keep_last, self._best)
+        self._needed = 0  # bytes of a checkpoint
+        self._failed = False
+        with self._writing():
+            self._orbax = ocp.training.Checkpointer(
+                self._folder,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=self._kept,
+                cleanup_tmp_directories=True,
+            )
+        self._saving: Future[bool] | None = None  # of the save that is under way
+        self._thread = ThreadPoolExecutor(1)
+        logging.getLogger("absl").addFilter(_is_no_failed_save)
         if jax.process_count() > 1:
             self._end_all_if_a_save_fails()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the disk and Orbax raise in the block into one line."""
+        try:
+            yield
+        except (InputError, MachineFailure):
+            raise
+        except Exception as error:
+            self._failed = True
+            self._remove_unfinished()
+            raise write_failure(error, self._run_dir, needed=self._needed) from error
+
+    def _remove_unfinished(self) -> None:
+        """Gives the disk back that a failed save took."""
+        for path in self._folder.glob("*.orbax-checkpoint-tmp*") if processes.first() else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _end_all_if_a_save_fails(self) -> None:
         """Ends all processes as soon as one of them cannot write its part of a checkpoint.
@@ -57,7 +105,9 @@ class Checkpoints:
         """
 
         def end_all(error: BaseException) -> None:
-            processes.end(1, f"error: {self._run_dir}: a save failed ({_reason(error)})")
+            self._remove_unfinished()
+            failure = write_failure(error, self._run_dir, needed=self._needed)
+            processes.end(failure.exit_code, f"error: {failure}")
 
         on_save_failure(self._orbax, end_all)
 
@@ -71,27 +121,64 @@ class Checkpoints:
           params: the parameters.
           optimizer: any tree of arrays; None to save weights alone.
           position: plain values, which `restore` returns.
+
+        Raises:
+          DiskFull: this save, or the one before, found no space.
+          MachineFailure: one of them failed for another reason, or the run directory is another.
         """
         items = (
             {"params": params} if optimizer is None else dict(params=params, optimizer=optimizer)
         )
         self._finish_save()
-        self._saving = self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
+        self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        with self._writing():
+            if self._lock is not None:
+                self._lock.renew()
+            if self._identity is not None and not (self._run_dir / CONFIG_NAME).exists():
+                say(f"{self._run_dir} lost its files while the run trains: they are written again")
+                record_run(*self._identity)
+            if processes.first():
+                _make_and_remove(self._folder / f".{step}")
+            saving = self._orbax.save_checkpointables_async(step, items, custom_metadata=position)
+        self._saving = self._thread.submit(self._seal, step, saving)
+
+    def _seal(self, step: int, saving: Any) -> bool:
+        """Adds identity and manifest to a checkpoint once it is complete; returns whether it could.
+
+        It runs beside the training. A kill before its end leaves a checkpoint that can be restored
+        but not verified.
+        """
+        # Orbax ends the event loop and the threads of a save only here: a response that is dropped
+        # leaks one thread and three file descriptors.
+        saving.result()
+        step_dir = self._folder / str(step)
+        if not (processes.first() and step_dir.is_dir()):  # somebody removed the run
+            return False
+        if self._identity is not None:
+            self._identity.write(step_dir)
+        write_manifest(step_dir)
+        write_text(self._run_dir / LAST_SAVE, json.dumps({"step": step}))
+        return True
 
     def _finish_save(self) -> None:
-        """Waits for the save under way.
-
-        Orbax ends the event loop and the threads of a save only in its response's `result()`: a
-        response that is dropped leaks one thread and three file descriptors.
-        """
+        """Waits for the save under way, and removes what its success leaves over."""
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if saving is None:
+            return
+        with self._writing():
+            sealed = processes.gather(str(saving.result()))[0] == "True"
+            if sealed:
+                self._kept.good = self.latest_step()
+            saved = self._orbax.checkpoints
+            for kept, found in zip(self._kept.should_preserve(saved), saved, strict=True):
+                if not kept:
+                    self._orbax.delete(found.step, missing_ok=True)
 
     def restore(self, abstract: dict[str, Any]) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None if there is none.
 
-        A checkpoint whose bytes are bad is moved to RUN/damaged, and the next older one is tried.
+        A checkpoint that is not as it was saved is moved to RUN/damaged, and the next older one is
+        tried.
 
         Args:
           abstract: `{"params": ..., "optimizer": ...}` of `jax.ShapeDtypeStruct` with shardings.
@@ -100,28 +187,32 @@ class Checkpoints:
           `{"params", "optimizer", "step", "position"}`.
 
         Raises:
-          InputError: a checkpoint holds other shapes or types than asked for, or all are damaged.
+          InputError: a checkpoint holds other shapes or types than asked for, or is of another
+            run, or all are damaged.
         """
-        folder = self._run_dir / "checkpoints"
-        damaged: dict[int, str] = {}
+        folder, damaged = self._folder, {}
         for step in reversed([c.step for c in self._orbax.checkpoints]):
-            trouble = ""
+            trouble = remark = ""
             try:
                 with _reading_alone():
+                    share = {"part": jax.process_index(), "parts": jax.process_count()}
+                    remark = verify(folder / str(step), **share)
+                    self._check_identity(folder / str(step))
                     metadata = ocp.checkpointables_metadata(folder / str(step))
-                    _check_matches(metadata.metadata, abstract, folder / str(step))
+                    check_shapes(metadata.metadata, abstract, folder / str(step))
                     if not metadata.custom_metadata:
                         raise OSError("its position in the data cannot be read")
                     loaded = ocp.load_checkpointables(folder / str(step), abstract)
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many types for bad bytes
-                trouble = _reason(error)
+                trouble = _trouble(error)
             # Bad bytes may be in the part of one process only; all give the checkpoint up then.
             if troubles := list(filter(None, processes.gather(trouble))):
                 damaged[step] = troubles[0]
                 continue
             self._set_aside(damaged)
+            self._note_restored(step, remark, damaged)
             return {**loaded, "step": step, "position": metadata.custom_metadata}
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
@@ -129,19 +220,39 @@ class Checkpoints:
                 f"{folder}: no checkpoint can be read ({reasons}); restore one from a copy, or "
                 "choose another run_dir (with init_from, if only the optimizer is missing)"
             )
+        if processes.first():
+            (self._run_dir / LAST_SAVE).unlink(missing_ok=True)
         return None
+
+    def _check_identity(self, step_dir: Path) -> None:
+        if self._identity is None:
+            return
+        config, tokenizer = self._identity
+        afresh = "use that value, or name another run_dir"
+        check_config(step_dir, config, of="this config", advice=afresh)
+        check_tokenizer(step_dir, tokenizer, of="data.tokenizer", advice=afresh)
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, reason in damaged.items() if processes.first() else ():
-            aside = self._run_dir / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.parent.mkdir(exist_ok=True)
-            os.replace(self._run_dir / "checkpoints" / str(step), aside)
-            if self.best_step() == step:
-                self._best.unlink()
+            with self._writing():
+                aside = _move_aside(self._folder / str(step), self._run_dir / "damaged")
+                if self.best_step() == step:
+                    self._best.unlink()
             say(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         processes.gather()  # moved, before anyone looks again
         if damaged:
             self._orbax.reload()
+
+    def _note_restored(self, step: int, remark: str, damaged: dict[int, str]) -> None:
+        """Says what is odd about the step restored, and notes which is known to be good."""
+        if remark:
+            say(f"checkpoint {step} {remark}")
+        last = read_json(self._run_dir / LAST_SAVE).get("step")
+        if isinstance(last, int) and last > step and last not in damaged:
+            say(f"WARNING: checkpoint {last} was saved here and is gone; {step} is the newest left")
+        manifests = (s for s in self.steps() if has_manifest(self._folder / str(s)))
+        good = processes.gather(str(max(manifests, default="")))[0]  # as process 0 sees them
+        self._kept.good = int(good) if good else None
 
     def is_best(self, loss: float, *, basis: str = "") -> bool:
         """Whether a validation loss is lower than that of the best checkpoint.
@@ -150,7 +261,7 @@ class Checkpoints:
           loss: in nats per token; NaN is not lower.
           basis: what it was measured on; losses on another basis are not compared.
         """
-        best = _read_best(self._best)
+        best = read_best(self._best)
         lowest = best["validation_loss"] if best.get("basis") == basis else float("inf")
         return processes.gather(str(loss < lowest))[0] == "True"  # as process 0 read it
 
@@ -165,7 +276,8 @@ class Checkpoints:
         self.wait()  # best.json never names a checkpoint that is not on disk
         found = {"step": step, "validation_loss": loss, "basis": basis}
         if processes.first():
-            write_text(self._best, json.dumps(found))
+            with self._writing():
+                write_text(self._best, json.dumps(found))
         processes.gather()  # so that all keep the same checkpoints
 
     def resume_from(self, step: int) -> None:
@@ -176,7 +288,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, by validation loss."""
-        return _read_best(self._best).get("step")
+        return read_best(self._best).get("step")
 
     def steps(self) -> set[int]:
         """The saved steps."""
@@ -187,50 +299,47 @@ class Checkpoints:
         return self._orbax.latest.step if self._orbax.latest else None
 
     def wait(self) -> None:
-        """Returns when every save is on disk; raises what went wrong."""
+        """Returns when every save is on disk and verified; raises as `save` does."""
         self._finish_save()
-        self._orbax.wait()
 
     def close(self) -> None:
-        """Waits for the save under way and ends Orbax's threads."""
+        """Waits for the save under way, as `wait` does, and ends Orbax's threads."""
         try:
-            self._finish_save()
+            with self._writing():
+                if self._saving is not None:
+                    self._saving.result()  # without the other processes: they may have failed
         finally:
-            self._orbax.close()
+            self._thread.shutdown()
+            with contextlib.suppress(Exception) if self._failed else self._writing():
+                self._orbax.close()  # raises a failure that `save` or `wait` raised again
+            if self._failed:
+                self._remove_unfinished()  # other threads of Orbax may have written until now
+            logging.getLogger("absl").removeFilter(_is_no_failed_save)
 
 
-def _read_best(path: Path) -> dict[str, Any]:
-    """What `note_best` wrote; empty if there is none or it is damaged."""
-    best = read_json(path)
-    sound = isinstance(best.get("step"), int) and isinstance(best.get("validation_loss"), float)
-    return best if sound else {}
+def _is_no_failed_save(entry: logging.LogRecord) -> bool:
+    """Keeps Orbax's tracebacks of a failed save off the console: `Checkpoints` raises one line."""
+    return not (entry.exc_info and "orbax" in entry.pathname)
 
 
-def _check_matches(saved: Any, wanted: Any, where: Path) -> None:
-    """Raises `InputError` naming the first leaf that is missing or has another shape or type.
+def _trouble(error: Exception) -> str:
+    return str(error) if isinstance(error, Damaged) else reason_of(error)
 
-    Raises `OSError` if the bytes of the metadata are bad: Orbax then gives None, not an error.
-    """
 
-    def leaves(tree):
-        flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): _kind(leaf)
-            for path, leaf in flat
-        }
+def _make_and_remove(directory: Path) -> None:
+    """Raises `OSError` if a directory cannot be made there: Orbax would wait for it for minutes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.rmdir()
 
-    for name in wanted:
-        if saved.get(name) is None:
-            raise OSError(f"the metadata of {name} cannot be read")
-        found, asked = leaves(saved[name]), leaves(wanted[name])
-        for leaf in [*asked, *found]:
-            if found.get(leaf) != asked.get(leaf):
-                weights_alone = " with init_from, which takes the weights alone"
-                raise InputError(
-                    f"{where}: {name}/{leaf} is saved as {found.get(leaf, 'nothing')}, this config "
-                    f"wants {asked.get(leaf, 'nothing')}: use the config of that run, or another "
-                    f"run_dir{weights_alone if name == 'optimizer' else ''}"
-                )
+
+def _move_aside(step_dir: Path, folder: Path) -> Path:
+    """Moves a checkpoint to a name of its own in a folder; returns that."""
+    folder.mkdir(exist_ok=True)
+    stem = f"{step_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (folder / (f"{stem}-{i}" if i else stem) for i in itertools.count())
+    aside = next(path for path in names if not os.path.lexists(path))
+    os.replace(step_dir, aside)
+    return aside
 
 
 @contextlib.contextmanager
@@ -245,18 +354,12 @@ def _reading_alone() -> Iterator[None]:
         yield
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
-
-
-def _kind(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
 def read_params(
     run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
 ) -> tuple[int, Any]:
     """The parameters of a saved step, without the optimizer: (step, params).
+
+    A training beside it may delete checkpoints meanwhile: "latest" and "best" then look again.
 
     Args:
       run_dir: the run.
@@ -265,32 +368,33 @@ def read_params(
       shardings: one for each parameter; all on the default device if None.
 
     Raises:
-      InputError: no such checkpoint, or it is damaged or does not fit the config.
+      InputError: no such checkpoint, or it is damaged, or does not fit the config or the run.
     """
-    folder = Path(run_dir).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
-    if step == "latest":
-        chosen = steps[-1] if steps else None
-    elif step == "best":
-        chosen = _read_best(Path(run_dir) / "best.json").get("step")
-    else:
-        chosen = int(step) if str(step).isdecimal() else None
-    if chosen not in steps:
-        raise InputError(
-            f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}, and the names latest "
-            "and best"
-        )
+    run_dir = Path(run_dir).absolute()
     abstract = abstract_params(config)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, abstract)
     abstract = with_shardings(abstract, shardings)
-    where = folder / str(chosen)
-    try:
-        saved = ocp.checkpointables_metadata(where).metadata
-        _check_matches(saved, {"params": abstract}, where)
-        return chosen, ocp.load_checkpointables(where, {"params": abstract})["params"]
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{where} is damaged ({_reason(error)}); there are {steps}") from error
+    while True:
+        (chosen,) = choose_steps(run_dir, step)
+        where = run_dir / "checkpoints" / str(chosen)
+        try:
+            remark = verify(where, without="optimizer")
+            if (run_dir / CONFIG_NAME).is_file():
+                copy = f"copy {where / CONFIG_NAME} over it"
+                check_config(where, read_config(run_dir), of=run_dir / CONFIG_NAME, advice=copy)
+            saved = ocp.checkpointables_metadata(where).metadata
+            check_shapes(saved, {"params": abstract}, where)
+            params = ocp.load_checkpointables(where, {"params": abstract})["params"]
+        except Exception as error:
+            if disappears(where):
+                continue
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{where} is damaged ({_trouble(error)}); there are {steps_on_disk(run_dir)}"
+            ) from error
+        if remark:
+            say(f"{where} {remark}")
+        return chosen, params

@@ -1,8 +1,9 @@
 """A run directory: what is in it, who may train there, and whether a config may resume it.
 
-RUN/config.json  tokenizer.json  metrics.jsonl  best.json  env.json  lock
+RUN/config.json  tokenizer.json  metrics.jsonl  best.json  last_save.json  env.json  lock
 RUN/checkpoints/<step>/params       the parameters, readable alone
 RUN/checkpoints/<step>/optimizer    optimizer state and counters
+RUN/checkpoints/<step>/manifest.json, and config.json and tokenizer.json as the run has them
 RUN/damaged/                        checkpoints that could not be read, moved aside
 RUN/samples/<step>.md               generation checks
 RUN/trackers/                       what the trackers have sent, and their logs
@@ -17,17 +18,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inl_jax.config import InputError, TrainConfig, with_fields
-from inl_jax.config_file import differences, from_json, to_json
+from inl_jax.config_file import differences, to_json
 from inl_jax.console import say
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
+from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.files import write_text
 from inl_jax.parallel import processes
+from inl_jax.storage.disk import write_failure
+from inl_jax.storage.identity import (
+    CONFIG_NAME,
+    FREE_FIELDS,
+    check_config,
+    check_tokenizer,
+    newest_identity,
+    read_config_file,
+    steps_on_disk,
+)
+from inl_jax.tokens.tokenizer import FILE_NAME as TOKENIZER_NAME
 from inl_jax.tokens.tokenizer import Tokenizer
-from inl_jax.tokens.tokenizer import load as read_tokenizer
+from inl_jax.tokens.tokenizer import load as load_tokenizer
+from inl_jax.training.metrics import read_metrics
 
-# Fields of the model that change neither the parameters nor the function they compute.
-_FREE_FIELDS = """model.remat model.attention_kernel model.integrator_gradient
-model.integrator_segment model.integrator_chunk""".split()
+LAST_SAVE = "last_save.json"  # names the last step that was saved
 # Fields of the optimizer that decide what its state is made of.
 _STATE_FIELDS = ("optim.optimizer", "optim.moment_dtype", "optim.rounding")
 
@@ -40,17 +52,21 @@ def check_run(
     Calls `tell` with a line for each change. A tokenizer that is not given is not checked.
 
     Raises:
-      InputError: the run there has another model or tokenizer; the field and both values are named.
+      InputError: the run there has another model or tokenizer, and the field and both values are
+        named; or it has lost its checkpoints.
     """
     run_dir = Path(config.run_dir)
-    if not (run_dir / "config.json").exists():
+    saved = bool(steps_on_disk(run_dir))
+    if not saved:
+        _check_not_lost(run_dir, tell)
+    if not (saved or os.path.lexists(run_dir / CONFIG_NAME)):
         if config.init_from:
+            read_config(config.init_from)  # raises if there is no run
             _check_tokenizer(config.init_from, tokenizer)
         return
-    saved = any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
     for field, before, now in differences(read_config(run_dir), config):
         of_state = saved and field in _STATE_FIELDS
-        if of_state or (field.startswith("model.") and field not in _FREE_FIELDS):
+        if of_state or (field.startswith("model.") and field not in FREE_FIELDS):
             afresh = " with init_from, which takes the weights alone" if of_state else ""
             raise InputError(
                 f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
@@ -67,8 +83,22 @@ def check_run(
     _check_tokenizer(run_dir, tokenizer)
 
 
+def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:
+    """Raises `InputError` if a run has no checkpoint although it saved some."""
+    log = read_metrics(run_dir)
+    if not log:
+        return
+    step = log[-1]["step"]
+    noted = (run_dir / LAST_SAVE).exists() or (run_dir / "best.json").exists()
+    if noted or not (run_dir / "checkpoints").is_dir():
+        raise InputError(
+            f"{run_dir}: the log is at update {step}, but checkpoints/ is gone or empty: restore "
+            "it from a copy, name another run_dir, or remove metrics.jsonl to start at update 0"
+        )
+    tell(f"nothing was saved before the run in {run_dir} ended at update {step}: it starts at 0")
+
+
 def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
-    read_config(run_dir)  # raises if there is no run
     saved = read_tokenizer(run_dir)
     if tokenizer and saved.fingerprint != tokenizer.fingerprint:
         raise InputError(
@@ -80,14 +110,23 @@ def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
 
 
 def record_run(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the config and the tokenizer into the run directory."""
+    """Writes the config and the tokenizer into the run directory.
+
+    Raises:
+      MachineFailure: the disk is full, or fails.
+    """
     if not processes.first():
         return
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "config.json").exists():
-        tokenizer.save(run_dir)
-    write_text(run_dir / "config.json", to_json(config))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            load_tokenizer(run_dir)
+        except InputError:  # missing, or damaged
+            tokenizer.save(run_dir)
+        write_text(run_dir / CONFIG_NAME, to_json(config))
+    except OSError as error:
+        raise write_failure(error, run_dir) from error
 
 
 def pinned(config: TrainConfig) -> TrainConfig:
@@ -100,7 +139,8 @@ def pinned(config: TrainConfig) -> TrainConfig:
     """
     names = []
     if processes.first():
-        began = os.path.exists(Path(config.run_dir) / "config.json")  # False for an impossible path
+        run_dir = Path(config.run_dir)
+        began = os.path.exists(run_dir / CONFIG_NAME) or newest_identity(run_dir)
         recorded = read_config(config.run_dir).data if began else config.data
         names = [
             pinned_tokenizer(config.data.tokenizer, recorded.tokenizer),
@@ -111,25 +151,146 @@ def pinned(config: TrainConfig) -> TrainConfig:
 
 
 def read_config(run_dir: str | Path) -> TrainConfig:
-    """The config with which a run was last started.
+    """The config with which a run was last started; that of its newest checkpoint if it is lost.
 
     Raises:
-      InputError: there is no run.
+      InputError: there is no run, its config is damaged, or that of a run with another model.
     """
-    path = Path(run_dir) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run_dir}: not a run directory (no config.json in it)")
+    path, saved = Path(run_dir) / CONFIG_NAME, newest_identity(run_dir)
     try:
-        return from_json(path.read_text())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error}); restore it from a copy") from None
+        if not path.is_file():
+            raise InputError(
+                f"{run_dir}: not a run directory (no config.json in it)"
+                if not steps_on_disk(run_dir)
+                else f"{path} is gone, and the checkpoints there do not hold it: restore it from a "
+                "copy, or name another run"
+            )
+        config = read_config_file(path)
+    except InputError:
+        if saved is None:
+            raise
+        say(f"{path} is missing or damaged: taken from {saved / CONFIG_NAME}")
+        return read_config_file(saved / CONFIG_NAME)
+    if saved is not None:
+        check_config(saved, config, of=path, advice=f"copy {saved / CONFIG_NAME} over it")
+    return config
+
+
+def read_tokenizer(run_dir: str | Path) -> Tokenizer:
+    """The tokenizer of a run; that of its newest checkpoint if it is lost.
+
+    Raises:
+      InputError: there is none, it is damaged, or the weights belong to another.
+    """
+    path, saved = Path(run_dir) / TOKENIZER_NAME, newest_identity(run_dir)
+    try:
+        tokenizer = load_tokenizer(run_dir)
+    except InputError:
+        if saved is None:
+            raise
+        say(f"{path} is missing or damaged: taken from {saved / TOKENIZER_NAME}")
+        return load_tokenizer(saved)
+    if saved is not None and not _same_bytes(path, saved / TOKENIZER_NAME):
+        check_tokenizer(saved, tokenizer, of=path, advice=f"copy {saved / TOKENIZER_NAME} over it")
+    return tokenizer
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+class Lock:
+    """The hold of one training on its run directory, made by `locked`."""
+
+    def __init__(self, run_dir: Path):
+        """Makes the directory and locks it.
+
+        Raises:
+          InputError: another process trains there, or the directory cannot be made.
+          DiskFull: there is no space for it.
+        """
+        self._run_dir = run_dir
+        self._handles: dict[Path, int] = {}
+        try:
+            self._take()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self) -> None:
+        """Locks the directory and a file in it, if they are not locked yet.
+
+        The lock of the directory outlives the file's removal, and some network file systems have
+        locks for files only.
+        """
+        trouble = []
+        for path in (self._run_dir, self._run_dir / "lock"):
+            if path in self._handles:
+                continue
+            try:
+                if path == self._run_dir:
+                    path.mkdir(parents=True, exist_ok=True)
+                handle = os.open(
+                    path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666
+                )
+            except OSError as error:
+                failure = write_failure(error, self._run_dir)
+                if isinstance(failure, DiskFull):
+                    raise failure from error
+                raise InputError(
+                    f"run_dir={self._run_dir}: {error.strerror}; name a directory"
+                ) from None
+            self._handles[path] = handle
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"run_dir={self._run_dir}: another process trains there; wait for it, or name "
+                    "another run_dir"
+                ) from None
+            except OSError as error:  # ENOSYS and others: no locks of this kind
+                trouble.append(error.strerror)
+        if len(trouble) == 2:
+            say(
+                f"WARNING: run_dir={self._run_dir}: this file system has no locks ({trouble[1]}); "
+                "start no second run there"
+            )
+
+    def renew(self) -> None:
+        """Checks that the directory and its lock are still those that are held.
+
+        What somebody removed is made and locked again.
+
+        Raises:
+          MachineFailure: another directory, or the lock of another training, is in their place.
+        """
+        for path, handle in list(self._handles.items()):
+            try:
+                same = os.path.samestat(os.fstat(handle), os.stat(path))
+            except FileNotFoundError:
+                os.close(self._handles.pop(path))
+                continue
+            if not same:
+                raise MachineFailure(
+                    f"{path} was replaced while this run trained there, so nothing more is saved "
+                    "in it; let one training at a time use a run_dir"
+                )
+        try:
+            self._take()
+        except InputError as error:  # somebody was faster
+            raise MachineFailure(str(error)) from None
+
+    def release(self) -> None:
+        """Lets others train there."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
 
 @contextlib.contextmanager
-def locked(run_dir: str | Path) -> Iterator[None]:
+def locked(run_dir: str | Path) -> Iterator[Lock | None]:
     """Makes the run directory and keeps other trainers out of it.
 
-    Process 0 holds the lock for all processes of a run.
+    Process 0 holds the lock for all processes of a run; the others get None.
 
     Raises:
       InputError: another process trains there, the directory cannot be made, or not all processes
@@ -137,25 +298,11 @@ def locked(run_dir: str | Path) -> Iterator[None]:
     """
     if not processes.first():
         processes.check_shared(Path(run_dir), "run_dir")
-        yield
+        yield None
         return
+    lock = Lock(Path(run_dir))
     try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        handle = open(Path(run_dir) / "lock", "a")
-    except OSError as error:
-        raise InputError(f"run_dir={run_dir}: {error.strerror}; name a directory") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"run_dir={run_dir}: another process trains there; wait for it, or name another "
-                "run_dir"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            say(
-                f"WARNING: run_dir={run_dir}: this file system has no locks ({error.strerror}); "
-                "start no second run there"
-            )
         processes.check_shared(Path(run_dir), "run_dir")
-        yield  # the lock goes with the file, also if the process is killed
+        yield lock
+    finally:
+        lock.release()  # it also goes with the process, however that ends

@@ -1,0 +1,60 @@
+"""What a failed write means: a full disk, or another failure of the machine, in one line."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from inl_jax.console import size
+from inl_jax.failures import DiskFull, MachineFailure
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_failure(error: BaseException, directory: Path, *, needed: int = 0) -> MachineFailure:
+    """What to raise for an error of a write.
+
+    Args:
+      error: from the operating system, or from Orbax, which wraps those.
+      directory: where it was.
+      needed: bytes that were to be written, if they are many.
+    """
+    number = next(filter(None, map(_errno, _causes(error))), 0)
+    stays = "the newest complete checkpoint stays"
+    if number in _FULL:
+        needs = f"a checkpoint takes {size(needed)}, " if needed else ""
+        return DiskFull(
+            f"{directory}: {os.strerror(number)}; {needs}{size(_free(directory))} are free, and "
+            f"{stays}: free some disk, then run the same command"
+        )
+    reason = os.strerror(number) if number else reason_of(error)
+    return MachineFailure(
+        f"{directory}: cannot be written ({reason}); {stays}: mend that, then run the same command"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line of at most 400 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _errno(error: BaseException) -> int:
+    """The operating system's number of an error; 0 if it has none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    of_tensorstore = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(of_tensorstore[1]) if of_tensorstore else 0
+
+
+def _free(directory: Path) -> int:
+    """Free bytes, of the parent if the directory is gone."""
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(there).free
