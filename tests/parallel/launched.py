@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from inl_jax.cli.main import main
 from inl_jax.data import batches
-from inl_jax.training import checkpoint
+from inl_jax.storage import checkpoint
 
 FOLDER = sys.argv.pop(1)
 read, Checkpoints = batches.training_batches, checkpoint.Checkpoints

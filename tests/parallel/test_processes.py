@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,13 +20,18 @@ from inl_jax import train
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.data import batches as data
 from inl_jax.data import corpus
+from inl_jax.evaluation import evaluate
 from inl_jax.parallel import processes
 from inl_jax.parallel.launch import Launch
-from inl_jax.parallel.sharding import make_mesh
+from inl_jax.parallel.sharding import make_mesh, on, place
+from inl_jax.sampling import generate
+from inl_jax.start import restore_or_init
+from inl_jax.storage import checkpoint
 from inl_jax.storage.run_dir import locked
-from inl_jax.training import checkpoint
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import make_layout, split_state
+from inl_jax.training.step import compile_step
+from inl_jax.watch.integrator_probe import measure_dynamics
 
 
 def test_start_names_a_port_in_use_and_a_timeout_of_zero():
@@ -50,6 +56,63 @@ def test_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatc
     assert processes.one_process_first(tmp_path, lambda: 7) == 7 and not list(tmp_path.iterdir())
     assert processes.end(75) == 75 and processes.end(2, "error: no") == 2
     assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.fixture
+def as_one_of_two(monkeypatch):
+    """This process as process 0 of two. Returns what happens: compiled, met, ran."""
+    events = []
+    two = SimpleNamespace(process_id=0, num_processes=2, client=None)
+    monkeypatch.setattr(processes, "_state", lambda: two)
+    monkeypatch.setattr(processes, "gather", lambda value="": events.append("met") or [value] * 2)
+    return events
+
+
+def test_programs_meet_the_other_processes_after_compiling_and_before_they_run(as_one_of_two):
+    @jax.jit
+    def program(x):
+        as_one_of_two.append("compiled")  # that is, traced
+        return x + 1
+
+    def running(x):
+        as_one_of_two.append("ran")
+        return x + 1
+
+    assert processes.call_together(program, 1) == 2 and as_one_of_two == ["compiled", "met"]
+    as_one_of_two.clear()
+    compiled = processes.meeting_first(running)
+    assert as_one_of_two == [] and [compiled(1), compiled(2)] == [2, 3]
+    assert as_one_of_two == ["met", "ran", "ran"], "once"
+
+
+def test_every_program_that_exchanges_compiles_before_the_processes_meet(
+    as_one_of_two, train_config, make_corpus, text_file
+):
+    small = {"num_layers": 1, "num_iterations": 1, "d_ff": 40}
+    config, mesh = train_config(model=small), make_mesh(MeshConfig(fsdp=2, data=1))
+    text, layout = make_corpus(text_file), make_layout(config, mesh)
+    exchange = {"jit(eval_step)", "jit(prefill)", "jit(decode_loop)", "jit(_watch)"}
+    exchange |= {"jit(train_step)", "jit(init_state)"}
+
+    def note(event, seconds, *, fun_name="", **fields):
+        if event.endswith("backend_compile_duration") and fun_name in exchange:
+            as_one_of_two.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    nothing_saved = SimpleNamespace(restore=lambda abstract: None)
+    with on(mesh):
+        state, _ = restore_or_init(config, layout, nothing_saved, text)
+        step = compile_step(config, mesh, layout)
+        batch = place(mesh, np.zeros((8, config.data.seq_len + 1), np.int32))
+        state, _ = step(state, batch, np.float32(0))
+    windows = data.eval_batches(text, seq_len=32, batch_size=8, max_sequences=8)
+    evaluate(config.model, state.params, windows, mesh=mesh)
+    measure_dynamics(config.model, state.params, np.zeros((1, 8)), mesh=mesh)
+    generate(config.model, state.params, [[1]], max_new_tokens=2, mesh=mesh)
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert exchange <= set(as_one_of_two)
+    followed_by = dict(zip(as_one_of_two, as_one_of_two[1:], strict=False))
+    assert {followed_by[program] for program in exchange} == {"met"}
 
 
 @pytest.fixture
@@ -202,7 +265,8 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
     )
     with locked(config.run_dir):  # only process 0 takes the lock
         refused = launch("locked", config, 2)
-        lonely = launch("lonely", config, 2, "--start_timeout", 8)
+        soon = "from inl_jax.parallel import processes\nprocesses.SAY_SECONDS = 2\n"
+        lonely = launch("lonely", config, 2, "--start_timeout", 8, before=soon)
         lonely.all[0].kill()
         assert refused.wait() == [2, 2], refused.out(0) + refused.out(1)
     errors = re.findall("error: .*", refused.out(0) + refused.out(1))
@@ -217,11 +281,44 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
         "file"
     ]
     assert lonely.wait() == [-signal.SIGKILL, 1]
-    assert re.fullmatch(
-        r"error: coordinator=127.0.0.1:\d+: process 1 of 2 did not meet the others there "
-        r"\(within 8 s\): start all of them.*\n",
-        lonely.out(1),
-    ), lonely.out(1)
+    closed = r"nothing listens on port \d+ of 127.0.0.1"
+    waits = rf"process 1 of 2 waits for process 0 at 127.0.0.1:\d+: {closed} \(\d s so far\); or "
+    error = "error: coordinator=127.0.0.1:\\d+: process 1 of 2 did not meet the others there "
+    error += rf"\(within 8 s; {closed}\): start all of them.* or --num_processes 1 to run a single "
+    assert re.fullmatch(rf"({waits}.*\n)+{error}.*\n", lonely.out(1)), lonely.out(1)
+
+
+@pytest.mark.slow  # XLA's wait for the first exchange, 30 s on CPUs, cannot be shortened
+@pytest.mark.parametrize(
+    "traced",
+    [
+        "training.step.loss_fn",
+        "evaluation.hidden_states",
+        "watch.integrator_probe.watch_steps",
+        "sampling.decode",
+    ],
+)
+def test_processes_that_compile_35_s_apart_meet_before_they_exchange(train_config, launch, traced):
+    late = f"""
+import sys, time
+from inl_jax import sampling, trainer
+from inl_jax.watch import integrator_probe
+module = sys.modules["inl_jax.{traced}".rpartition(".")[0]]
+name = "{traced}".rpartition(".")[2]
+trace = getattr(module, name)
+def trace_late(*args, **fields):
+    time.sleep(35 * (sys.argv[-1] == "1"))
+    setattr(module, name, trace)
+    return trace(*args, **fields)
+setattr(module, name, trace_late)
+"""
+    config = train_config(
+        mesh=MeshConfig(data=2, fsdp=2), num_steps=3, sample_every=3, sample_tokens=4
+    )
+    pair = launch("late", config, 2, devices=2, before=late)
+    assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
+    assert "waiting for process 1 of 2" in pair.out(0)
+    assert " failed (" not in pair.out(0), "nothing on the side failed"
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
