@@ -7,7 +7,7 @@ from typing import NamedTuple
 from inl_jax.config import InputError
 from inl_jax.console import plural
 from inl_jax.parallel.address import split
-from inl_jax.parallel.launchers import OR_ALONE, Launched, number, read_launcher
+from inl_jax.parallel.launchers import ALONE, Launched, number, read_launcher
 
 
 class Launch(NamedTuple):
@@ -71,7 +71,7 @@ def find_launch(
         said += [launched.variables] if launched else []
         raise InputError(
             f"{', '.join(said)} without {' and '.join(' or '.join(_SOURCES[f]) for f in missing)}: "
-            f"give {'it' if len(missing) == 1 else 'them'} to each process, {OR_ALONE}"
+            f"give {'it' if len(missing) == 1 else 'them'} to each process, or {ALONE}"
         )
     n, i = (number(field, found[field]) for field in ("num_processes", "process_id"))
     if i >= n:

@@ -12,7 +12,7 @@ from inl_jax.config import InputError
 from inl_jax.parallel.address import spell
 
 Env = Mapping[str, str]
-OR_ALONE = "or --num_processes 1 to run a single process"
+ALONE = "--num_processes 1 to run a single process"
 
 
 class Launcher(NamedTuple):
@@ -142,7 +142,7 @@ def read_launcher(env: Env) -> Launched | None:
     if not whole and spoken:
         missing = ", ".join(_missing(spoken[0], env))
         raise InputError(
-            f"{_variables(spoken[0], env)} without {missing}: set all of them, {OR_ALONE}"
+            f"{_variables(spoken[0], env)} without {missing}: set all of them, or {ALONE}"
         )
     # Slurm sets PMI's variables too, and knows where process 0 is.
     same = [other for other in whole if other[2:4] == whole[0][2:4] and other.coordinator]

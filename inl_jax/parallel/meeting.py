@@ -47,7 +47,8 @@ def check_address(launch: Launch) -> None:
                 "same for all processes, or give --coordinator"
             )
         raise InputError(
-            f"coordinator={where}: process 0 cannot listen on port {port} ({error}); {advice}"
+            f"coordinator={where}: process 0 cannot listen on port {port} "
+            f"({os.strerror(error.errno)}); {advice}"
         ) from None
 
 

@@ -24,9 +24,9 @@ from inl_jax.config import InputError
 from inl_jax.console import say
 from inl_jax.internals import distributed_state
 from inl_jax.parallel import meeting
-from inl_jax.parallel.address import trouble_reaching
+from inl_jax.parallel.address import split, trouble_reaching
 from inl_jax.parallel.launch import Launch
-from inl_jax.parallel.launchers import OR_ALONE
+from inl_jax.parallel.launchers import ALONE
 
 START_SECONDS = 300  # for all processes to join
 PEER_SECONDS = 60  # a process that sends no heartbeat for so long counts as dead
@@ -90,6 +90,9 @@ def start(
         return
     distributed_state()  # raises now rather than after the others have joined
     meeting.check_address(launch)
+    # gRPC would look for process 0 through the proxy of http_proxy, and never find it.
+    os.environ.setdefault("no_grpc_proxy", split(launch.coordinator)[0])
+    jax.config.update("jax_check_proxy_envs", False)  # JAX would warn of it
     # XLA would install its own handler of SIGTERM in place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     errors: list[Exception] = []
@@ -116,7 +119,7 @@ def start(
     while thread.is_alive() and (left := until - time.monotonic()) > 0:
         thread.join(min(1, left))
         if thread.is_alive() and (waited := waiting.to_say()):
-            say(f"{meeting.what_is_awaited(launch)} ({waited} so far); {OR_ALONE}")
+            say(f"{meeting.what_is_awaited(launch)} ({waited} so far); give {ALONE}")
     if thread.is_alive() or errors:
         reason = console.first_line(errors[0]) if errors else f"within {start_timeout} s"
         trouble = trouble_reaching(launch.coordinator)
@@ -124,7 +127,7 @@ def start(
             f"coordinator={launch.coordinator}: process {launch.process_id} of "
             f"{launch.num_processes} did not meet the others there "
             f"({reason}{trouble and f'; {trouble}'}): start all of them, with an address and a "
-            f"free port of process 0's host that every host can reach, {OR_ALONE}"
+            f"free port of process 0's host that every host can reach, or {ALONE}"
         )
     if launch.process_id != 0:
         console.mute(True)
