@@ -64,9 +64,9 @@ def _of_slurm(env: Env) -> str:
     return _at(env, host, _port(job + 251 * step))  # no two of 4,096 steps are the same
 
 
-def _port(number: int) -> int:
+def _port(key: int) -> int:
     """A port above those that Linux gives to clients, 32768 to 60999."""
-    return 61440 + number % 4096
+    return 61440 + key % 4096
 
 
 def _at(env: Env, host: str, port: int | str) -> str:
@@ -77,40 +77,52 @@ def _at(env: Env, host: str, port: int | str) -> str:
 LAUNCHERS = (
     Launcher(
         "torchrun",
-        *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
         needs=("MASTER_ADDR", "MASTER_PORT"),
         coordinator=_beside_torch,
     ),
     Launcher(
         "Kubeflow JAXJob",
-        *("NUM_PROCESSES", "PROCESS_ID"),
+        "NUM_PROCESSES",
+        "PROCESS_ID",
         needs=("COORDINATOR_ADDRESS", "COORDINATOR_PORT"),
         coordinator=_of_jax_job,
     ),
     Launcher(
         "Open MPI",
-        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
         needs=("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
         coordinator=_of_mpirun,
     ),
     Launcher(
         "MVAPICH2",
-        *("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-        *("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
     Launcher("Horovod", "HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     Launcher("MPICH, Intel MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    Launcher("PALS", "PALS_SIZE", "PALS_RANKID", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    Launcher("MPICH, Intel MPI", "MPI_LOCALNRANKS"),
     Launcher(
         "JSM",
-        *("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
-        *("JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
     ),
     Launcher("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
     Launcher(
         "Slurm",
-        *("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
         needs=("SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"),
         coordinator=_of_slurm,
     ),
@@ -125,7 +137,8 @@ LAUNCHERS = (
     Launcher("Cloud TPU", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"),
     Launcher("a launcher of nodes", "NNODES", "NODE_RANK"),
 )
-_PMIX = Launcher("PMIx", rank="PMIX_RANK")  # says that there may be others, and not how many
+# These say that there may be others, and not how many.
+RANKS_ALONE = (Launcher("PMIx", rank="PMIX_RANK"), Launcher("PALS", rank="PALS_RANKID"))
 
 
 def read_launcher(env: Env) -> Launched | None:
@@ -136,8 +149,8 @@ def read_launcher(env: Env) -> Launched | None:
     """
     env = {name: value for name, value in env.items() if value.strip()}
     spoken = [launcher for launcher in LAUNCHERS if _speaks(launcher, env)]
-    if not spoken and "PMIX_RANK" in env and not any(known.size in env for known in LAUNCHERS):
-        spoken = [_PMIX]
+    if not any(launcher.size in env for launcher in LAUNCHERS):
+        spoken += [launcher for launcher in RANKS_ALONE if launcher.rank in env]
     whole = [_read(launcher, env) for launcher in spoken if not _missing(launcher, env)]
     if not whole and spoken:
         missing = ", ".join(_missing(spoken[0], env))

@@ -161,6 +161,8 @@ CLUSTER = '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "
         ({"NNODES": "4", "NODE_RANK": "3"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "3"}, True),
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "prterun-1"}, False),
+        ({"PALS_RANKID": "0"}, False),
+        ({"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0"}, False),
         ({"SM_HOSTS": '["algo-1", "algo-2"]', "SM_CURRENT_HOST": "algo-1"}, False),
         ({"TF_CONFIG": CLUSTER}, False),
         ({"CLUSTER_SPEC": CLUSTER, "WORLD_SIZE": "1"}, False),

@@ -306,9 +306,7 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
         "sampling.decode",
     ],
 )
-def test_processes_that_compile_a_minute_apart_meet_before_they_exchange(
-    train_config, launch, traced
-):
+def test_processes_that_compile_a_minute_apart_exchange_all_the_same(train_config, launch, traced):
     late = f"""
 import sys, time
 from inl_jax import sampling, trainer
