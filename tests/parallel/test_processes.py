@@ -56,6 +56,19 @@ def test_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err == "error: no\n"
 
 
+def test_gather_says_which_process_it_waits_for_ever_more_rarely(monkeypatch, said):
+    late = [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")] * 40 + ["late"]
+    seconds = iter(range(10**6))  # each look at the clock takes one
+    client = MagicMock()
+    client.blocking_key_value_get.side_effect = late
+    client.key_value_try_get.side_effect = jax.errors.JaxRuntimeError("NOT_FOUND")
+    two = SimpleNamespace(process_id=0, num_processes=2, client=client)
+    monkeypatch.setattr(processes, "_state", lambda: two)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(seconds))
+    assert processes.gather("mine") == ["mine", "late"]
+    assert said == [f"waiting for process 1 of 2 ({t}s so far)" for t in (10, 20, 40)]
+
+
 @pytest.fixture
 def as_one_of_two(monkeypatch):
     """This process as process 0 of two. Returns what happens: compiled, met, ran."""
