@@ -310,36 +310,27 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
 
 
 @pytest.mark.slow  # XLA's wait for the first exchange, 30 s on CPUs, cannot be shortened
-@pytest.mark.parametrize(
-    "traced",
-    [
-        "training.step.loss_fn",
-        "evaluation.hidden_states",
-        "watch.integrator_probe.watch_steps",
-        "sampling.decode",
-    ],
-)
+@pytest.mark.parametrize("traced", ["training.step.loss_fn", "evaluation.hidden_states"])
 def test_processes_that_compile_a_minute_apart_exchange_all_the_same(train_config, launch, traced):
+    module, _, name = traced.rpartition(".")
     late = f"""
 import sys, time
-from inl_jax import sampling, trainer
-from inl_jax.watch import integrator_probe
-module = sys.modules["inl_jax.{traced}".rpartition(".")[0]]
-name = "{traced}".rpartition(".")[2]
-trace = getattr(module, name)
+from inl_jax import trainer
+module = sys.modules["inl_jax.{module}"]
+trace = module.{name}
 def trace_late(*args, **fields):
     time.sleep(60 * (sys.argv[-1] == "1"))
-    setattr(module, name, trace)
+    module.{name} = trace
     return trace(*args, **fields)
-setattr(module, name, trace_late)
+module.{name} = trace_late
 """
-    config = train_config(
-        mesh=MeshConfig(data=2, fsdp=2), num_steps=3, sample_every=3, sample_tokens=4
-    )
+    config = train_config(**SIX_UPDATES | {"mesh": MeshConfig(data=2, fsdp=2)})
+    if module == "evaluation":  # so that an evaluation is the first to exchange
+        train(config)
+        config = from_update(3, config)
     pair = launch("late", config, 2, devices=2, before=late)
     assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
     assert "waiting for process 1 of 2" in pair.out(0)
-    assert " failed (" not in pair.out(0), "nothing on the side failed"
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
