@@ -5,6 +5,7 @@ where its first part ran.
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -98,6 +99,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def source_digest() -> str:
+    """The first digits of the SHA-256 of the project's Python files, installed or checked out."""
+    package, digest = Path(inl_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git_state(root: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from inl_jax.config import DataConfig, InputError, ModelConfig
 from inl_jax.data.batches import EvalBatch
 from inl_jax.model.language_model import hidden_states
 from inl_jax.model.losses import CHUNK, token_losses
+from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, local_rows, on, place
 from inl_jax.training.metrics import Record, perplexity
 
@@ -82,7 +83,8 @@ def evaluate(
         for batch in batches:
             arrays = [placed(a) for a in (batch.inputs, batch.targets, batch.weights)]
             if row_losses is None:
-                jax.block_until_ready(step(*arrays))  # compiles
+                # Outside the time: it compiles.
+                fetch(call_together(eval_step, config, params, *arrays, loss_chunk=loss_chunk))
             start = time.perf_counter()
             row_losses = fetch(step(*arrays))
             seconds += time.perf_counter() - start

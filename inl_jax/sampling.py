@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
+from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on, param_shardings
 from inl_jax.storage.checkpoint import read_params
 from inl_jax.storage.run_dir import read_config, read_tokenizer
@@ -162,10 +163,13 @@ def generate(
         row[: len(prompt)] = prompt
     max_len = min(padded + max_new_tokens, config.max_seq_len)
     with on(mesh, split_rows=False):
-        logits_BV, state = prefill(config, params, ids_BP, np.array(lengths), max_len=max_len)
+        logits_BV, state = call_together(
+            prefill, config, params, ids_BP, np.array(lengths), max_len=max_len
+        )
         rows_B = jnp.arange(len(prompts))
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
-        tokens, length_B, _ = decode_loop(
+        tokens, length_B, _ = call_together(
+            decode_loop,
             config,
             params,
             logits_BV,

@@ -9,6 +9,7 @@ from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import say
 from inl_jax.curriculum import Read, read_so_far, resumed_position
 from inl_jax.data.corpus import Corpus
+from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import shardings_of
 from inl_jax.storage.checkpoint import Checkpoints, read_params
 from inl_jax.storage.run_dir import read_config
@@ -74,7 +75,7 @@ def restore_or_init(
             out_shardings=shardings,
             donate_argnums=0,
         )
-        return fresh(params), Start()
+        return call_together(fresh, params), Start()
     say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
     fresh = jax.jit(functools.partial(init_state, config=config), out_shardings=shardings)
-    return fresh(jax.random.key(config.seed)), Start()
+    return call_together(fresh, jax.random.key(config.seed)), Start()

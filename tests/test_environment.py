@@ -2,7 +2,7 @@ import json
 import subprocess
 
 from inl_jax import environment as env
-from inl_jax.environment import environment, record_environment
+from inl_jax.environment import environment, record_environment, source_digest
 
 
 def test_environment_says_what_ran_and_where(monkeypatch):
@@ -15,6 +15,18 @@ def test_environment_says_what_ran_and_where(monkeypatch):
     assert found["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
     assert found["processes"] == 1 and found["cpus"] > 0 and found["memory"] > 2**28
     assert found["variables"]["NCCL_DEBUG"] == "INFO" and "SLURM_JWT" not in found["variables"]
+
+
+def test_source_digest_is_that_of_the_python_files_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr(env.inl_jax, "__file__", str(tmp_path / "__init__.py"))
+    empty = source_digest()
+    (tmp_path / "notes.txt").write_text("not code")
+    assert source_digest() == empty
+    (tmp_path / "a.py").write_text("x = 1")
+    changed = source_digest()
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({empty, changed, source_digest()}) == 3
 
 
 def test_git_state_is_the_one_of_the_checkout_itself(tmp_path):

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -22,12 +21,17 @@ import jax
 
 from inl_jax import console
 from inl_jax.config import InputError
+from inl_jax.console import say
 from inl_jax.internals import distributed_state
+from inl_jax.parallel import meeting
+from inl_jax.parallel.address import split, trouble_reaching
 from inl_jax.parallel.launch import Launch
+from inl_jax.parallel.launchers import ALONE
 
 START_SECONDS = 300  # for all processes to join
 PEER_SECONDS = 60  # a process that sends no heartbeat for so long counts as dead
 SHARED_SECONDS = 30  # for a file that one host writes to appear on the others
+SAY_SECONDS = 10  # of waiting, until a line says so; then at twice the time
 ANSWER_SECONDS = 3  # for the others to answer when all end; a process that does not is lost
 _END = "inl_jax/end"  # key of the store: exit code and id of the process that failed first
 
@@ -42,6 +46,21 @@ class PeersMissing(RuntimeError):
 
 def _state() -> Any:
     return distributed_state() if jax.distributed.is_initialized() else _SINGLE
+
+
+class _Waiting:
+    """Says how long something is awaited, ever more rarely."""
+
+    def __init__(self):
+        self._start, self._next = time.monotonic(), SAY_SECONDS
+
+    def to_say(self) -> str:
+        """The time waited, after 10 s, 20 s, 40 s and so on; empty in between."""
+        waited = time.monotonic() - self._start
+        if waited < self._next:
+            return ""
+        self._next *= 2
+        return console.duration(waited)
 
 
 # --- Start -------------------------------------------------------------------------------------
@@ -61,8 +80,8 @@ def start(
 
     Raises:
       PeersMissing: not all processes joined in time.
-      InputError: a timeout is below 1, process 0 cannot listen on its port, or this JAX cannot
-        join processes.
+      InputError: a timeout is below 1, process 0 cannot listen on its port, this JAX cannot join
+        processes, or the processes run different versions or cannot find each other's hosts.
     """
     for name, seconds in (("start_timeout", start_timeout), ("peer_timeout", peer_timeout)):
         if seconds < 1:
@@ -70,15 +89,10 @@ def start(
     if launch is None:
         return
     distributed_state()  # raises now rather than after the others have joined
-    if launch.process_id == 0 and launch.coordinator:  # JAX would crash on a port in use
-        port = int(launch.coordinator.rsplit(":", 1)[1])
-        try:
-            socket.create_server(("", port)).close()
-        except (OSError, OverflowError) as error:
-            raise InputError(
-                f"coordinator={launch.coordinator}: process 0 cannot listen on port {port} "
-                f"({error}); choose a free port, and give each process its own id"
-            ) from None
+    meeting.check_address(launch)
+    # gRPC would look for process 0 through the proxy of http_proxy, and never find it.
+    os.environ.setdefault("no_grpc_proxy", split(launch.coordinator)[0])
+    jax.config.update("jax_check_proxy_envs", False)  # JAX would warn of it
     # XLA would install its own handler of SIGTERM in place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     errors: list[Exception] = []
@@ -86,11 +100,11 @@ def start(
     def connect():
         try:
             jax.distributed.initialize(
-                launch.coordinator or None,
+                launch.coordinator,
                 launch.num_processes,
                 launch.process_id,
                 launch.devices,
-                cluster_detection_method=launch.launcher,
+                cluster_detection_method="deactivate",
                 initialization_timeout=start_timeout + 60,
                 heartbeat_timeout_seconds=peer_timeout,
                 shutdown_timeout_seconds=peer_timeout,
@@ -101,19 +115,25 @@ def start(
     # In a thread, because JAX aborts the process with a stack trace at its own timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(start_timeout)
+    waiting, until = _Waiting(), time.monotonic() + start_timeout
+    while thread.is_alive() and (left := until - time.monotonic()) > 0:
+        thread.join(min(1, left))
+        if thread.is_alive() and (waited := waiting.to_say()):
+            say(f"{meeting.what_is_awaited(launch)} ({waited} so far); give {ALONE}")
     if thread.is_alive() or errors:
-        address = launch.coordinator or f"the address that {launch.launcher} gives"
         reason = console.first_line(errors[0]) if errors else f"within {start_timeout} s"
+        trouble = trouble_reaching(launch.coordinator)
         raise PeersMissing(
-            f"coordinator={address}: process {launch.process_id} of {launch.num_processes} did not "
-            f"meet the others there ({reason}): start all of them, with an address and a free port "
-            "of process 0's host that every host can reach"
+            f"coordinator={launch.coordinator}: process {launch.process_id} of "
+            f"{launch.num_processes} did not meet the others there "
+            f"({reason}{trouble and f'; {trouble}'}): start all of them, with an address and a "
+            f"free port of process 0's host that every host can reach, or {ALONE}"
         )
     if launch.process_id != 0:
         console.mute(True)
     _joined.set()
     threading.Thread(target=_watch, daemon=True).start()
+    meeting.check_peers(gather(meeting.describe_self()))
 
 
 # --- Agree -------------------------------------------------------------------------------------
@@ -136,15 +156,16 @@ def gather(value: str = "") -> list[str]:
         return [value]
     key = f"inl_jax/{call}"
     if state.process_id == 0:
-        values = [value, *(_wait_for(f"{key}/{i}") for i in range(1, state.num_processes))]
+        values = [value, *(_wait_for(f"{key}/{i}", i) for i in range(1, state.num_processes))]
         state.client.key_value_set(key, json.dumps(values))
         return values
     state.client.key_value_set(f"{key}/{state.process_id}", value)
-    return json.loads(_wait_for(key))
+    return json.loads(_wait_for(key, 0))
 
 
-def _wait_for(key: str) -> str:
-    """Returns a value of the store once it is there. If another process has failed, exits."""
+def _wait_for(key: str, process: int) -> str:
+    """Returns a value of the store once `process` has set it. If a process has failed, exits."""
+    waiting = _Waiting()
     while True:
         try:  # one second at a time: Python handles signals in between
             return _state().client.blocking_key_value_get(key, 1000)
@@ -153,6 +174,36 @@ def _wait_for(key: str) -> str:
                 raise
         if failure := _failure():  # `_watch` does not look any more once `end` is called
             _exit(*failure)
+        if waited := waiting.to_say():
+            say(f"waiting for process {process} of {_state().num_processes} ({waited} so far)")
+
+
+def meeting_first(program: Callable[..., T]) -> Callable[..., T]:
+    """`program`, compiled, which waits at its first call until all processes call it.
+
+    Programs exchange values between processes. XLA waits for the first exchange of a group of
+    devices only 30 s on CPUs, and processes may differ by more in compiling or reading.
+    """
+    if _state().num_processes == 1:
+        return program
+    met = False
+
+    def call(*args: Any) -> T:
+        nonlocal met
+        if not met:
+            gather()
+            met = True
+        return program(*args)
+
+    return call
+
+
+def call_together(jitted: Any, *args: Any, **fields: Any) -> Any:
+    """`jitted(*args, **fields)`, once every process has compiled it. See `meeting_first`."""
+    if _state().num_processes > 1:
+        jitted.lower(*args, **fields).compile()  # the call finds the program
+        gather()
+    return jitted(*args, **fields)
 
 
 def check_same(what: str, value: str, advice: str) -> None:

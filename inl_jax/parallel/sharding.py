@@ -6,6 +6,7 @@ The model names its axes. `RULES` alone says what a name means on a mesh.
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
 from inl_jax.model.language_model import boxed_shapes, unbox
+from inl_jax.parallel import processes
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are sharded over
@@ -244,9 +246,20 @@ def place(mesh: Mesh, local: np.ndarray) -> jax.Array:
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole array on the host of every process. All processes call it together."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
-        mesh = array.sharding.mesh
-        array = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, P()))(array)
+        array = _copy_to_all(array.shape, array.dtype, array.sharding)(array)
     return np.asarray(array)
+
+
+@functools.cache
+def _copy_to_all(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> Callable:
+    return _compiled(jnp.copy, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+
+
+def _compiled(function: Callable, argument: jax.ShapeDtypeStruct) -> Callable:
+    """`function` of one sharded array, compiled; its result is whole on every device."""
+    whole = NamedSharding(argument.sharding.mesh, P())
+    compiled = jax.jit(function, out_shardings=whole).lower(argument).compile()
+    return processes.meeting_first(compiled)
 
 
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:
@@ -258,7 +271,7 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
     if jax.process_count() == 1:
         return bool
     one_each, counted = NamedSharding(mesh, P(AXES)), None
-    collect = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    collect = _compiled(jnp.any, jax.ShapeDtypeStruct((mesh.size,), bool, sharding=one_each))
 
     def vote(flag: bool) -> bool:
         nonlocal counted

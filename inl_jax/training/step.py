@@ -20,6 +20,7 @@ from inl_jax.console import say, size
 from inl_jax.model.language_model import hidden_states
 from inl_jax.model.layers import at_least_float32, attention_kernel
 from inl_jax.model.losses import mean_loss
+from inl_jax.parallel.processes import meeting_first
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
 from inl_jax.training import spikes
 from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_optimizer, round_tree
@@ -196,7 +197,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
         check_offload(compiled.as_text())
     if config.model.context == "attention" and attention_kernel(config.model) == "cudnn":
         check_fused_attention(compiled.as_text())
-    return compiled
+    return meeting_first(compiled)
 
 
 def check_offload(program: str) -> None:

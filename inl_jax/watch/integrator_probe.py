@@ -29,6 +29,7 @@ from inl_jax.model.dynamics import (
 )
 from inl_jax.model.language_model import INLModel
 from inl_jax.model.layers import at_least_float32, compute_dtype
+from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on
 
 # Of one token in one iteration, which takes the state x to x':
@@ -57,7 +58,7 @@ def watch_tokens(
     if config.num_iterations == 0:
         return {}
     with on(mesh, split_rows=False):
-        watched = _watch(config, params, np.asarray(tokens_BS, np.int32))
+        watched = call_together(_watch, config, params, np.asarray(tokens_BS, np.int32))
         return {name: fetch(watched[name]) for name in QUANTITIES}
 
 

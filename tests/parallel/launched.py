@@ -96,6 +96,7 @@ class Processes:
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "PYTHONPATH": str(ROOT),
+                "http_proxy": "http://127.0.0.1:9",  # where nothing listens: it is not asked
             }
             with open(own / "log", "wb") as log:
                 self.all.append(

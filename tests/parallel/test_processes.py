@@ -7,6 +7,8 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from conftest import assert_same
 from launched import TIMEOUT, Processes, logged
 from orbax.checkpoint import v1 as ocp
 
-from inl_jax import train
+from inl_jax import evaluation, sampling, start, train
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.data import batches as data
 from inl_jax.data import corpus
@@ -24,8 +26,10 @@ from inl_jax.parallel.launch import Launch
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.storage import checkpoint
 from inl_jax.storage.run_dir import locked
+from inl_jax.training import step
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import make_layout, split_state
+from inl_jax.watch import integrator_probe
 
 
 def test_start_names_a_port_in_use_and_a_timeout_of_zero():
@@ -50,6 +54,86 @@ def test_single_process_needs_no_other_and_no_store(tmp_path, capsys, monkeypatc
     assert processes.one_process_first(tmp_path, lambda: 7) == 7 and not list(tmp_path.iterdir())
     assert processes.end(75) == 75 and processes.end(2, "error: no") == 2
     assert capsys.readouterr().err == "error: no\n"
+
+
+def test_gather_says_which_process_it_waits_for_ever_more_rarely(monkeypatch, said):
+    late = [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")] * 40 + ["late"]
+    seconds = iter(range(10**6))  # each look at the clock takes one
+    client = MagicMock()
+    client.blocking_key_value_get.side_effect = late
+    client.key_value_try_get.side_effect = jax.errors.JaxRuntimeError("NOT_FOUND")
+    two = SimpleNamespace(process_id=0, num_processes=2, client=client)
+    monkeypatch.setattr(processes, "_state", lambda: two)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(seconds))
+    assert processes.gather("mine") == ["mine", "late"]
+    assert said == [f"waiting for process 1 of 2 ({t}s so far)" for t in (10, 20, 40)]
+
+
+@pytest.fixture
+def as_one_of_two(monkeypatch):
+    """This process as process 0 of two. Returns what happens: compiled, met, ran."""
+    events = []
+    two = SimpleNamespace(process_id=0, num_processes=2, client=None)
+    monkeypatch.setattr(processes, "_state", lambda: two)
+    monkeypatch.setattr(processes, "gather", lambda value="": events.append("met") or [value] * 2)
+    return events
+
+
+def test_programs_meet_the_other_processes_after_compiling_and_before_they_run(as_one_of_two):
+    @jax.jit
+    def program(x):
+        as_one_of_two.append("compiled")  # that is, traced
+        return x + 1
+
+    def running(x):
+        as_one_of_two.append("ran")
+        return x + 1
+
+    assert processes.call_together(program, 1) == 2 and as_one_of_two == ["compiled", "met"]
+    as_one_of_two.clear()
+    compiled = processes.meeting_first(running)
+    assert as_one_of_two == [] and [compiled(1), compiled(2)] == [2, 3]
+    assert as_one_of_two == ["met", "ran", "ran"], "once"
+
+
+def test_every_program_that_exchanges_is_met_for(
+    as_one_of_two, train_config, make_corpus, text_file, monkeypatch
+):
+    config, mesh, met_for = train_config(), make_mesh(MeshConfig(data=1)), []
+
+    class Met(Exception):
+        pass
+
+    def call_together(jitted, *args, **fields):
+        met_for.append(jitted.__name__)
+        if jitted is sampling.prefill:
+            return None, None  # on to the loop of single tokens
+        raise Met
+
+    for module in (evaluation, integrator_probe, sampling, start):
+        monkeypatch.setattr(module, "call_together", call_together)
+    nothing_saved = SimpleNamespace(restore=lambda abstract: None)
+    layout, text = make_layout(config, mesh), make_corpus(text_file)
+    windows = data.eval_batches(text, seq_len=32, batch_size=8, max_sequences=8)
+    tokens = np.zeros((1, 8))
+    for use in (
+        lambda: start.restore_or_init(config, layout, nothing_saved, text),
+        lambda: evaluation.evaluate(config.model, None, windows),
+        lambda: integrator_probe.measure_dynamics(config.model, None, tokens),
+        lambda: sampling.generate(config.model, None, [[1]], max_new_tokens=2),
+    ):
+        with pytest.raises(Met):
+            use()
+    assert met_for == ["init_state", "eval_step", "_watch", "prefill", "decode_loop"]
+
+    traced = MagicMock()  # of the training step
+    monkeypatch.setattr(step, "trace_step", lambda *_: traced)
+    monkeypatch.setattr(step, "num_bytes", lambda _: 0)
+    traced.lower().compile().memory_analysis.return_value = MagicMock(
+        alias_size_in_bytes=0, host_alias_size_in_bytes=0
+    )
+    step.compile_step(config, mesh, layout)()
+    assert as_one_of_two == ["met"]
 
 
 @pytest.fixture
@@ -202,7 +286,8 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
     )
     with locked(config.run_dir):  # only process 0 takes the lock
         refused = launch("locked", config, 2)
-        lonely = launch("lonely", config, 2, "--start_timeout", 8)
+        soon = "from inl_jax.parallel import processes\nprocesses.SAY_SECONDS = 2\n"
+        lonely = launch("lonely", config, 2, "--start_timeout", 8, before=soon)
         lonely.all[0].kill()
         assert refused.wait() == [2, 2], refused.out(0) + refused.out(1)
     errors = re.findall("error: .*", refused.out(0) + refused.out(1))
@@ -217,11 +302,35 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
         "file"
     ]
     assert lonely.wait() == [-signal.SIGKILL, 1]
-    assert re.fullmatch(
-        r"error: coordinator=127.0.0.1:\d+: process 1 of 2 did not meet the others there "
-        r"\(within 8 s\): start all of them.*\n",
-        lonely.out(1),
-    ), lonely.out(1)
+    closed = r"nothing listens on port \d+ of 127.0.0.1"
+    waits = rf"process 1 of 2 waits for process 0 at 127.0.0.1:\d+: {closed} \(\ds so far\); give "
+    error = "error: coordinator=127.0.0.1:\\d+: process 1 of 2 did not meet the others there "
+    error += rf"\(within 8 s; {closed}\): start all of them.* or --num_processes 1 to run a single "
+    assert re.fullmatch(rf"({waits}.*\n)+{error}.*\n", lonely.out(1)), lonely.out(1)
+
+
+@pytest.mark.slow  # XLA's wait for the first exchange, 30 s on CPUs, cannot be shortened
+@pytest.mark.parametrize("traced", ["training.step.loss_fn", "evaluation.hidden_states"])
+def test_processes_that_compile_a_minute_apart_exchange_all_the_same(train_config, launch, traced):
+    module, _, name = traced.rpartition(".")
+    late = f"""
+import sys, time
+from inl_jax import trainer
+module = sys.modules["inl_jax.{module}"]
+trace = module.{name}
+def trace_late(*args, **fields):
+    time.sleep(60 * (sys.argv[-1] == "1"))
+    module.{name} = trace
+    return trace(*args, **fields)
+module.{name} = trace_late
+"""
+    config = train_config(**SIX_UPDATES | {"mesh": MeshConfig(data=2, fsdp=2)})
+    if module == "evaluation":  # so that an evaluation is the first to exchange
+        train(config)
+        config = from_update(3, config)
+    pair = launch("late", config, 2, devices=2, before=late)
+    assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
+    assert "waiting for process 1 of 2" in pair.out(0)
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
