@@ -43,7 +43,10 @@ def test_with_fields_replaces_dotted_fields_together_and_checks_them():
         ({"min_delta": math.inf}, "min_delta=inf"),
         ({"min_delta": -0.1}, "min_delta=-0.1"),
         ({"sample_every": 5, "sample_prompts": ()}, "sample_every=5 with no sample_prompts"),
-        ({"track": ("mlflow",)}, "track='mlflow': choose among tensorboard, wandb, trackio"),
+        (
+            {"track": ("mlflow",)},
+            "track=('mlflow',): 'mlflow': choose one of tensorboard, wandb, trackio",
+        ),
         ({"optim.decay_fraction": 0.0}, "optim.decay_fraction=0.0"),
     ],
 )

@@ -75,7 +75,7 @@ def test_overrides_reach_every_type_of_field():
         ("optim.lerning_rate=1", ["--optim.lerning_rate", "--optim.learning_rate"]),
         ("optim.learning_rate=abc", ["optim.learning_rate", "'abc'"]),
         ("batch_size=1.5", ["batch_size", "1.5"]),
-        ("model.context=foo", ["model.context", "'foo'", "'attention'"]),
+        ("model.context=foo", ["model.context='foo'", "mean, decay, attention"]),
         ("--optim.learning_rate", ["optim.learning_rate"]),
         ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
         ("optim.weight_decay=inf", ["optim.weight_decay=inf"]),
@@ -92,7 +92,7 @@ def test_overrides_reach_every_type_of_field():
         ("data.validation_fraction=1.5", ["data.validation_fraction=1.5"]),
         ("model.param_dtype=auto", ["model.param_dtype=auto"]),
         ("mesh.fsdp=0", ["mesh.fsdp=0"]),
-        ("model.attention_kernel=flash", ["model.attention_kernel", "'flash'", "'cudnn'"]),
+        ("model.attention_kernel=flash", ["model.attention_kernel='flash'", "auto, cudnn, xla"]),
         ("xla_flags=fast", ["xla_flags=fast", "--xla_name=value"]),
     ],
 )

@@ -69,7 +69,10 @@ def test_read_metrics_drops_the_branch_that_a_resumed_run_abandoned(tmp_path):
     [
         '{"step": "x", "loss": 2.0}',
         '{"step": 5, "loss": "x"}',
-        '{"step": 5, "validation_loss": null}',
+        '{"step": null, "loss": 2.0}',
+        '{"resumed_from": null}',
+        "[" * 100_000,
+        '"loss"',
         '{"step": 5, "dynamics": 3}',
         '{"step": 5, "nothing": 1}',
         "[5]",
