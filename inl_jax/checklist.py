@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line
@@ -18,6 +17,7 @@ from inl_jax.curriculum import make_curriculum, read_so_far
 from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
 from inl_jax.model.layers import attention_kernel, compute_dtype
+from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import on
 from inl_jax.planning.preflight import (

@@ -106,6 +106,10 @@ def aside(what: str) -> Iterator[None]:
         say(f"WARNING: {what} failed ({type(error).__name__}: {first_line(error)})")
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # tqdm's thread would stay behind in the program that trains
+
+
 class _Terminal:
     """stderr for progress bars, which end where it cannot be written."""
 
@@ -148,7 +152,7 @@ def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
         terminal = not _muted and sys.stderr.isatty()
     except Exception:  # there is no stderr, or one that is nothing but a stream
         terminal = False
-    return tqdm(
+    return _Bar(
         total=total or None,
         initial=done,
         unit=unit,

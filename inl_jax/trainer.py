@@ -17,6 +17,7 @@ from inl_jax.data import batches
 from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.failures import Diverged
+from inl_jax.guest import own_logging
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import (
     any_process,
@@ -81,6 +82,7 @@ class TrainResult:
         return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
+@own_logging()
 def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = None) -> TrainResult:
     """Trains the run that `config` describes, or resumes it. Every process calls it alike.
 

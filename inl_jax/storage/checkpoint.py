@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.files import read_json, write_text
+from inl_jax.guest import own_logging
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
+from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import with_shardings
 
@@ -253,6 +254,7 @@ def _kind(leaf: Any) -> str:
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
+@own_logging()
 def read_params(
     run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
 ) -> tuple[int, Any]:
