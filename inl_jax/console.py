@@ -5,7 +5,6 @@ lines; the others are muted. Nothing that stdout or stderr does ends a run.
 """
 
 import contextlib
-import errno
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -107,37 +106,24 @@ def aside(what: str) -> Iterator[None]:
 
 
 class _Bar(tqdm):
+    """A bar that is taken away where it cannot be written."""
+
     monitor_interval = 0  # tqdm's thread would stay behind in the program that trains
 
+    def display(self, *args, **settings):
+        return self._unless_it_fails(super().display, *args, **settings)
 
-class _Terminal:
-    """stderr for progress bars, which end where it cannot be written."""
+    def clear(self, *args, **settings):
+        return self._unless_it_fails(super().clear, *args, **settings)
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def close(self):
+        return self._unless_it_fails(super().close)
 
-    def write(self, text: str) -> None:
-        with _as_lost_terminal():
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with _as_lost_terminal():
-            self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def __eq__(self, other: object) -> bool:
-        return self._stream is other  # so that tqdm takes the bar away for a line
-
-
-@contextlib.contextmanager
-def _as_lost_terminal() -> Iterator[None]:
-    """Turns any error into the one that tqdm takes for a lost terminal."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(errno.EIO, "the terminal is lost") from error
+    def _unless_it_fails(self, act, *args, **settings):
+        try:
+            return act(*args, **settings)
+        except Exception:
+            self.disable = True
 
 
 def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
@@ -149,7 +135,8 @@ def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
       done: units finished before.
     """
     try:
-        terminal = not _muted and sys.stderr.isatty()
+        terminal = not _muted and sys.stderr.isatty() and sys.stderr.fileno() >= 0
+        sys.stderr.flush()
     except Exception:  # there is no stderr, or one that is nothing but a stream
         terminal = False
     return _Bar(
@@ -159,7 +146,6 @@ def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
         unit_scale=unit == "B",
         leave=False,
         dynamic_ncols=True,
-        file=_Terminal(sys.stderr) if terminal else None,
         disable=not terminal,
     )
 
