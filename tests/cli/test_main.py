@@ -120,3 +120,23 @@ def test_every_public_name_is_there_and_a_wrong_one_is_an_attribute_error():
     assert callable(inl_jax.interop.params_from_torch)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         inl_jax.trian  # noqa: B018
+
+
+FULL = "error: the result cannot be written to stdout (No space left on device)\n"
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["generate", "--help"], ["train", "--help"]])
+def test_result_that_cannot_be_written_is_one_line_and_exit_code_1(inl, argv, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inl_jax.console.sys.stdout.write", fail)
+    assert inl(*argv) == (1, "", FULL)
+
+
+def test_lost_output_ends_quietly_in_a_process_of_its_own():
+    """Python itself would flush once more, complain and exit with 120."""
+    for redirected, expected in (("> /dev/full", (1, FULL)), ("| true", (0, ""))):
+        command = f"set -o pipefail; {sys.executable} -m inl_jax --help {redirected}"
+        code, _, err, _ = run("bash", "-c", command)
+        assert (code, err) == expected, redirected
