@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from inl_jax.checks import require, shown
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line
 from inl_jax.curriculum import make_curriculum, read_so_far
@@ -44,9 +45,11 @@ def check_setup(config: TrainConfig) -> None:
     """Says what is wrong with the software, the driver or the run directory. `train` calls it.
 
     Raises:
-      InputError: the attention kernel or a tracker is not here, or the run directory cannot be
-        written.
+      InputError: `config` is none, the attention kernel or a tracker is not here, or the run
+        directory cannot be written.
     """
+    found = f"config={shown(config)}: must be a TrainConfig, as `load_config` gives"
+    require(isinstance(config, TrainConfig), found)
     for check in examine(SETUP_CHECKS, config):
         warn(check)
 

@@ -16,6 +16,7 @@ from inl_jax.data.corpus import prepare
 from inl_jax.planning import preflight
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import record_run
+from inl_jax.trainer import train
 
 WHAT_TRAIN_CHECKS = [*the_list.SETUP_CHECKS, *preflight.MACHINE_CHECKS, *preflight.DATA_CHECKS]
 
@@ -250,3 +251,9 @@ def test_table_has_one_line_for_each_check_in_columns():
         "ok           a     1; wanted: 2",
         "not checked  name  x",
     ]
+
+
+@pytest.mark.parametrize("config", [None, "tiny", {"num_steps": 1}])
+def test_train_answers_what_is_no_config_with_one_line(config):
+    with pytest.raises(InputError, match="must be a TrainConfig"):
+        train(config)
