@@ -6,11 +6,15 @@ import os
 import typing
 from typing import Any, Literal
 
+from inl_jax.failures import EXIT_MISTAKE
+
 LONGEST_MESSAGE = 1000  # characters: a value may be as long as a text
 
 
 class InputError(ValueError):
     """A mistake in the input: one line that names the thing, the value found and what to do."""
+
+    exit_code = EXIT_MISTAKE
 
     def __init__(self, message: str):
         """Makes one line of `message`, whatever values stand in it."""

@@ -239,8 +239,12 @@ def test_checklist_refuses_a_change_of_a_phase_that_is_over(train_config):
     assert over.verdict == "failed" and "it is over in" in over.found
 
 
-def test_checklist_goes_on_after_a_file_that_cannot_be_read(train_config):
-    rows = verdicts(train_config(run_dir="x" * 300))
+def test_checklist_goes_on_after_a_file_that_cannot_be_read(train_config, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("inl_jax.planning.preflight.Path.exists", fail)
+    rows = verdicts(train_config())
     assert rows["run directory"] == rows["disk"] == rows["run in run_dir"] == "failed"
     assert rows["vocabulary"] == "ok"
 

@@ -11,7 +11,7 @@ from inl_jax import console
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
 from inl_jax.config_help import HELP, help_text
-from inl_jax.failures import EXIT_MISTAKE, MachineFailure
+from inl_jax.failures import MachineFailure
 from inl_jax.files import user_path
 from inl_jax.other_names import check_names, closest
 
@@ -203,12 +203,9 @@ def lines_on_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """For programs beside `inl`: an `InputError` becomes one line on stderr and exit code 2."""
+    """For programs beside `inl`: a mistake or failure is one line on stderr and its exit code."""
     try:
         yield
-    except InputError as error:
-        console.complain(f"error: {error}")
-        raise SystemExit(EXIT_MISTAKE) from None
-    except MachineFailure as error:
+    except (InputError, MachineFailure) as error:
         console.complain(f"error: {error}")
         raise SystemExit(error.exit_code) from None

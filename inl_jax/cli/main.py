@@ -74,10 +74,7 @@ def run(argv: Sequence[str]) -> int:
             raise InputError(f"inl {word}: no such verb; the closest is inl {_closest(verb)}")
         module = importlib.import_module(f"inl_jax.cli.{'import_' if verb == 'import' else verb}")
         return module.main(rest)
-    except InputError as error:
-        complain(f"error: {error}")
-        return EXIT_MISTAKE
-    except MachineFailure as error:
+    except (InputError, MachineFailure) as error:
         complain(f"error: {error}")
         return error.exit_code
 

@@ -42,9 +42,7 @@ def main(argv: Sequence[str]) -> int:
             show(checks, flags)
         failed = any(check.verdict == "failed" for check in checks)
         return processes.end(EXIT_MISTAKE if failed else 0)
-    except InputError as error:
-        return processes.end(EXIT_MISTAKE, f"error: {error}")
-    except MachineFailure as error:
+    except (InputError, MachineFailure) as error:
         return processes.end(error.exit_code, f"error: {error}")
     except processes.PeersMissing as error:
         return processes.end(EXIT_FAILED, f"error: {error}")
