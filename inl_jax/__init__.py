@@ -50,11 +50,14 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "interop":
-        return importlib.import_module("inl_jax.interop")
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'inl_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"inl_jax.{_MODULES[name]}"), name)
+    from inl_jax.guest import own_logging, own_random
+
+    with own_logging(), own_random():
+        if name == "interop":
+            return importlib.import_module("inl_jax.interop")
+        value = getattr(importlib.import_module(f"inl_jax.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

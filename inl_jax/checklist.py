@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
+from inl_jax.checks import require, shown
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line
 from inl_jax.curriculum import make_curriculum, read_so_far
 from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
 from inl_jax.model.layers import attention_kernel, compute_dtype
+from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import on
 from inl_jax.planning.preflight import (
@@ -44,9 +45,11 @@ def check_setup(config: TrainConfig) -> None:
     """Says what is wrong with the software, the driver or the run directory. `train` calls it.
 
     Raises:
-      InputError: the attention kernel or a tracker is not here, or the run directory cannot be
-        written.
+      InputError: `config` is none, the attention kernel or a tracker is not here, or the run
+        directory cannot be written.
     """
+    found = f"config={shown(config)}: must be a TrainConfig, as `load_config` gives"
+    require(isinstance(config, TrainConfig), found)
     for check in examine(SETUP_CHECKS, config):
         warn(check)
 

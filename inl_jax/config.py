@@ -12,10 +12,13 @@ from inl_jax.checks import (
     InputError,
     check_types,
     require,
+    require_at_most,
     require_not_negative,
     require_positive,
+    shown,
 )
 from inl_jax.data_config import DataConfig
+from inl_jax.files import user_path
 from inl_jax.model_config import ModelConfig
 from inl_jax.phase import Phase
 
@@ -27,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "Phase",
     "TrainConfig",
+    "field_types",
     "with_fields",
 ]
 
@@ -77,9 +81,8 @@ class OptimConfig:
     def __post_init__(self):
         check_types(self, "optim.")
         require_positive(self, "optim.", "learning_rate eps clip_norm")
-        for name in ("learning_rate", "eps", "weight_decay"):
-            value = getattr(self, name)
-            require(value < 3e38, f"optim.{name}={value}: must be finite in float32")
+        require_at_most(self, "optim.", 1e30, "learning_rate eps weight_decay")
+        require(self.eps >= 1e-30, f"optim.eps={self.eps}: must be at least 1e-30, for float32")
         require_not_negative(self, "optim.", "warmup_steps weight_decay")
         require(
             self.skip_spikes == 0 or 1 < self.skip_spikes < 3e38,
@@ -117,9 +120,11 @@ class MeshConfig:
         check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
-            whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+            word = isinstance(size, str) and size == "rest"
+            whole = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 10**6
             require(
-                size == "rest" or whole, f"mesh.{name}={size!r}: a positive whole number, or rest"
+                word or whole,
+                f"mesh.{name}={shown(size)}: a positive whole number up to 1,000,000, or rest",
             )
         rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]
         require(len(rest) < 2, f"{' and '.join(rest)} are both rest: give one of them a number")
@@ -206,8 +211,16 @@ class TrainConfig:
             "loss_chunk num_steps num_epochs eval_every eval_sequences save_every patience "
             "min_delta sample_every seed stall_factor stall_limit",
         )
-        require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
-        require(self.num_epochs < float("inf"), f"num_epochs={self.num_epochs}: must be finite")
+        require_at_most(self, "", 2**32 - 1, "seed")
+        require_at_most(self, "", 10**8, "num_steps num_epochs")
+        require_at_most(self, "", 10**6, "batch_size")
+        require_at_most(
+            self,
+            "",
+            2**31 - 1,
+            "loss_chunk log_every eval_every eval_sequences save_every keep_last patience "
+            "sample_every sample_tokens max_nonfinite_steps",
+        )
         require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             f"num_steps={self.num_steps} with num_epochs={self.num_epochs}: exactly one must be "
@@ -254,12 +267,27 @@ class TrainConfig:
             f"sample_every={self.sample_every} with no sample_prompts: name some, or set "
             "sample_every 0",
         )
-        require(self.run_dir != "", "run_dir is empty: name a directory for the run")
+        for name in ("run_dir", "init_from"):
+            if getattr(self, name) or name == "run_dir":
+                path = str(user_path(getattr(self, name), name))
+                object.__setattr__(self, name, path)  # as `check_types` does
         for flag in " ".join(self.xla_flags).split():
             require(
                 flag.startswith("--xla_"),
                 f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
             )
+
+
+def field_types() -> dict[str, Any]:
+    """The type of each field that a command line can set, by its dotted name."""
+    found = {}
+    for field in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(field.type):
+            inner = dataclasses.fields(field.type)
+            found |= {f"{field.name}.{one.name}": one.type for one in inner}
+        else:
+            found[field.name] = field.type
+    return found
 
 
 def with_fields(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:

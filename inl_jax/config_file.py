@@ -7,9 +7,9 @@ a lab note. Single fields are overridden as `--section.field value`.
 import ast
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
+import math
 import re
 import runpy
 import threading
@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inl_jax.config import InputError, Phase, TrainConfig
+from inl_jax.checks import require, shown
+from inl_jax.config import InputError, Phase, TrainConfig, field_types, with_fields
+from inl_jax.files import json_text, user_path
 from inl_jax.other_names import answer_to, check_names
 
-# Held while a file runs and a command line is parsed: both change what the whole process shares
-# (`redirect_stderr` swaps sys.stderr, `run_path` sys.argv). A config file may load another one.
+# Held while a file runs, because `run_path` changes sys.argv, which the whole process shares. A
+# config file may load another one.
 _lock = threading.RLock()
 
 
@@ -66,12 +68,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
       InputError: one line; the file cannot be read, or a field is unknown, of the wrong type or
         impossible.
     """
-    file = Path(path)
+    file = user_path(path, "config")
     if not file.is_file():
         known = presets()
         if str(path) not in known:
+            there = "no config file" if file.exists() else "no such file"
             raise InputError(
-                f"config {path}: no such file, and no config has that name; choose one of "
+                f"config {path}: {there}, and no config has that name; choose one of "
                 f"{', '.join(known)}"
             )
         file = known[str(path)]
@@ -80,10 +83,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             values = runpy.run_path(str(file))
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"config {file}: {type(error).__name__}: {error}") from error
     config = values.get("config")
-    if not isinstance(config, TrainConfig):
+    if type(config) is not TrainConfig:
         raise InputError(f"config {file}: must assign `config = TrainConfig(...)`")
     return override(config, overrides)
 
@@ -94,44 +97,45 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     Raises:
       InputError: as `load_config` does.
     """
-    if not overrides:
-        return config
-    import tyro  # late: listing the configs needs none of it
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def phases(info):
-        if info.type != tuple[Phase, ...]:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="PHASE ...",
-            instance_from_str=lambda words: tuple(map(Phase.parse, words)),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [str(phase) for phase in value],
-        )
-
+    words = [overrides] if isinstance(overrides, str) else list(overrides)
+    require(
+        words == list(overrides) and all(isinstance(word, str) for word in words),
+        f"overrides={shown(overrides)}: must be a list of texts, such as ['batch_size=8']",
+    )
     args = [
-        f"--{arg}" if _assigns(arg, previous) else arg
-        for previous, arg in itertools.pairwise(["", *overrides])
+        f"--{word}" if _assigns(word, previous) else word
+        for previous, word in itertools.pairwise(["", *words])
     ]
     check_names(args, own=())
-    complaint = io.StringIO()
-    try:
-        with _lock, contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig,
-                default=config,
-                args=args,
-                prog="",
-                use_underscores=True,
-                add_help=False,
-                config=(tyro.conf.FlagConversionOff,),
-                registry=registry,
-            )
-    except SystemExit:
-        raise InputError(_one_line(complaint.getvalue())) from None
+    given: dict[str, list[str]] = {}
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            given[name] = [value] if equals else []
+        elif given:
+            given[name].append(arg)
+        else:
+            raise InputError(f"{arg}: no flag stands before it; write --section.field value")
+    kinds = field_types()
+    return with_fields(config, {name: _read(name, kinds[name], v) for name, v in given.items()})
+
+
+def _read(name: str, kind: Any, words: list[str]) -> Any:
+    """The value that words give a field. A word that is of another type stays a text.
+
+    The check of the field then says what is wrong with it.
+    """
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(name, typing.get_args(kind)[0], [word]) for word in words)
+    require(len(words) == 1, f"--{name} {' '.join(words)}: takes one value")
+    (word,) = words
+    if kind is Phase:
+        return Phase.parse(word)
+    for number in (int, float):
+        if kind is number or number in typing.get_args(kind):
+            with contextlib.suppress(ValueError):
+                return number(word)
+    return word
 
 
 def as_overrides(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -155,17 +159,15 @@ def _assigns(arg: str, previous: str) -> bool:
     return (known or bool(answer_to(field))) and not is_value
 
 
-def _one_line(boxed: str) -> str:
-    """Tyro's framed complaint as one line, without its pointer to --help."""
-    text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", boxed).split())
-    text = text.split(" For full helptext")[0].split(" Argument helptext")[0]
-    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Unrecognized options) ", "", text)
-    return re.sub(r"^Error parsing (\w+|--data\.phases): ", "", text)
-
-
 def to_json(config: TrainConfig) -> str:
-    """`config` as a JSON object, sections as nested objects."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
+    """`config` as a JSON object, sections as nested objects; an infinite number as "inf"."""
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: spelled(item) for name, item in value.items()}
+        return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+    return json_text(spelled(dataclasses.asdict(config)), indent=2)
 
 
 def from_json(text: str) -> TrainConfig:
@@ -175,7 +177,8 @@ def from_json(text: str) -> TrainConfig:
       InputError: the JSON is not of a config, or has fields that do not exist; they are named.
     """
 
-    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    def build(cls: type, values: Any, prefix: str) -> Any:
+        require(isinstance(values, dict), f"{prefix[:-1]}={shown(values)}: must be an object")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = [f"{prefix}{name}" for name in values if name not in fields]
         if unknown:
@@ -185,9 +188,9 @@ def from_json(text: str) -> TrainConfig:
     def read(kind: Any, value: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(kind):
             return build(kind, value, prefix)
-        if isinstance(value, list):
+        if isinstance(value, list) and typing.get_origin(kind) is tuple:
             return tuple(read(typing.get_args(kind)[0], item, prefix) for item in value)
-        return value
+        return math.inf if kind is float and value == "inf" else value
 
     values = json.loads(text)
     if not (isinstance(values, dict) and "model" in values):

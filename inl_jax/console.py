@@ -1,7 +1,7 @@
-"""What a user sees: lines, a progress bar on a terminal, and numbers in readable units.
+"""What a user sees: lines, results, a progress bar on a terminal, and numbers in readable units.
 
-`say` is the only channel for lines. Of several processes only process 0 prints; the others are
-muted.
+`say` is the only channel for lines, `show` for results. Of several processes only process 0 says
+lines; the others are muted. Nothing that stdout or stderr does ends a run.
 """
 
 import contextlib
@@ -11,32 +11,77 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from inl_jax.checks import one_line
+from inl_jax.failures import MachineFailure
+
 _muted = False
 _stream: TextIO | None = None
 
 
 def say(line: str) -> None:
-    """Prints one line, whole, above any progress bar."""
+    """Prints one line, whole, above any progress bar. Never raises: no line is worth a run."""
     stream = _stream or sys.stdout
     if not _muted and stream is not None:  # None: a program without a console
-        try:
-            tqdm.write(line, file=stream)
-            stream.flush()
-        except OSError:  # the reader has gone, as `| head` does, or its disk is full
-            mute(True)
+        with contextlib.suppress(Exception):
+            _write(stream, line)
+
+
+def show(text: str) -> None:
+    """Prints a result to stdout. Once its reader has gone, as `| head` does, it is dropped.
+
+    Raises:
+      MachineFailure: stdout cannot be written, as on a full disk.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        _write(sys.stdout, text)
+    except BrokenPipeError:
+        return
+    except Exception as error:
+        raise MachineFailure(f"the result cannot be written to stdout ({reason(error)})") from None
 
 
 def complain(line: str) -> None:
     """Prints a last line to stderr, for a process about to end. Never raises."""
-    with contextlib.suppress(Exception):
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(Exception):
+            _write(sys.stderr, line)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Writes `text` and a line break, with what the stream cannot encode escaped."""
+    for encoding in (getattr(stream, "encoding", None) or "utf-8", "ascii"):
+        try:
+            encoded = text.encode(encoding, "backslashreplace")
+            tqdm.write(encoded.decode(encoding), file=stream)
+        except (UnicodeError, LookupError):
+            continue
+        stream.flush()
+        return
 
 
 def flush() -> None:
-    """Flushes stdout and stderr. Never raises: they may be closed, or their readers gone."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    """Flushes stdout and stderr, for a process about to end. Never raises.
+
+    A stream that cannot be flushed is given up: Python would flush it again, and exit with 120.
+    """
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except Exception:
+            setattr(sys, name, None)
+
+
+@contextlib.contextmanager
+def muted(quiet: bool) -> Iterator[None]:
+    """Turns `say` and progress bars of this process off in the block, if `quiet`."""
+    global _muted
+    before, _muted = _muted, _muted or quiet
+    try:
+        yield
+    finally:
+        _muted = before
 
 
 def mute(muted: bool) -> None:
@@ -60,6 +105,27 @@ def aside(what: str) -> Iterator[None]:
         say(f"WARNING: {what} failed ({type(error).__name__}: {first_line(error)})")
 
 
+class _Bar(tqdm):
+    """A bar that is taken away where it cannot be written."""
+
+    monitor_interval = 0  # tqdm's thread would stay behind in the program that trains
+
+    def display(self, *args, **settings):
+        return self._unless_it_fails(super().display, *args, **settings)
+
+    def clear(self, *args, **settings):
+        return self._unless_it_fails(super().clear, *args, **settings)
+
+    def close(self):
+        return self._unless_it_fails(super().close)
+
+    def _unless_it_fails(self, act, *args, **settings):
+        try:
+            return act(*args, **settings)
+        except Exception:
+            self.disable = True
+
+
 def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
     """A progress bar on stderr; silent where that is no terminal.
 
@@ -68,14 +134,19 @@ def progress_bar(total: float, *, unit: str, done: float = 0) -> tqdm:
       unit: name of a unit. Bytes ("B") are scaled to MB and GB.
       done: units finished before.
     """
-    return tqdm(
+    try:
+        terminal = not _muted and sys.stderr.isatty() and sys.stderr.fileno() >= 0
+        sys.stderr.flush()
+    except Exception:  # there is no stderr, or one that is nothing but a stream
+        terminal = False
+    return _Bar(
         total=total or None,
         initial=done,
         unit=unit,
         unit_scale=unit == "B",
         leave=False,
         dynamic_ncols=True,
-        disable=True if _muted else None,
+        disable=not terminal,
     )
 
 
@@ -113,4 +184,9 @@ def duration(seconds: float) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type; for errors of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed: what the system says of an error, as `No space left on device`."""
+    return getattr(error, "strerror", None) or first_line(error)

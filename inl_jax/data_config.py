@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from inl_jax.checks import check_types, require, require_not_negative, require_positive
+from inl_jax.files import check_path
 from inl_jax.phase import Phase, check_phases
 
 
@@ -64,6 +65,8 @@ class DataConfig:
             seq_len=self.seq_len,
         )
         require_not_negative(self, "data.", "max_documents")
+        if self.cache_dir:
+            check_path(self.cache_dir, "data.cache_dir")
         require(
             0 <= self.validation_fraction <= 1,
             f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import inl_jax
-from inl_jax.console import first_line, say
-from inl_jax.files import write_text
+from inl_jax.console import reason, say
+from inl_jax.files import json_text, read_bytes, write_text
 from inl_jax.redact import redact
 
 _PACKAGES = (
@@ -53,10 +53,10 @@ def record_environment(run_dir: str | Path) -> None:
     """Adds this start to `{"starts": [...]}` in RUN/env.json. Never raises. Process 0 calls it."""
     path = Path(run_dir) / "env.json"
     try:
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        write_text(path, json.dumps({"starts": [*starts, environment()]}, indent=2))
+        starts = json.loads(read_bytes(path))["starts"] if path.exists() else []
+        write_text(path, json_text({"starts": [*starts, environment()]}, indent=2))
     except Exception as error:  # a note about a run must not end it
-        say(f"WARNING: {path} was not written ({first_line(error)})")
+        say(f"WARNING: {path} was not written ({reason(error)})")
 
 
 def environment() -> dict[str, Any]:

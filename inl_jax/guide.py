@@ -1,11 +1,9 @@
 """The published guide's entry point."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import load_config
@@ -82,27 +80,25 @@ def guide_config(
     Raises:
       InputError: there is no such size, or a value is impossible.
     """
-    one = isinstance(data_path, str | Path)
-    paths = tuple(map(os.fspath, [data_path] if one else data_path))
-    for path in paths if max_samples else ():
-        file = Path(path).expanduser()
-        if file.is_file() and sniff(file).format == "text":
-            say(
-                f"max_samples={max_samples} does nothing for {path}: a text file is one document; "
-                f"take its first lines (head -n {max_samples}), or make it .jsonl, a row a sample"
-            )
     fields = {
-        "data.paths": paths,
+        "data.paths": data_path if isinstance(data_path, list | tuple) else (data_path,),
         "data.max_documents": max_samples or 0,
         "optim.learning_rate": learning_rate,
         "num_steps": 0,
         "num_epochs": num_epochs,
         "batch_size": batch_size,
         "accumulate_steps": 1,
-        "run_dir": os.fspath(save_dir),
+        "run_dir": save_dir,
     }
-    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in fields.items()}
-    return with_fields(load_config(model_size), plain)
+    config = with_fields(load_config(model_size), fields)
+    for path in config.data.paths if max_samples else ():
+        file = Path(path).expanduser()
+        if file.is_file() and sniff(file).format == "text":
+            say(
+                f"max_samples={max_samples} does nothing for {path}: a text file is one document; "
+                f"take its first lines (head -n {max_samples}), or make it .jsonl, a row a sample"
+            )
+    return config
 
 
 def with_warmup(config: TrainConfig, corpus: Corpus) -> TrainConfig:

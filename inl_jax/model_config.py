@@ -3,7 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from inl_jax.checks import check_types, require, require_not_negative, require_positive
+from inl_jax.checks import (
+    check_types,
+    require,
+    require_at_most,
+    require_not_negative,
+    require_positive,
+)
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -65,7 +71,6 @@ class ModelConfig:
 
     def __post_init__(self):
         check_types(self, "model.")
-        require(0 < self.dt < float("inf"), f"model.dt={self.dt}: must be positive and finite")
         require_positive(
             self,
             "model.",
@@ -73,6 +78,10 @@ class ModelConfig:
             "num_kv_heads dt kappa integrator_segment",
         )
         require_not_negative(self, "model.", "num_iterations excitation_amplitude integrator_chunk")
+        require_at_most(self, "model.", 10**8, "vocab_size max_seq_len integrator_chunk")
+        require_at_most(self, "model.", 10**6, "d_model d_ff controller_width integrator_segment")
+        require_at_most(self, "model.", 10**4, "num_layers num_iterations num_heads num_kv_heads")
+        require_at_most(self, "model.", 1e30, "dt excitation_amplitude")
         require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1")
         require(
             self.param_dtype != "auto",

@@ -1,11 +1,10 @@
 """What other programs call our flags: an unknown flag is answered with ours."""
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, field_types
 
 # A word in braces is replaced with the value that was given.
 _RESUME = "give the same command again; a run resumes from its --run_dir"
@@ -125,7 +124,7 @@ def check_names(argv: Sequence[str], *, own: Iterable[str]) -> None:
       argv: the command line, with underscores in the names.
       own: the flags that the verb has beside the fields of the config.
     """
-    known = {*own, *(f"--{field}" for field in _fields())}
+    known = {*own, *(f"--{field}" for field in field_types())}
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in known:
@@ -147,14 +146,5 @@ def answer_to(name: str, value: str = "") -> str:
     """What to write instead of `--name value`; empty if nobody calls a flag so."""
     if name in ANSWERS:
         return re.sub(r"{(\w+)}", lambda word: value or word[1], ANSWERS[name])
-    full = [f"--{field}" for field in _fields() if field.endswith(f".{name}")]
+    full = [f"--{field}" for field in field_types() if field.endswith(f".{name}")]
     return f"write {' or '.join(full)} {value}".rstrip() if full else ""
-
-
-def _fields() -> Iterator[str]:
-    """The dotted names of all fields that a command line can set."""
-    for field in dataclasses.fields(TrainConfig):
-        if dataclasses.is_dataclass(field.type):
-            yield from (f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type))
-        else:
-            yield field.name

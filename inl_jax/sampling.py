@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural
+from inl_jax.files import user_path
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on, param_shardings
@@ -235,6 +236,7 @@ class LanguageModel:
         Raises:
           InputError: there is no such run or checkpoint, or the model does not fit the mesh.
         """
+        run_dir = user_path(run_dir, "run_dir")
         config = read_config(run_dir).model
         shardings = None if mesh is None else param_shardings(mesh, config)
         _, params = read_params(run_dir, config, step=step, shardings=shardings)

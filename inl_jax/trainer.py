@@ -12,11 +12,12 @@ import jax
 from inl_jax import curriculum as phases
 from inl_jax.checklist import check_setup
 from inl_jax.config import TrainConfig, with_fields
-from inl_jax.console import aside, count, mute, plural, say
+from inl_jax.console import aside, count, muted, plural, say
 from inl_jax.data import batches
 from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.failures import Diverged
+from inl_jax.guest import own_logging
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import (
     any_process,
@@ -82,6 +83,7 @@ class TrainResult:
         return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
+@own_logging()
 def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = None) -> TrainResult:
     """Trains the run that `config` describes, or resumes it. Every process calls it alike.
 
@@ -97,8 +99,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
       MachineFailure: memory or disk ran out, or no update was finished for too long.
       Stopped: SIGTERM came before the first update.
     """
-    with StopRequest(answers=processes.first()) as stop:
-        mute(not processes.first())
+    first = processes.first()
+    with StopRequest(answers=first) as stop, muted(not first):
         check_setup(config)
         config = pinned(config)
         fitted, mesh, layout = plan = plan_run(config)

@@ -16,6 +16,7 @@ from inl_jax.data.corpus import prepare
 from inl_jax.planning import preflight
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import record_run
+from inl_jax.trainer import train
 
 WHAT_TRAIN_CHECKS = [*the_list.SETUP_CHECKS, *preflight.MACHINE_CHECKS, *preflight.DATA_CHECKS]
 
@@ -238,8 +239,12 @@ def test_checklist_refuses_a_change_of_a_phase_that_is_over(train_config):
     assert over.verdict == "failed" and "it is over in" in over.found
 
 
-def test_checklist_goes_on_after_a_file_that_cannot_be_read(train_config):
-    rows = verdicts(train_config(run_dir="x" * 300))
+def test_checklist_goes_on_after_a_file_that_cannot_be_read(train_config, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("inl_jax.planning.preflight.Path.exists", fail)
+    rows = verdicts(train_config())
     assert rows["run directory"] == rows["disk"] == rows["run in run_dir"] == "failed"
     assert rows["vocabulary"] == "ok"
 
@@ -250,3 +255,9 @@ def test_table_has_one_line_for_each_check_in_columns():
         "ok           a     1; wanted: 2",
         "not checked  name  x",
     ]
+
+
+@pytest.mark.parametrize("config", [None, "tiny", {"num_steps": 1}])
+def test_train_answers_what_is_no_config_with_one_line(config):
+    with pytest.raises(InputError, match="must be a TrainConfig"):
+        train(config)

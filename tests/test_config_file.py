@@ -1,5 +1,6 @@
 import concurrent.futures
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_overrides_reach_every_type_of_field():
         ("optim.lerning_rate=1", ["--optim.lerning_rate", "--optim.learning_rate"]),
         ("optim.learning_rate=abc", ["optim.learning_rate", "'abc'"]),
         ("batch_size=1.5", ["batch_size", "1.5"]),
-        ("model.context=foo", ["model.context", "'foo'", "'attention'"]),
+        ("model.context=foo", ["model.context='foo'", "mean, decay, attention"]),
         ("--optim.learning_rate", ["optim.learning_rate"]),
         ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
         ("optim.weight_decay=inf", ["optim.weight_decay=inf"]),
@@ -92,7 +93,7 @@ def test_overrides_reach_every_type_of_field():
         ("data.validation_fraction=1.5", ["data.validation_fraction=1.5"]),
         ("model.param_dtype=auto", ["model.param_dtype=auto"]),
         ("mesh.fsdp=0", ["mesh.fsdp=0"]),
-        ("model.attention_kernel=flash", ["model.attention_kernel", "'flash'", "'cudnn'"]),
+        ("model.attention_kernel=flash", ["model.attention_kernel='flash'", "auto, cudnn, xla"]),
         ("xla_flags=fast", ["xla_flags=fast", "--xla_name=value"]),
     ],
 )
@@ -113,15 +114,47 @@ def test_load_config_names_field_and_value_of_a_mistake(overrides, named):
         ("config = {}", "config = TrainConfig"),
         ("from inl_jax.config import *\nconfig = TrainConfig(batch_size=0)", "batch_size=0"),
         ("config = (", "SyntaxError"),
+        ("import sys\nsys.exit(0)", "SystemExit"),
+        ("raise SystemExit", "SystemExit"),
+        ("raise ValueError('two\\nlines')", "two"),
+        ("def f(): return f()\nf()", "RecursionError"),
+        ("x = '\udce9'", "SyntaxError"),
+        ("config = '\0'", "SyntaxError"),
+        ("import nowhere", "ModuleNotFoundError"),
+        ("from inl_jax.config import *\nclass A(TrainConfig): pass\nconfig = A()", "TrainConfig"),
+        ("from inl_jax.config import *\nconfig = TrainConfig(batch_size=10**5000)", "batch_size"),
     ],
 )
 def test_load_config_names_a_file_that_is_missing_raises_or_assigns_nothing(tmp_path, text, named):
     path = tmp_path / "mine.py"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))
     with pytest.raises(InputError) as caught:
         load_config(path)
-    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert named in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "path", ["", "a\0", "\udce9", "x" * 300, "~nobody-is-called-so", ".", None, 3, b"tiny"]
+)
+def test_load_config_answers_an_impossible_path_with_one_line(path):
+    with pytest.raises(InputError, match="config") as caught:
+        load_config(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("overrides", ["seed=1", [1], [None], [b"seed=1"], ["stray"], ["--seed"]])
+def test_load_config_answers_impossible_overrides_with_one_line(overrides):
+    with pytest.raises(InputError) as caught:
+        load_config("tiny", overrides)
+    assert str(caught.value).isprintable()
+
+
+def test_override_takes_words_that_begin_with_a_dash():
+    words = ["--sample_prompts", "- an item", "-1", "--optim.learning_rate", "1e-3", "--seed=2"]
+    config = override(TrainConfig(), words)
+    assert config.sample_prompts == ("- an item", "-1") and config.seed == 2
+    assert override(config, ["--sample_prompts"]).sample_prompts == ()
 
 
 def test_override_takes_a_value_with_an_equals_sign():
@@ -187,8 +220,8 @@ def test_as_overrides_makes_one_config_of_another():
     assert words[:2] == ["--name", "3b_16gb"] and override(old, words) == new
 
 
-def test_configs_load_in_several_threads_and_leave_stderr_alone():
-    stderr = sys.stderr
+def test_configs_load_in_several_threads_and_leave_the_process_alone():
+    before = sys.stderr, sys.stdout, list(sys.argv), os.getcwd()
 
     def load(i):
         flags = [f"seed={i}"] if i % 2 else ["sed=1"]
@@ -199,5 +232,6 @@ def test_configs_load_in_several_threads_and_leave_stderr_alone():
 
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         found = list(threads.map(load, range(24)))
-    assert found[1::2] == list(range(1, 24, 2)) and sys.stderr is stderr
+    assert found[1::2] == list(range(1, 24, 2))
+    assert before == (sys.stderr, sys.stdout, sys.argv, os.getcwd())
     assert all("sed=1" in str(message) for message in found[::2]), found

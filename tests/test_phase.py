@@ -80,11 +80,11 @@ def test_phases_that_are_impossible_are_named_in_one_line(phases, named):
     [
         (
             lambda: DataConfig(phases=("1:1",)),
-            "data.phases=('1:1',): every item must be of type Phase",
+            "data.phases=('1:1',): '1:1': must be of type Phase",
         ),
         (lambda: DataConfig(phases=Phase(share=1, weights=(1,))), "must be a tuple"),
         (lambda: Phase(share="half", weights=(1,)), "share='half': must be of type float"),
-        (lambda: Phase(share=1, weights=("a",)), "weights=.*every item must be of type float"),
+        (lambda: Phase(share=1, weights=("a",)), "weights=.*: 'a': must be of type float"),
         (lambda: Phase(share=1, weights=()), "one must be positive"),
     ],
 )

@@ -11,6 +11,8 @@ from inl_jax import console
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
 from inl_jax.config_help import HELP, help_text
+from inl_jax.failures import MachineFailure
+from inl_jax.files import user_path
 from inl_jax.other_names import check_names, closest
 
 
@@ -33,16 +35,34 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Help,
             **settings,
         )
+        self._paths: list[argparse.Action] = []
 
     def error(self, message: str) -> NoReturn:
         """Instead of the usage and exit."""
         raise InputError(message)
 
+    def print_help(self, file=None) -> None:
+        """Shows the help as a result, which a lost reader or a full disk may meet."""
+        console.show(self.format_help().rstrip("\n"))
+
+    def add_path(self, name: str, **settings) -> None:
+        """Adds a flag whose value is a path, or several."""
+        self._paths.append(self.add_argument(name, **settings))
+
     def add_run(self) -> None:
         """Adds `--checkpoint RUN`, which `parse_flags` also finds as `RUN` alone."""
-        self.add_argument(
-            "--checkpoint", metavar="RUN", help="run directory; RUN alone means the same"
-        )
+        self.add_path("--checkpoint", metavar="RUN", help="run directory; RUN alone means the same")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, and with `Path`s for the flags of `add_path`."""
+        flags, unknown = super().parse_known_args(args, namespace)
+        for action in self._paths:
+            name, given = (action.option_strings or [action.dest])[0], getattr(flags, action.dest)
+            if isinstance(given, list):
+                setattr(flags, action.dest, [user_path(one, name) for one in given])
+            elif given is not None:
+                setattr(flags, action.dest, user_path(given, name))
+        return flags, unknown
 
     def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of the flags.
@@ -54,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         if getattr(flags, "checkpoint", "") is None:
             if not unknown or unknown[0].startswith("-"):
                 raise InputError(f"name a run directory: {self.prog} RUN")
-            flags.checkpoint = unknown.pop(0)
+            flags.checkpoint = user_path(unknown.pop(0), "RUN")
         if unknown:
             name = unknown[0].partition("=")[0]
             raise InputError(f"{name}: no such flag{closest(name, self._option_string_actions)}")
@@ -97,8 +117,7 @@ def from_command_line(
     flags, overrides = parser.parse_known_args(argv)
     if flags.help:
         config = load_config(flags.config or "tiny", overrides)
-        with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
-            print(help_text(parser, config, first, about=flags.help), flush=True)
+        console.show(help_text(parser, config, first, about=flags.help))
         raise SystemExit
     if flags.config is None:
         named = next((word for word in overrides if word in presets() or word[-3:] == ".py"), None)
@@ -184,9 +203,9 @@ def lines_on_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """For programs beside `inl`: an `InputError` becomes one line on stderr and exit code 2."""
+    """For programs beside `inl`: a mistake or failure is one line on stderr and its exit code."""
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (InputError, MachineFailure) as error:
+        console.complain(f"error: {error}")
+        raise SystemExit(error.exit_code) from None

@@ -15,15 +15,15 @@ Exit code 2: the run does not fit.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
-from inl_jax.console import count, duration, plural, size
+from inl_jax.console import count, duration, plural, show, size
 from inl_jax.failures import EXIT_MISTAKE
+from inl_jax.files import json_text
 
 # The fields that most people need.
 FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat
@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> int:
     record = make_record(config, flags, gpu, mesh, layout, needed)
     record |= budgets(config, flags, gpu, record["device_bytes"])
     if flags.json:
-        print(json.dumps(record))
+        show(json_text(record))
     else:
-        show(config, flags, gpu, mesh, needed, record)
+        show_memory(config, flags, gpu, mesh, needed, record)
         show_budgets(flags, record)
     return 0 if record["fits"] else EXIT_MISTAKE
 
@@ -93,7 +93,7 @@ def make_parser() -> Parser:
     parser.add_argument("--tokens", type=float, help="to train on; those of the run by default")
     parser.add_argument("--gpus", nargs="+", default=[], help="GPUs to compare, or all")
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak, at most 1")
-    parser.add_argument("--mfu_from", metavar="RUN", help="a run that has measured it")
+    parser.add_path("--mfu_from", metavar="RUN", help="a run that has measured it")
     parser.add_argument("--price", type=float, metavar="USD", help="of one GPU for an hour")
     parser.add_argument("--watts", type=float, help="of one GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -153,40 +153,40 @@ def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
     }
 
 
-def show(config, flags, gpu, mesh, needed, record) -> None:
+def show_memory(config, flags, gpu, mesh, needed, record) -> None:
     """Prints the record for people."""
     from inl_jax.planning.preflight import describe_model
 
-    print(describe_model(config))
+    show(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     micro_batches = plural(config.accumulate_steps, "micro-batch")
-    print(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
+    show(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
     for part, num_bytes in needed.device.items():
         if num_bytes:
-            print(f"  {part:25} {size(num_bytes):>12}")
-    print(f"  {'all':25} {size(needed.device_bytes):>12}")
+            show(f"  {part:25} {size(num_bytes):>12}")
+    show(f"  {'all':25} {size(needed.device_bytes):>12}")
     by_remat = record["activations_by_remat"]
-    print("  activations by remat: " + ", ".join(f"{m} {size(b)}" for m, b in by_remat.items()))
+    show("  activations by remat: " + ", ".join(f"{m} {size(b)}" for m, b in by_remat.items()))
     if flags.compile:
         compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
-        print(f"  {'as compiled ' + compiler:25} {size(record['device_bytes']):>12}")
+        show(f"  {'as compiled ' + compiler:25} {size(record['device_bytes']):>12}")
     for part, num_bytes in needed.host.items():
-        print(f"  {part + ' on the host':25} {size(num_bytes):>12}")
+        show(f"  {part + ' on the host':25} {size(num_bytes):>12}")
     usable, card = size(record["usable_bytes"]), f"{gpu.memory:,} MiB"
-    print(f"  {'usable':25} {usable:>12}  of {card}, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95")
+    show(f"  {'usable':25} {usable:>12}  of {card}, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95")
     if flags.compile and mesh.size > 1:
-        print("each sends in one update:")
+        show("each sends in one update:")
         for row in record["sent"]:
             what = f"{row['kind']} over {row['axes']}"
-            print(f"  {what:32} {row['times']:>7,} times {row['bytes'] / 1e9:>10.3f} GB")
-        print(f"  {'all':32} {'':13} {record['sent_bytes'] / 1e9:>10.3f} GB")
-        print(f"  {'the least, beside tensor':32} {'':13} {record['least_bytes'] / 1e9:>10.3f} GB")
+            show(f"  {what:32} {row['times']:>7,} times {row['bytes'] / 1e9:>10.3f} GB")
+        show(f"  {'all':32} {'':13} {record['sent_bytes'] / 1e9:>10.3f} GB")
+        show(f"  {'the least, beside tensor':32} {'':13} {record['least_bytes'] / 1e9:>10.3f} GB")
     if record["fits"]:
-        print("it fits" + ("" if flags.compile else " by the estimate"))
+        show("it fits" + ("" if flags.compile else " by the estimate"))
     elif record["change"] is None:
-        print("it does not fit, whatever is changed: more devices or a smaller config are needed")
+        show("it does not fit, whatever is changed: more devices or a smaller config are needed")
     else:
-        print(f"it does not fit; the smallest change that makes it fit: {record['change']}")
+        show(f"it does not fit; the smallest change that makes it fit: {record['change']}")
 
 
 def budgets(config, flags, gpu, device_bytes) -> dict:
@@ -233,27 +233,27 @@ def show_budgets(flags, record) -> None:
     from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 
     if "tokens" not in record:
-        print("num_epochs decides how long the run is: --tokens N adds its time, rent and energy")
+        show("num_epochs decides how long the run is: --tokens N adds its time, rent and energy")
         return
     tokens, ratio = record["tokens"], record["tokens_per_parameter"]
-    print(
+    show(
         f"{count(tokens)} tokens, {ratio:.3g} per parameter ({TOKENS_PER_PARAMETER} are usual: "
         f"{count(TOKENS_PER_PARAMETER * tokens / ratio)}), {record['flops']:.3g} FLOPs"
     )
     least = guide_minimum(tokens / ratio)
     if least is not None and tokens < least:
-        print(f"the published guide advises {count(least)} tokens or more")
-    print(
+        show(f"the published guide advises {count(least)} tokens or more")
+    show(
         f"at {100 * record['mfu']:.3g}% MFU, {record['mfu_source']}"
         + ("; none is measured on a GPU yet" if record["mfu_source"] == "assumed" else "")
     )
     rows = record["gpus"] or [record]
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"  {row['count']} x {row['name']:{width}}  {_costs(row, record['device_bytes'])}")
+        show(f"  {row['count']} x {row['name']:{width}}  {_costs(row, record['device_bytes'])}")
     for source in dict.fromkeys(row["price_source"] for row in rows if row["price"] is not None):
         names = ", ".join(row["name"] for row in rows if row["price_source"] == source)
-        print(f"price of {names}: {source}")
+        show(f"price of {names}: {source}")
 
 
 def _costs(row, device_bytes) -> str:

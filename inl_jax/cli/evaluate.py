@@ -4,13 +4,13 @@ inl evaluate runs/tiny [--data PATH ...] [--column body] [--step best] [--json]
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
-from inl_jax.console import say
+from inl_jax.console import say, show
+from inl_jax.files import json_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,10 +39,10 @@ def main(argv: Sequence[str]) -> int:
         result, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
     if flags.json:
-        print(json.dumps(result._asdict() | {"tokens_per_second": rate}))
+        show(json_text(result._asdict() | {"tokens_per_second": rate}))
         return 0
     text = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
-    print(
+    show(
         f"{flags.checkpoint} ({flags.step}) on {text}: loss {result.loss:.6f} nats/token, "
         f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.6f} bits/byte over "
         f"{result.tokens:,} tokens; {rate:,.0f} tokens/s"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.console import show
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
         **settings,
     )
     for prompt, text in zip(flags.prompt, texts, strict=True):
-        print(f"{prompt}{text}\n{'-' * 40}")
-    print(
+        show(f"{prompt}{text}\n{'-' * 40}")
+    show(
         f"{len(texts)} x {flags.max_new_tokens} tokens at most in "
         f"{time.perf_counter() - start:.1f} s, compilation included"
     )

@@ -7,23 +7,23 @@ The number of iterations is not in the file. The tokenizer is the published one,
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser
 from inl_jax.config import DataConfig, InputError, TrainConfig
+from inl_jax.console import say
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("import", __doc__)
-    parser.add_argument("--weights", required=True, help="a .pt file that holds a state_dict")
+    parser.add_path("--weights", required=True, help="a .pt file that holds a state_dict")
     parser.add_argument("--num_iterations", type=int, required=True, help="T of the model")
-    parser.add_argument("--out", required=True, help="run directory to make")
+    parser.add_path("--out", required=True, help="run directory to make")
     parser.add_argument("--tokenizer", default="gpt2", help="as data.tokenizer")
     parser.add_argument("--param_dtype", default="float32", choices=["float32", "bfloat16"])
     flags = parser.parse_flags(argv)
-    if Path(flags.out).exists() and any(Path(flags.out).iterdir()):
+    if flags.out.is_file() or (flags.out.exists() and any(flags.out.iterdir())):
         raise InputError(f"--out {flags.out}: not empty; name a new directory")
     from inl_jax.interop.published import config_from_torch, params_from_torch
     from inl_jax.interop.torch_file import read_state_dict
@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
         name="published",
         model=model,
         data=DataConfig(tokenizer=flags.tokenizer, seq_len=model.max_seq_len),
-        run_dir=flags.out,
+        run_dir=str(flags.out),
     )
     record_run(config, tokenizer)
     checkpoints = Checkpoints(flags.out, keep_last=1, identity=Identity(config, tokenizer))
     checkpoints.save(0, params, position={})
     checkpoints.close()
-    print(f"{flags.out}: {dataclasses.asdict(model)}")
+    say(f"{flags.out}: {dataclasses.asdict(model)}")
     return 0

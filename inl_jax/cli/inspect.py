@@ -6,24 +6,24 @@ Prints one table for each prompt and writes one page for all. The page needs no 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
-from inl_jax.console import plural
+from inl_jax.console import plural, reason, say
+from inl_jax.files import write_text
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("inspect", __doc__)
-    parser.add_argument("run_dir")
+    parser.add_path("run_dir")
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more")
     parser.add_argument("--step", default="latest", help="latest, best, or a saved update")
-    parser.add_argument("--out", help="the page; RUN_DIR/inspect.html by default")
+    parser.add_path("--out", help="the page; RUN_DIR/inspect.html by default")
     add_mesh_flags(parser)
     flags = parser.parse_flags(argv)
-    out = Path(flags.out or Path(flags.run_dir) / "inspect.html")
+    out = flags.out or flags.run_dir / "inspect.html"
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {out}: is no page; name one, such as inspect.html")
     try:
@@ -51,14 +51,14 @@ def main(argv: Sequence[str]) -> int:
         f"{plural(config.num_iterations, 'iteration')}, {config.d_model:,} channels, "
         f"{config.context} context, dt = {config.dt:g}."
     )
-    text = inspect_page(f"Inside {Path(flags.run_dir).resolve().name}", facts, inspected)
+    text = inspect_page(f"Inside {flags.run_dir.resolve().name}", facts, inspected)
     try:
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; name another file") from None
+        raise InputError(f"--out {out}: {reason(error)}; name another file") from None
     for one in inspected:
-        print(f"{one.prompt!r}: {plural(len(one.texts), 'token')}\n{table(one.dynamics)}\n")
-    print(f"page: {out}")
+        say(f"{one.prompt!r}: {plural(len(one.texts), 'token')}\n{table(one.dynamics)}\n")
+    say(f"page: {out}")
     return 0
 
 

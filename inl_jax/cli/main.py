@@ -2,7 +2,8 @@
 
 Exit codes of every verb: 0 done; 1 failed; 2 a mistake in the input; 75 ended by SIGTERM; 130 ended
 by Ctrl-C. After 75 and 130 the same command may be run again. `inl train` and `inl estimate` say
-more of theirs.
+more of theirs. A reader of the output that goes away, as `| head` does, changes no exit code. If
+what a verb prints is its result, as in `inl generate`, and cannot be written, the code is 1.
 """
 
 import importlib
@@ -13,8 +14,8 @@ from typing import NoReturn
 
 from inl_jax import __version__
 from inl_jax.cli import signals
-from inl_jax.console import flush
-from inl_jax.failures import EXIT_MISTAKE
+from inl_jax.console import complain, flush, show
+from inl_jax.failures import EXIT_MISTAKE, MachineFailure
 from inl_jax.training.stop import Stopped
 
 VERBS = {
@@ -44,8 +45,8 @@ def exit_with(program: Callable[[Sequence[str]], int], argv: Sequence[str]) -> N
     try:
         try:
             code = program(argv)
-        except BrokenPipeError:  # the reader has gone, as `| head` does
-            code = 0
+        except SystemExit as stop:  # after --help
+            code = stop.code
         flush()
     except KeyboardInterrupt as stopped:
         signals.leave(signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT)
@@ -63,10 +64,10 @@ def run(argv: Sequence[str]) -> int:
     verb = SPELLINGS.get(verb, verb)
     try:
         if word in ("-h", "--help", "help") or (verb == "train" and not rest):
-            print(overview())
+            show(overview())
             return 0 if argv and verb != "train" else EXIT_MISTAKE
         if word == "--version":
-            print(f"inl_jax {__version__}")
+            show(f"inl_jax {__version__}")
             return 0
         if word.startswith("-"):
             raise InputError(f"inl {word}: name a verb first, such as inl train {word}")
@@ -74,9 +75,9 @@ def run(argv: Sequence[str]) -> int:
             raise InputError(f"inl {word}: no such verb; the closest is inl {_closest(verb)}")
         module = importlib.import_module(f"inl_jax.cli.{'import_' if verb == 'import' else verb}")
         return module.main(rest)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    except (InputError, MachineFailure) as error:
+        complain(f"error: {error}")
+        return error.exit_code
 
 
 def overview() -> str:

@@ -1,18 +1,18 @@
 """Draws the training and validation loss of a run: inl plot runs/tiny [OUT.png]."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
+from inl_jax.console import reason, say
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("plot", __doc__)
-    parser.add_argument("run_dir")
-    parser.add_argument("out", nargs="?", help="the picture; RUN_DIR/loss.png by default")
+    parser.add_path("run_dir")
+    parser.add_path("out", nargs="?", help="the picture; RUN_DIR/loss.png by default")
     flags = parser.parse_flags(argv)
     try:
         import matplotlib
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from matplotlib import pyplot as plt
 
     signals.unwind()
-    out = Path(flags.out or Path(flags.run_dir) / "loss.png")
+    out = flags.out or flags.run_dir / "loss.png"
     if out.is_dir() or not out.suffix:
         raise InputError(f"inl plot: {out} is no picture; name one, such as loss.png, and one run")
     records = read_metrics(flags.run_dir)
@@ -35,11 +35,14 @@ def main(argv: Sequence[str]) -> int:
         found = [(r["step"], r[key]) for r in records if key in r]
         if found:
             axis.plot(*zip(*found, strict=True), style, label=label, markersize=4)
-    axis.set(xlabel="updates", ylabel="loss (nats per token)", title=Path(flags.run_dir).name)
+    axis.set(xlabel="updates", ylabel="loss (nats per token)", title=flags.run_dir.name)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: no picture has this suffix
+        raise InputError(f"{out}: {reason(error)}; name another file, such as loss.png") from None
     plt.close(figure)
-    print(f"loss picture: {out}")
+    say(f"loss picture: {out}")
     return 0

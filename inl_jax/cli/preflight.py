@@ -7,9 +7,9 @@ into the cache, as `inl train` does; --skip_data leaves this out. The run direct
 Exit code 2: a check failed; warnings do not count.
 """
 
-import json
 from collections.abc import Sequence
 
+from inl_jax import console
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import (
     Parser,
@@ -20,7 +20,8 @@ from inl_jax.cli.command_line import (
 )
 from inl_jax.cli.train import FIRST
 from inl_jax.config import InputError
-from inl_jax.failures import EXIT_FAILED, EXIT_MISTAKE
+from inl_jax.failures import EXIT_FAILED, EXIT_MISTAKE, MachineFailure
+from inl_jax.files import json_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
             show(checks, flags)
         failed = any(check.verdict == "failed" for check in checks)
         return processes.end(EXIT_MISTAKE if failed else 0)
-    except InputError as error:
-        return processes.end(EXIT_MISTAKE, f"error: {error}")
+    except (InputError, MachineFailure) as error:
+        return processes.end(error.exit_code, f"error: {error}")
     except processes.PeersMissing as error:
         return processes.end(EXIT_FAILED, f"error: {error}")
 
@@ -64,6 +65,6 @@ def show(checks, flags) -> None:
     from inl_jax.checklist import as_table
 
     if flags.json:
-        print(json.dumps([check._asdict() for check in checks]))
+        console.show(json_text([check._asdict() for check in checks]))
     else:
-        print(as_table(checks))
+        console.show(as_table(checks))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser, from_command_line
+from inl_jax.console import say
 
 # The fields that most people need.
 FIRST = """data.paths data.weights data.column data.hf_split data.max_documents data.tokenizer
@@ -22,15 +23,15 @@ def main(argv: Sequence[str]) -> int:
     signals.unwind()
     corpus = prepare(config.data)
     name, vocab_size = corpus.tokenizer.name, corpus.tokenizer.vocab_size
-    print(f"tokenizer {name}: {vocab_size:,} ids, end token {corpus.tokenizer.end_id}")
+    say(f"tokenizer {name}: {vocab_size:,} ids, end token {corpus.tokenizer.end_id}")
     for source, weight in zip(corpus.sources, corpus.weights, strict=True):
-        print(
+        say(
             f"{source.directory}: {source.documents:,} documents, weight {weight:g}, {source.dtype}"
         )
-        print(f"  train      {source.train_tokens:>15,} tokens {source.train_bytes:>16,} bytes")
-        print(
+        say(f"  train      {source.train_tokens:>15,} tokens {source.train_bytes:>16,} bytes")
+        say(
             f"  validation {source.validation_tokens:>15,} tokens "
             f"{source.validation_bytes:>16,} bytes"
         )
-    print(f"data fingerprint {corpus.fingerprint}")
+    say(f"data fingerprint {corpus.fingerprint}")
     return 0

@@ -18,6 +18,7 @@ from inl_jax.cli.command_line import Parser, exit_on_input_error
 from inl_jax.cli.main import config_lines, exit_with
 from inl_jax.config import DataConfig, InputError, TrainConfig
 from inl_jax.config_file import as_overrides, load_config, presets
+from inl_jax.console import say
 from inl_jax.text.sources import find_entries
 
 PROGRAM = "python3 train_inl_llm_large.py"
@@ -41,7 +42,7 @@ class Question(NamedTuple):
             try:
                 return self.read(answer)
             except InputError as error:
-                print(f"  {error}")
+                say(f"  {error}")
 
 
 def read_line(prompt: str) -> str:
@@ -52,8 +53,8 @@ def read_line(prompt: str) -> str:
     """
     try:
         return input(prompt).strip()
-    except EOFError:
-        print()
+    except (EOFError, OSError, UnicodeError):
+        say("")
         raise InputError(f"the input has ended; write {EXAMPLE}") from None
 
 
@@ -104,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
     with exit_on_input_error():
         answers, asked = read_answers(argv)
         words = plan(answers, show=asked)
-        print(f"the same run: {shlex.join(['inl', 'train', *words])}", flush=True)
+        say(f"the same run: {shlex.join(['inl', 'train', *words])}")
         if asked and read_line("Start? [Y/n]: ").lower() not in ("", "y", "yes", "o", "oui"):
             return 0
         return train.main(words)
@@ -120,14 +121,14 @@ def read_answers(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--save_dir", help="run directory; runs/inl_SIZE by default")
     answers = vars(parser.parse_flags(argv))
     missing = [question for question in QUESTIONS if answers[question.flag] is None]
-    if missing and not sys.stdin.isatty():
+    if missing and not (sys.stdin and sys.stdin.isatty()):
         names = ", ".join(f"--{question.flag}" for question in missing)
         raise InputError(f"{names}: not given, and no terminal to ask on; write {EXAMPLE}")
     for question in QUESTIONS:
         if question not in missing:
             answers[question.flag] = question.read(answers[question.flag])
     if answers["size"] is None:
-        print("\n".join(config_lines()))
+        say("\n".join(config_lines()))
     for question in missing:
         answers[question.flag] = question.ask()
     return answers, bool(missing)
@@ -165,7 +166,7 @@ def plan(answers: dict[str, Any], *, show: bool) -> list[str]:
     config = with_warmup(config, corpus)
     if show:
         show_checklist(config)
-        print(time_needed(config, corpus))
+        say(time_needed(config, corpus))
     return ["--config", size, *as_overrides(base, config)]
 
 
@@ -180,6 +181,6 @@ def show_checklist(config: TrainConfig, *, skip_data: bool = False) -> None:
     checks = checklist(config, skip_data=skip_data)
     failed = [check.name for check in checks if check.verdict == "failed"]
     if failed or not skip_data:
-        print(as_table(checks))
+        say(as_table(checks))
     if failed:
         raise InputError(f"checklist: {', '.join(failed)} failed; the table says what is wanted")

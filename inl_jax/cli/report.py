@@ -10,16 +10,18 @@ from pathlib import Path
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
+from inl_jax.console import reason, say
+from inl_jax.files import write_text
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     parser = Parser("report", __doc__)
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--out", help="the page; by default RUN/report.html, or report.html")
+    parser.add_path("run_dirs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_path("--out", help="the page; by default RUN/report.html, or report.html")
     flags = parser.parse_flags(argv)
-    here = Path(flags.run_dirs[0] if len(flags.run_dirs) == 1 else ".")
-    out = Path(flags.out or here / "report.html")
+    here = flags.run_dirs[0] if len(flags.run_dirs) == 1 else Path(".")
+    out = flags.out or here / "report.html"
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {out}: is no page; name one, such as report.html")
     # Imported late: a mistake on the command line is answered at once.
@@ -29,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     signals.unwind()
     text = report(read_runs(flags.run_dirs))
     try:
-        out.write_text(text, encoding="utf-8", errors="replace")
+        write_text(out, text)
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; name another file") from None
-    print(f"report: {out}")
+        raise InputError(f"--out {out}: {reason(error)}; name another file") from None
+    say(f"report: {out}")
     return 0

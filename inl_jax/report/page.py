@@ -1,12 +1,11 @@
 """The HTML page around charts: one file that needs no network."""
 
 import html
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from inl_jax.config import InputError
+from inl_jax.files import json_text
 from inl_jax.report.charts import Figure
 
 _HERE = Path(__file__).parent
@@ -71,12 +70,4 @@ def figure_html(figure: Figure) -> str:
 
 def to_json(value: Any) -> str:
     """`value` as JSON that may stand inside `<script>`; numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text(value).replace("<", "\\u003c")

@@ -8,6 +8,7 @@ import numpy as np
 
 from inl_jax.config import InputError
 from inl_jax.console import plural
+from inl_jax.files import user_path
 from inl_jax.training.metrics import Record, read_metrics
 from inl_jax.watch.cleaning import clean_records, read_files
 
@@ -58,13 +59,13 @@ class Run(NamedTuple):
         return found
 
 
-def read_runs(run_dirs: Sequence[str]) -> list[Run]:
+def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     """Reads run directories. A name is the directory's; the whole path if two share it.
 
     Raises:
       InputError: a directory holds no records, or is named twice.
     """
-    paths = [Path(run_dir) for run_dir in run_dirs]
+    paths = [user_path(run_dir, "run_dir") for run_dir in run_dirs]
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.failures import MachineFailure
 from inl_jax.files import read_json, write_text
+from inl_jax.guest import own_logging
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
+from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import with_shardings
 from inl_jax.storage.audit import choose_steps
@@ -354,6 +355,7 @@ def _reading_alone() -> Iterator[None]:
         yield
 
 
+@own_logging()
 def read_params(
     run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
 ) -> tuple[int, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from inl_jax.console import first_line
-from inl_jax.files import read_json, write_text
+from inl_jax.files import json_text, read_json, write_text
 from inl_jax.redact import redact
 from inl_jax.tracking import log
 from inl_jax.tracking.services import HostedRun, TensorBoard
@@ -100,7 +100,7 @@ def follow(
                     tracker.write(redact(record))
                     sent[kind(record)] = record["step"]
             tracker.flush()
-            write_text(state, json.dumps(sent | {"offset": offset}))
+            write_text(state, json_text(sent | {"offset": offset}))
 
     send(read_metrics(run_dir, up_to=step))
     last = False

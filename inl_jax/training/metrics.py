@@ -5,11 +5,13 @@ The console line is made *from* the record. Records count in optimizer updates.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inl_jax.console import count, duration, progress_bar, say, size
+from inl_jax.console import count, duration, plural, progress_bar, reason, say, size
+from inl_jax.files import append_lines, json_text, read_bytes
 from inl_jax.parallel import processes
 
 Record = dict[str, Any]
@@ -142,7 +144,7 @@ class MetricsLog:
         """
         self._path = Path(run_dir) / "metrics.jsonl"
         self._on_record = on_record
-        self._file = None
+        self._unwritten: deque[str] = deque()  # lines that the disk has refused so far
         self._bar = None
 
     def write(self, record: Record) -> None:
@@ -164,12 +166,25 @@ class MetricsLog:
             self._append({"resumed_from": step})
 
     def _append(self, record: Record) -> None:
-        if self._file is None:
-            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-            self._file = open(self._path, "a", buffering=1)
-            if torn:  # a crash cut the last line short; the next record must not be lost with it
-                self._file.write("\n")
-        self._file.write(json.dumps(record) + "\n")
+        """Writes a line. What cannot be written is kept for the next call: training goes on."""
+        refused = len(self._unwritten)
+        self._unwritten.append(json_text(record) + "\n")
+        try:
+            self._write_all()
+        except OSError as error:
+            if not refused:
+                say(
+                    f"WARNING: {self._path} cannot be written ({reason(error)}); training goes on, "
+                    "and its records are written once that works again"
+                )
+            return
+        if refused:
+            say(f"{self._path} can be written again; no record is lost")
+
+    def _write_all(self) -> None:
+        while self._unwritten:
+            append_lines(self._path, self._unwritten[0])
+            self._unwritten.popleft()
 
     def progress(self, step: int, num_steps: int, loss: float) -> None:
         """Moves the progress bar of a terminal to `step`."""
@@ -179,11 +194,14 @@ class MetricsLog:
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the file."""
+        """Ends the progress bar, and says how many records were not written."""
         if self._bar is not None:
             self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self._write_all()
+        except OSError as error:
+            lost = plural(len(self._unwritten), "record")
+            say(f"WARNING: {self._path} lacks the last {lost} ({reason(error)})")
 
 
 def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record]:
@@ -191,20 +209,26 @@ def read_metrics(run_dir: str | Path, *, up_to: float = math.inf) -> list[Record
 
     A resumed run repeats some steps: the later record stands, and records above the step that it
     resumed from are dropped, because they belong to a branch that was abandoned. A last line that a
-    crash cut short is ignored.
+    crash cut short is ignored. A null is a number that was not finite, and read as NaN. A file that
+    cannot be read has no records.
     """
-    path = Path(run_dir) / "metrics.jsonl"
     latest: dict[tuple[int, str], Record] = {}
     order = {of: i for i, of in enumerate(KINDS)}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    try:
+        text = read_bytes(Path(run_dir) / "metrics.jsonl").decode(errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
             if "resumed_from" in record:
                 start = record["resumed_from"]
                 latest = {key: found for key, found in latest.items() if key[0] <= start}
-            elif _is_sound(record) and record["step"] <= up_to:
+                continue
+            record = {k: math.nan if value is None else value for k, value in record.items()}
+            if _is_sound(record) and record["step"] <= up_to:
                 latest[record["step"], kind(record)] = record
-        except (ValueError, TypeError, KeyError, StopIteration):
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
             continue
     return [latest[step, of] for step, of in sorted(latest, key=lambda k: (k[0], order[k[1]]))]
 
@@ -217,5 +241,6 @@ def _is_sound(record: Record) -> bool:
 
 
 def latest(records: list[Record], key: str) -> float:
-    """The value of `key` in the last record that has it, 0 if none has."""
-    return next((record[key] for record in reversed(records) if key in record), 0.0)
+    """The number under `key` in the last record that has one, 0 if none has."""
+    found = (record.get(key) for record in reversed(records))
+    return next((v for v in found if isinstance(v, int | float) and math.isfinite(v)), 0.0)

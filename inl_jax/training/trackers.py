@@ -6,7 +6,6 @@ one line.
 """
 
 import importlib.util
-import json
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from inl_jax.checks import require
 from inl_jax.console import first_line, say
-from inl_jax.files import read_json, write_text
+from inl_jax.files import json_text, read_json, write_text
 from inl_jax.parallel import processes
 from inl_jax.redact import redact
 
@@ -84,14 +83,14 @@ def _start(name: str, run_dir: Path, project: str, step: int) -> subprocess.Pope
     folder.mkdir(exist_ok=True)
     if "id" not in read_json(folder / "id.json"):
         stem = re.sub(r"[^\w.-]", "-", run_dir.resolve().name)[:40]
-        write_text(folder / "id.json", json.dumps({"id": f"{stem}-{secrets.token_hex(3)}"}))
+        write_text(folder / "id.json", json_text({"id": f"{stem}-{secrets.token_hex(3)}"}))
     offset = metrics.stat().st_size if metrics.exists() else 0
     arguments = {"project": project, "step": step, "offset": offset, "grace": GRACE}
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     program = [sys.executable, "-P", "-m", "inl_jax.tracking.follow"]
     with open(folder / f"{name}.log", "a") as log:
         return subprocess.Popen(
-            [*program, name, str(run_dir), json.dumps(arguments)],
+            [*program, name, str(run_dir), json_text(arguments)],
             stdin=subprocess.PIPE,  # its end tells the tracker that the run has ended
             stdout=subprocess.PIPE,  # lines to say
             stderr=log,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from inl_jax.files import write_text
 from inl_jax.sampling import LanguageModel
 
 TEMPERATURE = 0.8
@@ -34,7 +35,7 @@ def write_samples(run_dir: str | Path, step: int, samples: Sequence[dict[str, st
         parts.append(f"Likeliest tokens:\n\n{_fenced(sample['prompt'] + sample['greedy'])}\n")
         drawn = f"Drawn at temperature {TEMPERATURE}, seed {SEED}"
         parts.append(f"{drawn}:\n\n{_fenced(sample['prompt'] + sample['sampled'])}\n")
-    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")
+    write_text(path, "\n".join(parts))
     return path
 
 

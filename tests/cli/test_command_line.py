@@ -109,3 +109,35 @@ def test_mistake_in_a_flag_is_one_line_and_exit_code_2(inl, argv, named):
 def test_help_shows_the_defaults(inl):
     code, out, _ = inl("generate", "--help")
     assert code == 0 and "(default: 128)" in out and "(default: None)" not in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "a\0"],
+        ["generate", "--checkpoint=\udce9"],
+        ["plot", "x" * 300],
+        ["plot", "run", "~nobody-is-called-so/loss.png"],
+        ["report", "run", "a\0"],
+        ["inspect", "run", "--prompt", "x", "--out", "a\0.html"],
+        ["import", "--weights", "a\0", "--num_iterations", "3", "--out", "out"],
+        ["import", "--weights", "a", "--num_iterations", "3", "--out", ""],
+        ["estimate", "--config", "tiny", "--mfu_from", "\udce9"],
+        ["train", "--config", "a\0"],
+        ["train", "--config", "tiny", "--run_dir", "\udce9"],
+        ["prepare", "--config", "tiny", "--data.cache_dir", "a\0"],
+    ],
+)
+def test_path_that_no_file_can_have_is_one_line_and_exit_code_2(inl, argv):
+    code, out, err = inl(*argv)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_paths_of_flags_may_begin_with_a_tilde(inl, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = inl("plot", "~/nothing")
+    assert code == 2 and f"{tmp_path}/nothing" in err
+    parser = Parser("x", None)
+    parser.add_run()
+    assert parser.parse_flags(["--checkpoint=~/a"]).checkpoint == tmp_path / "a"
+    assert parser.parse_flags(["~/a"]).checkpoint == tmp_path / "a"

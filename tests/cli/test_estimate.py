@@ -74,7 +74,7 @@ def test_estimate_takes_the_mfu_that_a_run_has_measured(estimate, tmp_path):
         (["--watts", "nan"], "--watts nan: must be from 0 to 1e+06"),
         (["--price", "1e308"], "--price 1e+308: must be from 0 to 1e+06"),
         (["--devices", "0"], "--devices 0: must be from 1"),
-        (["--num_steps", str(10**400)], "0: that is above 1e18 tokens; lower it"),
+        (["--num_steps", str(10**400)], "0: does not fit into 64 bits"),
         (["--mfu", ".3", "--mfu_from", "runs/x"], "give one of them"),
         (["--gpus", "a100"], "--gpus a100: choose one of a100-80gb, a100-40gb"),
         (["--mfu_from", "nowhere"], "--mfu_from nowhere: no run there"),

@@ -7,7 +7,7 @@ import inl_jax
 from inl_jax.cli import main
 from inl_jax.config_file import presets, read_lab_note
 
-HEAVY = {"jax", "flax", "orbax", "grain", "numpy", "tyro"}
+HEAVY = {"jax", "flax", "orbax", "grain", "numpy"}
 
 
 def loaded_by(code):
@@ -105,7 +105,7 @@ def test_typo_on_the_command_line_is_answered_in_under_a_second_of_cpu_time():
 
 @pytest.mark.parametrize("name", presets())
 def test_config_file_needs_no_jax(name):
-    assert loaded_by(f"from inl_jax import load_config; load_config({name!r})") <= {"tyro"}
+    assert loaded_by(f"from inl_jax import load_config; load_config({name!r})") == set()
 
 
 def test_import_inl_jax_loads_nothing_heavy():
@@ -120,3 +120,23 @@ def test_every_public_name_is_there_and_a_wrong_one_is_an_attribute_error():
     assert callable(inl_jax.interop.params_from_torch)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         inl_jax.trian  # noqa: B018
+
+
+FULL = "error: the result cannot be written to stdout (No space left on device)\n"
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["generate", "--help"], ["train", "--help"]])
+def test_result_that_cannot_be_written_is_one_line_and_exit_code_1(inl, argv, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inl_jax.console.sys.stdout.write", fail)
+    assert inl(*argv) == (1, "", FULL)
+
+
+def test_lost_output_ends_quietly_in_a_process_of_its_own():
+    """Python itself would flush once more, complain and exit with 120."""
+    for redirected, expected in (("> /dev/full", (1, FULL)), ("| true", (0, ""))):
+        command = f"set -o pipefail; {sys.executable} -m inl_jax --help {redirected}"
+        code, _, err, _ = run("bash", "-c", command)
+        assert (code, err) == expected, redirected

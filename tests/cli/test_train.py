@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 
@@ -87,3 +88,43 @@ def test_failure_of_the_machine_is_one_line_and_its_exit_code(
     monkeypatch.setattr("inl_jax.trainer.train", fail)
     found, _, err = inl("train", "--config", tiny_run[0])
     assert found == code and re.fullmatch(r"error: .*needs more\n", err)
+
+
+def test_every_json_file_of_a_run_is_json(trained):
+    def refuse(name):
+        raise AssertionError(name)
+
+    files = [path for path in trained[1].parent.rglob("*.json*") if path.is_file()]
+    ours = [path for path in files if "checkpoints" not in path.parts]
+    names = {path.name for path in ours}
+    assert {"config.json", "env.json", "best.json", "metrics.jsonl", "meta.json"} <= names
+    for path in ours:
+        text = path.read_text(encoding="utf-8")
+        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["> /dev/full 2>&1", ">&- 2>&-", "2>&1 | true"])
+def test_train_ends_well_whatever_becomes_of_its_output_and_log(tiny_run, tmp_path, redirected):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    (run_dir / "env.json").mkdir()
+    (run_dir / "samples").write_text("in the way")
+    flags = "--sample_every 2 --sample_tokens 4 --sample_prompts é 猫"
+    command = (
+        f"{sys.executable} -m inl_jax train --config {tiny_run[0]} --run_dir {run_dir} {flags}"
+    )
+    code, _, err, _ = run("bash", "-c", f"set -o pipefail; {command} {redirected}")
+    assert (code, err) == (0, "") and (run_dir / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.slow
+def test_train_names_a_run_dir_in_any_letters_and_shows_what_ascii_can(tiny_run, tmp_path):
+    run_dir = tmp_path / "mein \n lauf 日本"
+    flags = ["--run_dir", run_dir, "--sample_every", 4, "--sample_prompts", "é"]
+    flags += ["--sample_tokens", 4]
+    ascii_only = ["env", "PYTHONIOENCODING=ascii", sys.executable, "-m", "inl_jax"]
+    code, out, err, _ = run(*ascii_only, "train", "--config", tiny_run[0], *flags)
+    assert code == 0 and out.isascii() and (run_dir / "checkpoints" / "4").is_dir(), err

@@ -47,3 +47,10 @@ def test_curve_takes_null_as_not_a_number(make_run):
     steps, values = run.curve("loss")
     assert list(steps) == [1, 2] and values[0] == 8.0 and np.isnan(values[1])
     assert run.latest("loss") == 8.0
+
+
+def test_read_runs_finds_a_run_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    assert [run.run_dir for run in read_runs(["~/run"])] == [tmp_path / "run"]

@@ -1,9 +1,18 @@
 import json
 import math
+import os
+import shutil
 
 import pytest
 
-from inl_jax.training.metrics import MetricsLog, console_lines, perplexity, read_metrics
+from inl_jax.training.metrics import (
+    MetricsLog,
+    console_lines,
+    latest,
+    perplexity,
+    read_metrics,
+)
+from inl_jax.watch.progress import standing
 
 
 def update(step, loss, **fields):
@@ -69,7 +78,10 @@ def test_read_metrics_drops_the_branch_that_a_resumed_run_abandoned(tmp_path):
     [
         '{"step": "x", "loss": 2.0}',
         '{"step": 5, "loss": "x"}',
-        '{"step": 5, "validation_loss": null}',
+        '{"step": null, "loss": 2.0}',
+        '{"resumed_from": null}',
+        "[" * 100_000,
+        '"loss"',
         '{"step": 5, "dynamics": 3}',
         '{"step": 5, "nothing": 1}',
         "[5]",
@@ -102,13 +114,74 @@ def test_metrics_log_writes_at_once_what_it_says_and_calls_the_hook(tmp_path, ca
     log = MetricsLog(tmp_path, on_record=heard.append)
     log.write(update(1, math.inf))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == update(1, math.inf) and heard == [update(1, math.inf)]
+    written = update(1, math.inf) | {"loss": None, "perplexity": None}  # JSON has no infinity
+    assert json.loads(line, parse_constant=pytest.fail) == written
+    assert heard == [update(1, math.inf)]
     log.close()
     shown = capsys.readouterr()  # no control characters outside a terminal
     assert (
         shown.out == "".join(f"{line}\n" for line in console_lines(update(1, math.inf)))
         and shown.err == ""
     )
+
+
+def test_read_metrics_reads_null_and_older_files_alike(tmp_path):
+    """A number that was not finite is null; it was NaN or Infinity once."""
+    lines = ['{"step": 1, "loss": NaN, "grad_norm": Infinity}', '{"step": 2, "loss": null}']
+    lines += ['{"step": 3, "validation_loss": null}', '{"step": 4, "validation_loss": NaN}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    losses = [record.get("loss", record.get("validation_loss")) for record in records]
+    assert all(map(math.isnan, losses))
+    found = standing([r | {"basis": "b"} for r in records], basis="b")
+    assert found.best_step == 0 and found.waited == 2
+
+
+def block(path, kind):
+    """Makes a file impossible to append to; returns how to undo that."""
+    if kind == "directory":
+        path.mkdir()
+        return path.rmdir
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "full disk":
+        path.symlink_to("/dev/full")
+    else:
+        path.symlink_to(path.parent / "nowhere" / "file")
+    return path.unlink
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "full disk", "dangling link"])
+def test_metrics_log_warns_once_and_makes_up_for_what_it_could_not_write(tmp_path, said, kind):
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, update(1, 5.0))
+    shutil.move(path, tmp_path / "before")
+    unblock = block(path, kind)
+    assert read_metrics(tmp_path) == []
+    log = MetricsLog(tmp_path)
+    log.resume_from(1)
+    for step in (2, 3):
+        log.write(update(step, 4.0))
+    assert sum("WARNING" in line for line in said) == 1 and "training goes on" in "".join(said)
+    unblock()
+    shutil.move(tmp_path / "before", path)
+    log.write(update(4, 4.0))
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert len(path.read_text().splitlines()) == 4
+    assert "can be written again; no record is lost" in said[-2]
+
+
+def test_metrics_log_says_at_the_end_what_it_lacks(tmp_path, said):
+    (tmp_path / "metrics.jsonl").mkdir()
+    write(tmp_path, update(1, 5.0), update(2, 4.0))
+    assert "lacks the last 2 records (Is a directory)" in said[-1]
+
+
+def test_latest_takes_no_damaged_number():
+    records = [{"elapsed": 5.0}, {"elapsed": "x"}, {"elapsed": math.nan}, {"elapsed": None}]
+    assert latest(records, "elapsed") == 5.0 and latest(records, "energy_kwh") == 0
 
 
 def test_console_lines_are_made_from_the_record():

@@ -24,4 +24,4 @@ def test_write_samples_keeps_text_that_looks_like_markdown(tmp_path):
     assert path == tmp_path / "samples" / "000500.md"
     text = path.read_text()
     assert "````\n# no title\n```\ncode\n````" in text, "a fence longer than any inside"
-    assert "? drawn" in text and text.count("\n# no title") == 3, "fenced each time"
+    assert "\\ud800 drawn" in text and text.count("\n# no title") == 3, "fenced each time"
