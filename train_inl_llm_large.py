@@ -1,7 +1,7 @@
 """The published guide's script: run it, or `from train_inl_llm_large import train_inl_llm`."""
 
 if __name__ == "__main__":
-    from inl_jax.cli.questions import main
+    from inl_jax.questions import main
 
     main()
 else:

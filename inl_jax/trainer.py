@@ -19,12 +19,7 @@ from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.failures import Diverged
 from inl_jax.guest import own_logging
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import (
-    any_process,
-    local_rows,
-    on,
-    place,
-)
+from inl_jax.parallel.sharding import any_process, local_rows, on, place
 from inl_jax.planning.cost import utilization
 from inl_jax.planning.out_of_memory import explained
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
@@ -34,20 +29,10 @@ from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
 from inl_jax.tokens.tokenizer import Tokenizer
-from inl_jax.training.metrics import (
-    MetricsLog,
-    Record,
-    latest,
-    read_metrics,
-    update_record,
-)
+from inl_jax.training.metrics import MetricsLog, Record, latest, read_metrics, update_record
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.reader import Reader
-from inl_jax.training.state import (
-    Layout,
-    TrainState,
-    split_state,
-)
+from inl_jax.training.state import Layout, TrainState, split_state
 from inl_jax.training.step import compile_step, why_skipped
 from inl_jax.training.stop import StopRequest
 from inl_jax.training.trackers import Trackers
@@ -79,7 +64,8 @@ class TrainResult:
     @property
     def model(self) -> LanguageModel:
         """The trained model, ready to generate, on the mesh of the run."""
-        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
+        placed = jax.tree.leaves(self.params)[0].sharding
+        mesh = getattr(placed, "mesh", None)  # arrays that were pickled are on one device
         return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
@@ -106,6 +92,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         fitted, mesh, layout = plan = plan_run(config)
         corpus = prepare_data(config)
         check_run(config, corpus.tokenizer)
+        identity = Identity(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (
             locked(config.run_dir) as lock,
@@ -113,10 +100,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             on(mesh),
             contextlib.closing(
                 Checkpoints(
-                    config.run_dir,
-                    keep_last=config.keep_last,
-                    identity=Identity(config, corpus.tokenizer),
-                    lock=lock,
+                    config.run_dir, keep_last=config.keep_last, identity=identity, lock=lock
                 )
             ) as saved,
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,

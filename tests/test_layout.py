@@ -12,7 +12,7 @@ PACKAGE = ROOT / "inl_jax"
 
 # Imports run down this list and never up.
 FLOORS = [
-    {"__main__", "cli"},
+    {"__main__", "cli", "questions"},
     {"trainer", "evaluation", "sampling", "guide", "checklist", "start", "watch", "report"},
     {"interop"},
     {"planning"},

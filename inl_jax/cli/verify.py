@@ -5,14 +5,16 @@ all is as it was saved (checkpoints without a manifest are named); 1 something i
 a mistake in the input. It may run beside a training.
 """
 
-import json
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from inl_jax.cli import signals
 from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
+from inl_jax.console import show
 from inl_jax.failures import EXIT_FAILED
+from inl_jax.files import json_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,16 +33,14 @@ def main(argv: Sequence[str]) -> int:
     if not ((run_dir / CONFIG_NAME).exists() or steps_on_disk(run_dir)):
         raise InputError(f"{run_dir}: not a run directory (no config.json and no checkpoint in it)")
     findings = []
-    for check in [check_checkpoints(run_dir, flags.step or "all")] + (
-        [] if flags.step else [check_files(run_dir)]
-    ):
-        for finding in check:
-            findings.append(finding)
-            if not flags.json:
-                detail = f" ({finding.detail})" if finding.detail else ""
-                print(f"{finding.what}: {finding.state}{detail}", flush=True)
+    side_files = () if flags.step else check_files(run_dir)
+    for finding in itertools.chain(check_checkpoints(run_dir, flags.step or "all"), side_files):
+        findings.append(finding)
+        if not flags.json:
+            detail = f" ({finding.detail})" if finding.detail else ""
+            show(f"{finding.what}: {finding.state}{detail}")
     good = all(finding.state != "damaged" for finding in findings)
     if flags.json:
         found = [finding._asdict() for finding in findings]
-        print(json.dumps({"run": str(run_dir), "good": good, "findings": found}))
+        show(json_text({"run": str(run_dir), "good": good, "findings": found}))
     return 0 if good else EXIT_FAILED

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -17,7 +16,7 @@ import jax
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.failures import MachineFailure
-from inl_jax.files import read_json, write_text
+from inl_jax.files import json_text, read_json, write_text
 from inl_jax.guest import own_logging
 from inl_jax.internals import on_save_failure
 from inl_jax.model.language_model import abstract_params
@@ -158,7 +157,7 @@ class Checkpoints:
         if self._identity is not None:
             self._identity.write(step_dir)
         write_manifest(step_dir)
-        write_text(self._run_dir / LAST_SAVE, json.dumps({"step": step}))
+        write_text(self._run_dir / LAST_SAVE, json_text({"step": step}))
         return True
 
     def _finish_save(self) -> None:
@@ -278,7 +277,7 @@ class Checkpoints:
         found = {"step": step, "validation_loss": loss, "basis": basis}
         if processes.first():
             with self._writing():
-                write_text(self._best, json.dumps(found))
+                write_text(self._best, json_text(found))
         processes.gather()  # so that all keep the same checkpoints
 
     def resume_from(self, step: int) -> None:
