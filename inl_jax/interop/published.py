@@ -216,7 +216,7 @@ def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _checked(state_dict: Mapping[str, Any], c: ModelConfig) -> dict[str, np.ndarray]:
     """The weights by name, once all are there, none is left over and each is as it must be."""
     shapes = _shapes(c)
-    left_over = [str(name) for name in state_dict if name not in {*shapes, HEAD, POSITIONS}]
+    left_over = [repr(name) for name in state_dict if name not in {*shapes, HEAD, POSITIONS}]
     if left_over:
         raise InputError(
             f"weights the config has no place for: {', '.join(left_over[:5])} "

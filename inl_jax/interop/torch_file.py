@@ -56,7 +56,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         is_weight = isinstance(name, str) and isinstance(value, torch.Tensor)
         if is_weight and name.startswith(found.prefix):
             plain = re.sub(rf"(?<![^.]){_WRAPPER}", "", name.removeprefix(found.prefix))
-            weights[plain] = _to_numpy(value, f"{path}: {name}")
+            weights[plain] = _to_numpy(value, f"{path}: {name!r}")
         else:
             left_out.append(repr(name))
     if found.place or found.prefix or left_out:
