@@ -114,6 +114,7 @@ class Leg:
       devices: CPU devices of each.
       pace: seconds that reading a batch takes.
       stalls: for each process, the number of the batch whose reading never ends; 0 for none.
+      prefix: a command that starts each process.
       variables: of the environment.
       settings: of `subprocess.Popen`.
     """
@@ -128,6 +129,7 @@ class Leg:
         devices=1,
         pace=0.0,
         stalls=(0, 0),
+        prefix=(),
         variables=(),
         **settings,
     ):
@@ -153,7 +155,7 @@ class Leg:
             port = free.getsockname()[1]
         self.config, self.all, self.logs = config, [], []
         for i in range(processes):
-            command = [sys.executable, "-c", WORKER, pace, stalls[i], "--config", path]
+            command = [*prefix, sys.executable, "-c", WORKER, pace, stalls[i], "--config", path]
             if processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--num_processes", processes]
                 command += ["--process_id", i, "--peer_timeout", 10]

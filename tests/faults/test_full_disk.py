@@ -1,6 +1,5 @@
 """A disk without space: one line, a code of its own, and the same command resumes."""
 
-import resource
 import signal
 import subprocess
 
@@ -66,8 +65,8 @@ def test_a_run_on_a_full_disk_ends_in_a_line_and_resumes_bit_equal(
 
 def test_a_run_at_its_limit_of_file_size_ends_like_on_a_full_disk(tmp_path, whole, tell):
     config = tiny_config(tmp_path, num_steps=20)
-    limit = 20_000  # bytes: more than a log, less than the arrays of a checkpoint
-    leg = Leg(config, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    # 40 blocks of 512 bytes: more than the log takes, less than the arrays of a checkpoint.
+    leg = Leg(config, prefix=["sh", "-c", 'ulimit -f 40; exec "$@"', "sh"])
     assert leg.wait() == [28], leg.out()
     assert "Traceback" not in leg.out()
     again = Leg(config)

@@ -28,7 +28,7 @@ LOGS = {
 CONSOLES = {
     "on a full disk": lambda: {"stdout": open("/dev/full", "w"), "stderr": open("/dev/full", "w")},
     "without a reader": lambda: {"stdout": _without_reader(), "stderr": subprocess.DEVNULL},
-    "closed": lambda: {"preexec_fn": lambda: (os.close(1), os.close(2))},
+    "closed": lambda: {"prefix": ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]},
     "in ASCII": lambda: {"variables": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}},
 }
 
