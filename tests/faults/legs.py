@@ -134,7 +134,7 @@ class Leg:
         **settings,
     ):
         Leg.number += 1
-        folder = Path(config.run_dir).with_name(f"leg-{Leg.number}")
+        folder = Path(config.data.cache_dir).with_name(f"leg-{Leg.number}")
         folder.mkdir()
         path = folder / "config.py"
         path.write_text(
