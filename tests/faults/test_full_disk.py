@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from legs import Leg, log_of, temporary_files, tiny_config
 
+from inl_jax.data.corpus import prepare
+
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
@@ -65,6 +67,7 @@ def test_a_run_on_a_full_disk_ends_in_a_line_and_resumes_bit_equal(
 
 def test_a_run_at_its_limit_of_file_size_ends_like_on_a_full_disk(tmp_path, whole, tell):
     config = tiny_config(tmp_path, num_steps=20)
+    prepare(config.data)  # its files are larger than the limit
     # 40 blocks of 512 bytes: more than the log takes, less than the arrays of a checkpoint.
     leg = Leg(config, prefix=["sh", "-c", 'ulimit -f 40; exec "$@"', "sh"])
     assert leg.wait() == [28], leg.out()
