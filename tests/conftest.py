@@ -64,6 +64,17 @@ def said(monkeypatch):
 
 
 @pytest.fixture
+def tell(capsys):
+    """Prints a line past pytest: a figure that docs/reliability.md quotes."""
+
+    def tell(line):
+        with capsys.disabled():
+            print(f"\n{line}", flush=True)
+
+    return tell
+
+
+@pytest.fixture
 def model_config():
     """Makes a narrow model: `model_config(context="mean", num_layers=4)`."""
     return lambda **fields: ModelConfig(**(MODEL | fields))

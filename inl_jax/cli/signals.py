@@ -88,7 +88,9 @@ def _dropped(error) -> None:
 
     Once `train` catches signals itself, it has noted the signal and needs no exception.
     """
-    if not issubclass(error.exc_type, KeyboardInterrupt):
+    if "Event loop is closed" in str(error.exc_value):
+        pass  # Orbax closes the loop of a save that fails before all its writes have ended
+    elif not issubclass(error.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(error)
     elif signal.getsignal(signal.SIGTERM) is leave:
         leave(signal.SIGTERM if issubclass(error.exc_type, Stopped) else signal.SIGINT)

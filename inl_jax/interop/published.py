@@ -13,11 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from inl_jax.config import InputError, ModelConfig
+from inl_jax.console import first_line
 from inl_jax.model.dynamics import CONTROLLERS
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import sinusoid
 
 _NETWORKS = dict(zip(CONTROLLERS, ("alpha", "beta", "gate", "v_cand"), strict=True))
+EMBEDDING = "token_embedding.weight"
+HEAD = "lm_head.weight"
+POSITIONS = "pos_encoding.pe"
+_COUNTER = "inl.global_step"
 _VECTORS = {  # ours, within a block: theirs, within a layer
     "norm1_scale": "norm1.weight",
     "norm1_bias": "norm1.bias",
@@ -39,22 +44,22 @@ def config_from_torch(
       **fields: other fields of `ModelConfig`, such as `param_dtype`.
 
     Raises:
-      InputError: a weight the published model has is missing.
+      InputError: a weight that tells a size is missing or has another rank.
     """
-    vocab_size, d_model = _get(state_dict, "token_embedding.weight").shape
+    vocab_size, d_model = _matrix_shape(state_dict, EMBEDDING)
     pattern = re.compile(r"layers\.(\d+)\.")
-    layers = {int(m.group(1)) for name in state_dict if (m := pattern.match(name))}
+    layers = {int(m.group(1)) for name in state_dict if (m := pattern.match(str(name)))}
     defaults = {"kappa": float("inf")}
-    if "pos_encoding.pe" in state_dict:
-        defaults["max_seq_len"] = np.asarray(state_dict["pos_encoding.pe"]).shape[-2]
+    if POSITIONS in state_dict:
+        defaults["max_seq_len"] = _positions(state_dict, d_model).shape[0]
     return ModelConfig(
         **{
             "vocab_size": vocab_size,
             "d_model": d_model,
             "num_layers": len(layers),
             "num_iterations": num_iterations,
-            "d_ff": _get(state_dict, "layers.0.ff.0.weight").shape[0],
-            "controller_width": _get(state_dict, "layers.0.inl.mlp_alpha.0.weight").shape[0],
+            "d_ff": _matrix_shape(state_dict, "layers.0.ff.0.weight")[0],
+            "controller_width": _matrix_shape(state_dict, "layers.0.inl.mlp_alpha.0.weight")[0],
             "context": "mean",
         }
         | defaults
@@ -73,22 +78,18 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
       model_config: see `config_from_torch`.
 
     Raises:
-      InputError: a weight is missing, left over or of the wrong shape, or the model is not of the
-        published kind.
+      InputError: a weight is missing, left over, of the wrong shape or type or not finite, or the
+        model is not of the published kind.
     """
     c = model_config
     if c.context != "mean":
         raise InputError(f"model.context={c.context}: published weights are of the mean context")
+    weights = _checked(state_dict, c)
     root_d = c.d_model**0.5
-    used = set()
-
-    def get(name: str) -> np.ndarray:
-        used.add(name)
-        return _get(state_dict, name)
 
     def block(i: int) -> dict[str, Any]:
         def layer(name: str) -> np.ndarray:
-            return get(f"layers.{i}.{name}")
+            return weights[f"layers.{i}.{name}"]
 
         inputs = [layer(f"inl.mlp_{n}.0.weight").T for n in _NETWORKS.values()]
         hidden_kernel = np.stack(inputs, axis=1)  # [3D, Q, C], rows in the order h, x, v
@@ -96,7 +97,7 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
         integrator = {
             "mu": layer("inl.mu"),
             "gamma": np.zeros_like(gamma),
-            "phi": layer("inl.excitation_phi") + gamma * layer("inl.global_step"),
+            "phi": layer("inl.excitation_phi") + gamma * layer(_COUNTER),
             "context_kernel": hidden_kernel[: c.d_model],
             "state_kernel": hidden_kernel[c.d_model :].reshape(2, -1, *hidden_kernel.shape[1:]),
             "hidden_bias": np.stack([layer(f"inl.mlp_{n}.0.bias") for n in _NETWORKS.values()]),
@@ -115,35 +116,16 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
             "integrator": integrator,
         }
 
-    embedding = get("token_embedding.weight")
     blocks = [block(i) for i in range(c.num_layers)]
     params = {
-        "embedding": embedding / root_d,
+        "embedding": weights[EMBEDDING] / root_d,
         "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
-        "final_norm_scale": get("final_norm.weight") * root_d,
-        "final_norm_bias": get("final_norm.bias") * root_d,
+        "final_norm_scale": weights["final_norm.weight"] * root_d,
+        "final_norm_bias": weights["final_norm.bias"] * root_d,
     }
-    if "lm_head.weight" in state_dict and not np.array_equal(get("lm_head.weight"), embedding):
-        raise InputError("lm_head.weight differs from token_embedding.weight: they must be tied")
-    if "pos_encoding.pe" in state_dict:
-        _check_positions(get("pos_encoding.pe"))
-    left_over = sorted(set(state_dict) - used)
-    if left_over:
-        raise InputError(
-            f"weights the config has no place for: {', '.join(left_over[:5])} "
-            f"({len(left_over)} in all); check model.num_layers={c.num_layers}"
-        )
-
-    def fit(path, found, wanted):
-        if found.shape != wanted.shape:
-            name = "/".join(str(k.key) for k in path)
-            raise InputError(
-                f"{name} has shape {found.shape}, the config wants {wanted.shape}: "
-                "read the sizes with config_from_torch"
-            )
-        return jnp.asarray(found, wanted.dtype)
-
-    return jax.tree_util.tree_map_with_path(fit, params, abstract_params(c))
+    return jax.tree.map(
+        lambda found, wanted: jnp.asarray(found, wanted.dtype), params, abstract_params(c)
+    )
 
 
 def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndarray]:
@@ -153,23 +135,26 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
     only a model whose gamma is 0 (as imported ones) computes the same function there; for others
     the weights are exact and the excitation differs.
 
+    Returns:
+      name to array, as `torch.from_numpy` takes it: NumPy has no bfloat16, so that becomes float32.
+
     Raises:
       InputError: the model is not of the mean context.
     """
     c = model_config
     if c.context != "mean":
         raise InputError(f"model.context={c.context}: the published model is the mean context")
-    params = jax.tree.map(np.asarray, params)
+    params = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype == jnp.bfloat16 else None), params
+    )
     root_d = np.asarray(c.d_model**0.5, params["embedding"].dtype)
     embedding = params["embedding"] * root_d
     out = {
-        "token_embedding.weight": embedding,
-        "lm_head.weight": embedding,
+        EMBEDDING: embedding,
+        HEAD: embedding,
         "final_norm.weight": params["final_norm_scale"] / root_d,
         "final_norm.bias": params["final_norm_bias"] / root_d,
-        "pos_encoding.pe": np.asarray(
-            sinusoid(jnp.arange(c.max_seq_len)[None], c.d_model, embedding.dtype)
-        ),
+        POSITIONS: np.array(sinusoid(jnp.arange(c.max_seq_len)[None], c.d_model, embedding.dtype)),
     }
     for i in range(c.num_layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
@@ -183,7 +168,7 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
             "inl.mu": integrator["mu"],
             "inl.excitation_gamma": integrator["gamma"],
             "inl.excitation_phi": integrator["phi"],
-            "inl.global_step": np.zeros((), np.int64),
+            _COUNTER: np.zeros((), np.int64),
         }
         for q, name in enumerate(_NETWORKS.values()):
             layer |= {
@@ -192,19 +177,99 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
                 f"inl.mlp_{name}.2.weight": integrator["output_kernel"][q].T,
                 f"inl.mlp_{name}.2.bias": integrator["output_bias"][q],
             }
-        out |= {f"layers.{i}.{name}": np.ascontiguousarray(v) for name, v in layer.items()}
+        out |= {f"layers.{i}.{name}": np.array(v, order="C") for name, v in layer.items()}
     return out
 
 
-def _get(state_dict: Mapping[str, Any], name: str) -> np.ndarray:
+def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the published weights, without the tied head and the positions."""
+    d, f, q = c.d_model, c.d_ff, c.controller_width
+    layer = {
+        "norm1.weight": (d,),
+        "norm1.bias": (d,),
+        "norm2.weight": (d,),
+        "norm2.bias": (d,),
+        "context_projection.weight": (d, d),
+        "context_projection.bias": (d,),
+        "ff.0.weight": (f, d),
+        "ff.0.bias": (f,),
+        "ff.3.weight": (d, f),
+        "ff.3.bias": (d,),
+        "inl.mu": (d,),
+        "inl.excitation_gamma": (d,),
+        "inl.excitation_phi": (d,),
+        _COUNTER: (),
+    }
+    for name in _NETWORKS.values():
+        layer |= {
+            f"inl.mlp_{name}.0.weight": (q, 3 * d),
+            f"inl.mlp_{name}.0.bias": (q,),
+            f"inl.mlp_{name}.2.weight": (d, q),
+            f"inl.mlp_{name}.2.bias": (d,),
+        }
+    shapes = {EMBEDDING: (c.vocab_size, d), "final_norm.weight": (d,), "final_norm.bias": (d,)}
+    for i in range(c.num_layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _checked(state_dict: Mapping[str, Any], c: ModelConfig) -> dict[str, np.ndarray]:
+    """The weights by name, once all are there, none is left over and each is as it must be."""
+    shapes = _shapes(c)
+    left_over = [repr(name) for name in state_dict if name not in {*shapes, HEAD, POSITIONS}]
+    if left_over:
+        raise InputError(
+            f"weights the config has no place for: {', '.join(left_over[:5])} "
+            f"({len(left_over)} in all); check model.num_layers={c.num_layers}"
+        )
+    weights = {name: _weight(state_dict, name) for name in shapes}
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise InputError(
+                f"{name} has shape {weights[name].shape}, the config wants {shape}: read the sizes "
+                "with config_from_torch"
+            )
+    if HEAD in state_dict and not np.array_equal(_weight(state_dict, HEAD), weights[EMBEDDING]):
+        raise InputError(f"{HEAD} differs from {EMBEDDING}: they must be tied")
+    if POSITIONS in state_dict:
+        table = _positions(state_dict, c.d_model)
+        ours = sinusoid(jnp.arange(len(table))[None], c.d_model, jnp.float32)[0]
+        error = float(np.abs(table - np.asarray(ours)).max())
+        if error > 2e-3:  # float32 angles at position 4096 are good to about 2e-4
+            raise InputError(f"{POSITIONS} differs from the sinusoid by {error:.1e}")
+    return weights
+
+
+def _weight(state_dict: Mapping[str, Any], name: str) -> np.ndarray:
     if name not in state_dict:
         raise InputError(f"published weights lack {name}: is this an INL-LLM state_dict?")
-    return np.asarray(state_dict[name])
+    try:
+        weight = np.asarray(state_dict[name])
+    except Exception as error:  # of whatever made the weights
+        raise InputError(
+            f"{name} is no array for NumPy ({first_line(error)}): pass it as float32 on the CPU"
+        ) from error
+    if weight.dtype.kind != ("i" if name.endswith(_COUNTER) else "f"):
+        raise InputError(
+            f"{name} is of type {weight.dtype}: weights must be floating-point numbers"
+        )
+    if not np.isfinite(weight).all():
+        raise InputError(f"{name} holds NaN or infinity: take weights from before they diverged")
+    return weight
 
 
-def _check_positions(table: np.ndarray) -> None:
-    table = table.reshape(-1, table.shape[-1])
-    ours = sinusoid(jnp.arange(len(table))[None], table.shape[-1], jnp.float32)[0]
-    error = float(np.abs(table - np.asarray(ours)).max())
-    if error > 2e-3:  # float32 angles at position 4096 are good to about 2e-4
-        raise InputError(f"pos_encoding.pe differs from the sinusoid by {error:.1e}")
+def _matrix_shape(state_dict: Mapping[str, Any], name: str) -> tuple[int, int]:
+    shape = _weight(state_dict, name).shape
+    if len(shape) != 2:
+        raise InputError(f"{name} has shape {shape}: it must be a matrix")
+    return shape
+
+
+def _positions(state_dict: Mapping[str, Any], d_model: int) -> np.ndarray:
+    """The table of positions, [positions, D]."""
+    table = _weight(state_dict, POSITIONS)
+    if table.ndim == 3 and len(table) == 1:
+        table = table[0]
+    if table.ndim != 2 or table.shape[1] != d_model or not len(table):
+        raise InputError(f"{POSITIONS} has shape {table.shape}: it must be [positions, {d_model}]")
+    return table

@@ -17,13 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from inl_jax.console import first_line
 from inl_jax.files import json_text, read_json, write_text
 from inl_jax.redact import redact
 from inl_jax.tracking import log
 from inl_jax.tracking.services import HostedRun, TensorBoard
-from inl_jax.training.metrics import Record, kind, read_metrics
+from inl_jax.training.metrics import KINDS, Record, kind, read_metrics
 from inl_jax.training.trackers import TOLD, failed
 
 
@@ -51,9 +52,17 @@ class Tail:
         *lines, self._rest = (self._rest + new).split(b"\n")
         records = []
         for line in lines:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-        return records
+        return list(filter(_is_whole, records))
+
+
+def _is_whole(record: Any) -> bool:
+    """Whether this is a record of something at a step, or a marker: a disk may have damaged it."""
+    if not isinstance(record, dict):
+        return False
+    of_a_step = type(record.get("step")) is int and any(of in record for of in KINDS)
+    return of_a_step or type(record.get("resumed_from")) is int
 
 
 def follow(
@@ -78,10 +87,12 @@ def follow(
       offset: size of metrics.jsonl at that time, in bytes.
     """
     state, metrics = run_dir / "trackers" / f"{name}.json", run_dir / "metrics.jsonl"
-    sent = read_json(state)
+    sent = {of: n for of, n in read_json(state).items() if type(n) is int and n >= 0}
     tail, unseen = Tail(metrics, offset), Tail(metrics, sent.pop("offset", 0))
     parameters = {"config": read_json(run_dir / "config.json")}
-    parameters["environment"] = read_json(run_dir / "env.json").get("starts", [{}])[-1]
+    starts = read_json(run_dir / "env.json").get("starts")
+    if isinstance(starts, list) and starts and isinstance(starts[-1], dict):
+        parameters["environment"] = starts[-1]
     if name == "tensorboard":
         # It can forget: all is sent anew from the first step that is not surely complete, or that
         # the run has repeated since, perhaps without this tracker.
@@ -97,7 +108,10 @@ def follow(
         for start in range(0, len(records), 20):
             for record in records[start : start + 20]:
                 if record["step"] > sent.get(kind(record), -1):
-                    tracker.write(redact(record))
+                    try:
+                        tracker.write(redact(record))
+                    except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                        tell(f"tracker {name}: a record of update {record['step']} is damaged")
                     sent[kind(record)] = record["step"]
             tracker.flush()
             write_text(state, json_text(sent | {"offset": offset}))

@@ -81,7 +81,7 @@ class Trackers:
 def _start(name: str, run_dir: Path, project: str, step: int) -> subprocess.Popen:
     folder, metrics = run_dir / "trackers", run_dir / "metrics.jsonl"
     folder.mkdir(exist_ok=True)
-    if "id" not in read_json(folder / "id.json"):
+    if not isinstance(read_json(folder / "id.json").get("id"), str):
         stem = re.sub(r"[^\w.-]", "-", run_dir.resolve().name)[:40]
         write_text(folder / "id.json", json_text({"id": f"{stem}-{secrets.token_hex(3)}"}))
     offset = metrics.stat().st_size if metrics.exists() else 0

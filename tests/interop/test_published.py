@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import assert_same
 
 import inl_jax
 from inl_jax.config import InputError
@@ -98,9 +99,19 @@ def test_export_is_the_inverse():
     [
         (lambda w: w.pop("layers.1.inl.mu"), "layers.1.inl.mu"),
         (lambda w: w.update(extra=np.zeros(1)), "extra"),
-        (lambda w: w.update({"final_norm.bias": np.zeros(3)}), "final_norm_bias"),
+        (lambda w: w.update({0: np.zeros(1)}), "no place for: 0"),
+        (lambda w: w.update({"final_norm.bias": np.zeros(3)}), r"final_norm.bias has shape \(3,\)"),
+        (lambda w: w.update({"layers.1.inl.mlp_beta.0.weight": np.zeros(3)}), "mlp_beta.0.weight"),
+        (lambda w: w.update({"layers.1.inl.mu": np.full(16, np.nan)}), "inl.mu holds NaN"),
+        (
+            lambda w: w.update({"layers.1.inl.mu": np.ones(16, complex)}),
+            "inl.mu is of type complex",
+        ),
+        (lambda w: w.update({"layers.1.inl.mu": np.ones(16, np.int8)}), "inl.mu is of type int8"),
+        (lambda w: w.update({"layers.1.inl.mu": "text"}), "inl.mu is of type <U4"),
         (lambda w: w.update({"lm_head.weight": np.zeros((29, 16))}), "tied"),
         (lambda w: w.update({"pos_encoding.pe": np.zeros((1, 32, 16))}), "sinusoid"),
+        (lambda w: w.update({"pos_encoding.pe": np.zeros(16)}), "pos_encoding.pe has shape"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message):
@@ -108,6 +119,32 @@ def test_weights_that_do_not_fit_are_named(change, message):
     change(weights)
     with pytest.raises(InputError, match=message):
         interop.params_from_torch(weights, golden_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("token_embedding.weight", np.zeros(3), r"shape \(3,\): it must be a matrix"),
+        ("token_embedding.weight", np.zeros((0, 16)), "vocab_size=0"),
+        ("layers.0.ff.0.weight", np.zeros(()), "it must be a matrix"),
+        ("layers.0.inl.mlp_alpha.0.weight", np.zeros((1, 2, 3)), "it must be a matrix"),
+        ("pos_encoding.pe", np.zeros((4, 8)), r"it must be \[positions, 16\]"),
+    ],
+)
+def test_sizes_that_cannot_be_read_off_are_named(name, value, message):
+    with pytest.raises(InputError, match=message):
+        interop.config_from_torch(WEIGHTS | {name: value}, num_iterations=3)
+
+
+def test_exports_of_bfloat16_are_float32_arrays_that_torch_takes():
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    config = golden_config(param_dtype="bfloat16")
+    params = interop.params_from_torch(WEIGHTS, config)
+    exported = interop.params_to_torch(params, config)
+    tensors = {name: torch.from_numpy(value) for name, value in exported.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.int64}
+    again = interop.params_from_torch(exported, config)
+    assert_same(params, again)
 
 
 def test_other_contexts_are_refused(model_config):
