@@ -10,8 +10,7 @@ import pytest
 from inl_process import ROOT, run
 
 import inl_jax
-from inl_jax import guide
-from inl_jax.cli import questions
+from inl_jax import guide, questions
 from inl_jax.config_file import load_config
 
 DOOR = ROOT / "train_inl_llm_large.py"

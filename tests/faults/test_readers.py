@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inl_jax.data.tokenizer import load, load_tokenizer, train_bpe
 
 from inl_jax.config import DataConfig, InputError, Phase
 from inl_jax.config_file import load_config, override, to_json
 from inl_jax.data.corpus import prepare
-from inl_jax.data.tokenizer import load, load_tokenizer, train_bpe
 from inl_jax.environment import record_environment
 from inl_jax.interop.published import config_from_torch, params_from_torch, params_to_torch
 from inl_jax.interop.torch_file import read_state_dict

@@ -135,6 +135,7 @@ def test_what_holds_no_text_is_refused_by_what_it_is(tmp_path, name):
         ("a.jsonl.gz", ROW, "a.jsonl"),
         ("a.txt.gz", zstd(b"hello"), "a.txt.gz.zst"),
     ],
+    ids=["gzip unsaid", "zstd unsaid", "not packed", "zstd as gzip"],
 )
 def test_wrong_name_is_answered_with_one_that_works(tmp_path, name, content, better):
     (tmp_path / name).write_bytes(content)
