@@ -25,6 +25,7 @@ SETTINGS = {"shell": False, "weights_only": True, "allow_pickle": False, "trust_
 
 ALLOWED = {
     "inl_jax/config_file.py": {"runpy"},  # a config is a Python file
+    "tests/test_checks.py": {"pickle"},  # an error that it has made itself
     "tests/parallel/launched.py": {"pickle"},  # arrays of processes that it has started itself
 }
 
@@ -45,7 +46,7 @@ def dangers(source: str) -> set[str]:
             owner = ast.unparse(node.value)
             if owner == "builtins" and node.attr in BUILTINS:
                 found.add(node.attr)
-            if owner == "yaml" and node.attr != "safe_load":
+            if owner == "yaml" and not node.attr.startswith("safe_"):
                 found.add(f"yaml.{node.attr}")
         elif isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -496,7 +497,7 @@ def test_advice_of_a_diverged_run_works(train_config, monkeypatch):
     good = re.search(r"the last good checkpoint in .* is update (\d+): ", str(error.value))
     assert int(good[1]) in (12, 14) and int(good[1]) in saved_steps(config)
     if remove := re.search("run `(.*)`, then", str(error.value)):
-        subprocess.run(remove[1], shell=True, check=True)
+        subprocess.run(shlex.split(remove[1]), check=True)
     rate = float(re.search(r"add --optim.learning_rate (\S+) to the same", str(error.value))[1])
     lower = with_fields(config, {"optim.learning_rate": rate, "num_steps": 16, "save_every": 0})
     result = trainer.train(lower)

@@ -49,6 +49,16 @@ class Part(NamedTuple):
         return self.start + self.length
 
 
+class Common(NamedTuple):
+    """The ids of the text before a part, encoded alone."""
+
+    ids: np.ndarray
+    low: int
+    """From this one on they are the same without the first quarter of the text."""
+    high: int
+    """Up to this one they are the same without the last quarter of the text."""
+
+
 def parts(pieces: Pieces, tokenizer: Tokenizer) -> Iterator[Part]:
     """The parts of one document, from its pieces."""
     part, seen = None, ""
@@ -76,16 +86,29 @@ class Encoder:
 
     def encode(self, batch: Sequence[Part]) -> list[np.ndarray]:
         """The ids `[tokens]` that are certain after each part, without an end token."""
-        texts = [part.before + part.text for part in batch]
-        common = [part.before for part in batch if part.before]
-        found = iter(self._tokenizer.encode_batch([*texts, *common]))
-        ids = list(itertools.islice(found, len(texts)))
-        return [
-            self._join(part, own, next(found) if part.before else own[:0])
-            for part, own in zip(batch, ids, strict=True)
-        ]
+        return list(
+            itertools.starmap(self._join, zip(batch, *self._encode_parts(batch), strict=True))
+        )
 
-    def _join(self, part: Part, ids: np.ndarray, common: np.ndarray) -> np.ndarray:
+    def _encode_parts(self, batch: Sequence[Part]) -> tuple[list[np.ndarray], list[Common]]:
+        """The ids of each part with the text before it, and of that text."""
+        texts = [part.before + part.text for part in batch]
+        for part in batch:
+            quarter = len(part.before) // 4
+            texts += part.before, part.before[quarter:], part.before[: len(part.before) - quarter]
+        ids = self._tokenizer.encode_batch(texts)
+        views = ids[len(batch) :]
+        commons = [
+            Common(
+                whole,
+                low=len(whole) - _num_equal(whole[::-1], late[::-1]),
+                high=_num_equal(whole, early),
+            )
+            for whole, late, early in zip(views[::3], views[1::3], views[2::3], strict=True)
+        ]
+        return ids[: len(batch)], commons
+
+    def _join(self, part: Part, ids: np.ndarray, common: Common) -> np.ndarray:
         """The ids that are certain after `part`; holds the rest.
 
         Args:
@@ -117,19 +140,19 @@ class Encoder:
             return ready
         return np.concatenate([ready, ids[first:]])
 
-    def _find_seam(self, part: Part, ids: np.ndarray, common: np.ndarray) -> tuple[int, int] | None:
+    def _find_seam(self, part: Part, ids: np.ndarray, common: Common) -> tuple[int, int] | None:
         """Where ids are joined, if anywhere: the held ones up to i, those of the part from j on.
 
         In the middle half of the common text: tokens near an end may depend on what is cut off.
         """
         if len(part.before) < OVERLAP:
             return None
-        quarter = len(common) // 4
-        begins = len(common) - _num_equal(self._ids[::-1], common[::-1])  # held ids end with these
-        low = max(begins + SHARED, quarter)
-        high = min(_num_equal(ids, common) - SHARED, len(common) - quarter)
+        length = len(common.ids)
+        begins = length - _num_equal(self._ids[::-1], common.ids[::-1])  # held ids end with these
+        low = max(begins + SHARED, common.low)
+        high = min(_num_equal(ids, common.ids) - SHARED, common.high)
         j = (low + high) // 2
-        i = len(self._ids) - len(common) + j
+        i = len(self._ids) - length + j
         return (i, j) if low <= high and i >= self._given else None
 
     def _token_start(self, character: int) -> int:
@@ -138,11 +161,12 @@ class Encoder:
         begins = start + self._tokenizer.token_starts(self._held.before + self._held.text)
         return int(begins[begins <= character].max(initial=start))
 
-    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray, np.ndarray]:
+    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray, Common]:
         """`part` with the text before it from character `start` on, and the ids as in `_join`."""
         before = (self._held.before + self._held.text)[start - self._held.start :]
-        ids, common = self._tokenizer.encode_batch([before + part.text, before])
-        return part._replace(before=before, start=start), ids, common
+        part = part._replace(before=before, start=start)
+        (ids,), (common,) = self._encode_parts([part])
+        return part, ids, common
 
 
 def _num_equal(a: np.ndarray, b: np.ndarray) -> int:

@@ -16,6 +16,7 @@ REQUIRED = {
     "generate": ["--checkpoint", "nowhere"],
     "plot": ["nowhere"],
     "report": ["nowhere"],
+    "verify": ["nowhere"],
     "inspect": ["nowhere", "--prompt", "x"],
     "import": ["--weights", "w.pt", "--num_iterations", "3", "--out", "nowhere"],
 }

@@ -127,6 +127,7 @@ def test_progress_is_lines_elsewhere_and_a_bar_on_a_terminal(
     assert re.fullmatch(r"data: 0 MB, [\d.]+ MB/s, \d+s left of 0 MB", said[0])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     said.clear()
     make_corpus(folder, validation_fraction=0.1)
     assert len(said) == 1 and "B/s" in capsys.readouterr().err

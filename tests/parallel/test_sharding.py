@@ -229,7 +229,7 @@ def test_make_mesh_names_processes_with_unequal_numbers_of_devices():
     ("sizes", "message"),
     [
         ({"data": "rest", "fsdp": "rest"}, "mesh.data and mesh.fsdp are both rest"),
-        ({"fsdp": 0}, "mesh.fsdp=0: a positive whole number, or rest"),
+        ({"fsdp": 0}, "mesh.fsdp=0: a positive whole number up to 1,000,000, or rest"),
         ({"tensor": 1.5}, "mesh.tensor=1.5: a positive"),
         ({"data": "all"}, "mesh.data='all': a positive"),
     ],

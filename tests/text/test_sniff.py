@@ -2,7 +2,6 @@ import bz2
 import gzip
 import io
 import lzma
-import pickle
 import tarfile
 import zipfile
 
@@ -95,7 +94,7 @@ REFUSED = {
     "a.npz": (in_memory(lambda f: np.savez(f, np.arange(3))), "an archive; unpack it"),
     "a.docx": (in_memory(lambda f: zipfile.ZipFile(f, "w").close()), "an archive; unpack it"),
     "a.npy": (in_memory(lambda f: np.save(f, np.arange(3))), "a NumPy array"),
-    "a.pkl": (pickle.dumps([1]), "a database or a pickle"),
+    "a.pkl": (b"\x80\x04]\x94K\x01a.", "a database or a pickle"),
     "a.png": (b"\x89PNG\r\n\x1a\n\0", "an image"),
     "a.pdf": (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n" + NOISE, "a PDF or Office document"),
     "a.safetensors": (b"\x40" + bytes(7) + b'{"a":0}', "safetensors"),
