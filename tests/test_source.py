@@ -26,6 +26,11 @@ SETTINGS = {"shell": False, "weights_only": True, "allow_pickle": False, "trust_
 ALLOWED = {
     "inl_jax/config_file.py": {"runpy"},  # a config is a Python file
     "tests/parallel/launched.py": {"pickle"},  # arrays of processes that it has started itself
+    # What a line of advice says is done, as a user would do it.
+    "tests/test_trainer.py": {"shell"},
+    "tests/tokens/test_tokenizer_files.py": {"exec"},
+    "tests/test_checks.py": {"pickle"},  # errors cross processes
+    "tests/text/test_sniff.py": {"pickle"},  # a file to refuse
 }
 
 
@@ -45,7 +50,7 @@ def dangers(source: str) -> set[str]:
             owner = ast.unparse(node.value)
             if owner == "builtins" and node.attr in BUILTINS:
                 found.add(node.attr)
-            if owner == "yaml" and node.attr != "safe_load":
+            if owner == "yaml" and not node.attr.startswith("safe_load"):
                 found.add(f"yaml.{node.attr}")
         elif isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}

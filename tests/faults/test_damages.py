@@ -22,7 +22,7 @@ DAMAGES, SEED = 2_000, 15
 @pytest.fixture
 def saved(tmp_path, train_config):
     """A run with checkpoints at updates 1 and 2, and their parameters."""
-    from inl_jax.data.tokenizer import load_tokenizer
+    from inl_jax.tokens.tokenizer import load_tokenizer
 
     config = train_config(model={"num_layers": 1}, run_dir=str(tmp_path / "saved"))
     record_run(config, load_tokenizer("bytes"))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inl_jax.data.tokenizer import load, load_tokenizer, train_bpe
 
 from inl_jax.config import DataConfig, InputError, Phase
 from inl_jax.config_file import load_config, override, to_json
@@ -23,6 +22,7 @@ from inl_jax.report.run import read_runs
 from inl_jax.report.run_report import report
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import check_run, record_run
+from inl_jax.tokens.tokenizer import load, load_tokenizer, train_bpe
 from inl_jax.tracking import follow as following
 from inl_jax.training.metrics import MetricsLog, read_metrics
 
