@@ -82,6 +82,13 @@ def write_text(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Removes what `write_text` leaves if it is killed. For the one process that writes there."""
+    for path in directory.glob(".*.*"):
+        if path.suffix[1:].isdecimal():
+            path.unlink(missing_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Returns once the names in a directory are on the disk."""
     handle = os.open(directory, os.O_RDONLY)

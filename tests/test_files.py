@@ -129,3 +129,15 @@ def test_write_text_replaces_a_file_of_any_name_and_escapes_what_is_not_utf8(tmp
     write_text(path, "a \udcff")
     assert path.read_text() == "a \\udcff" and stat.S_ISREG(path.stat().st_mode)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_remove_unfinished_takes_only_what_a_killed_write_left(tmp_path):
+    for name in ("config.json", ".config.json.123", ".hidden", ".a.txt", "b.456"):
+        (tmp_path / name).touch()
+    files.remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        ".hidden",
+        ".a.txt",
+        "b.456",
+    }

@@ -46,7 +46,7 @@ def dangers(source: str) -> set[str]:
             owner = ast.unparse(node.value)
             if owner == "builtins" and node.attr in BUILTINS:
                 found.add(node.attr)
-            if owner == "yaml" and not node.attr.startswith("safe_"):
+            if owner == "yaml" and not node.attr.startswith("safe_load"):
                 found.add(f"yaml.{node.attr}")
         elif isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}

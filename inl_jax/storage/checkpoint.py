@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -169,10 +170,13 @@ class Checkpoints:
             sealed = processes.gather(str(saving.result()))[0] == "True"
             if sealed:
                 self._kept.good = self.latest_step()
+            # Process 0 may note another best meanwhile: what it decides here holds for all, because
+            # they delete together.
             saved = self._orbax.checkpoints
-            for kept, found in zip(self._kept.should_preserve(saved), saved, strict=True):
-                if not kept:
-                    self._orbax.delete(found.step, missing_ok=True)
+            kept = self._kept.should_preserve(saved)
+            others = [found.step for keep, found in zip(kept, saved, strict=True) if not keep]
+            for step in json.loads(processes.gather(json.dumps(others))[0]):
+                self._orbax.delete(step, missing_ok=True)
 
     def restore(self, abstract: dict[str, Any]) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None if there is none.
@@ -314,7 +318,8 @@ class Checkpoints:
                 self._orbax.close()  # raises a failure that `save` or `wait` raised again
             if self._failed:
                 self._remove_unfinished()  # other threads of Orbax may have written until now
-            logging.getLogger("absl").removeFilter(_is_no_failed_save)
+            else:  # after a failure they may still log
+                logging.getLogger("absl").removeFilter(_is_no_failed_save)
 
 
 def _is_no_failed_save(entry: logging.LogRecord) -> bool:

@@ -22,7 +22,7 @@ from inl_jax.config_file import differences, to_json
 from inl_jax.console import say
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.failures import DiskFull, MachineFailure
-from inl_jax.files import write_text
+from inl_jax.files import remove_unfinished, write_text
 from inl_jax.parallel import processes
 from inl_jax.storage.disk import write_failure
 from inl_jax.storage.identity import (
@@ -302,6 +302,7 @@ def locked(run_dir: str | Path) -> Iterator[Lock | None]:
         return
     lock = Lock(Path(run_dir))
     try:
+        remove_unfinished(Path(run_dir))
         processes.check_shared(Path(run_dir), "run_dir")
         yield lock
     finally:

@@ -92,7 +92,7 @@ def tiny_config(folder, **fields):
         **{
             "mesh": MeshConfig(),
             "run_dir": str(folder / "run"),
-            "num_steps": 60,
+            "num_steps": 100,
             "batch_size": 4,
             "log_every": 1,
             "eval_every": 5,

@@ -62,7 +62,7 @@ class Copies:
         first = self.rng.choice([0, 0, 0, 1])
         if not starting and not leg.grown():
             return False
-        time.sleep(6 * delay if starting else 0.7 * delay)
+        time.sleep(6 * delay if starting else 1.2 * delay)
         if any(process.poll() is not None for process in leg.all):
             return False
         leg.signal(signal.SIGKILL, slice(first % len(leg.all), None))
