@@ -31,8 +31,7 @@ from inl_jax.data.cache import (
 )
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.data.token_files import TokenFiles
-from inl_jax.text.columns import say_skipped
-from inl_jax.text.documents import Document, hash_fraction, read_documents, split_file
+from inl_jax.text.documents import Document, read_documents, split_file
 from inl_jax.text.sources import Entry, find_entries
 from inl_jax.tokens import tokenizer as tokenizers
 from inl_jax.tokens.long_documents import Encoder, Part, parts
@@ -146,13 +145,29 @@ def _prepare_source(
     else:
         with publishing(directory) as temporary:
             tokenizer.save(temporary)
-            meta = _write_tokens(entries, data, tokenizer, temporary)
+            meta = _read_unchanged(entries, data, tokenizer, temporary)
             write_meta(temporary, meta)
         files = TokenFiles(directory, **meta)
         files.open("train")  # from now on they may be removed
     _say_if_nothing_validates(files.validation_tokens, data)
     _say_if_lossy(files, tokenizer)
     return files
+
+
+def _read_unchanged(
+    entries: tuple[Entry, ...], data: DataConfig, tokenizer: Tokenizer, directory: Path
+) -> dict[str, Any]:
+    """As `_write_tokens`; raises `InputError` if a file changes meanwhile."""
+    advice = "while it was read; prepare again when nothing writes there"
+    before = [entry.identity() for entry in entries]
+    try:
+        meta = _write_tokens(entries, data, tokenizer, directory)
+        for entry, was in zip(entries, before, strict=True):
+            if entry.identity() != was:
+                raise InputError(f"data.paths: a file of {entry.spec} changed {advice}")
+    except FileNotFoundError as error:
+        raise InputError(f"data.paths: {error.filename} was removed {advice}") from None
+    return meta
 
 
 def _write_tokens(
@@ -176,7 +191,7 @@ def _write_tokens(
     meta, hashes = _encode(documents(), fraction, tokenizer, directory, total)
     if meta["documents"] == 0:
         specs = ", ".join(entry.spec for entry in entries)
-        rows = say_skipped(skipped)
+        rows = _say_skipped(skipped)
         raise InputError(f"data.paths: no text in {specs}{rows}; name others, or their data.column")
     if hashes and 0 < fraction < 1:
         low, high = hashes
@@ -228,7 +243,7 @@ def _encode(
         for document in documents:
             split = document.split
             if not split and 0 < threshold < 1:
-                fraction = hash_fraction(document)
+                fraction = _hash_fraction(document)
                 hashes[:] = [min([fraction, *hashes]), max([fraction, *hashes])]
                 split = "validation" if fraction < threshold else "train"
             split = split or ("validation" if threshold else "train")
@@ -290,6 +305,14 @@ def _encode(
     return meta, (hashes[0], hashes[1]) if hashes else None
 
 
+def _hash_fraction(document: Document) -> float:
+    """A number in [0, 1) that depends on the document's text and on nothing else."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text, _ in document.pieces():
+        digest.update(text.encode())
+    return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53
+
+
 def _try_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, int]:
     """How many of a few samples of `texts` come back as another text when they are decoded.
 
@@ -298,7 +321,7 @@ def _try_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, int
     beginnings = (text[:SAMPLE_LENGTH].strip() for text in texts)
     samples = [text for text in beginnings if text]
     samples = samples[:: -(-len(samples) // SAMPLES) or 1]
-    lossy = [text for text in samples if tokenizer.decode(tokenizer.encode(text)) != text]
+    lossy = [text for text in samples if tokenizer.decode(tokenizer.encode(text)).strip() != text]
     return {"samples": len(samples), "lossy_samples": len(lossy)}
 
 
@@ -338,5 +361,12 @@ def _say_summary(meta: dict[str, Any], seconds: float) -> None:
         f"data: {plural(meta['documents'], 'document')}, {meta['train_tokens']:,} training + "
         f"{meta['validation_tokens']:,} validation tokens, {num_bytes:,} bytes, "
         f"{num_bytes / tokens:.2f} bytes per token, {tokens / seconds:,.0f} tokens/s{bad}"
-        f"{say_skipped(Counter(all=meta['rows_without_text'], half=meta['rows_with_half']))}"
+        f"{_say_skipped(Counter(all=meta['rows_without_text'], half=meta['rows_with_half']))}"
     )
+
+
+def _say_skipped(skipped: Counter[str]) -> str:
+    """The rows that are no documents, for the line about a source; empty if there are none."""
+    kinds = {"all": "without text", "half": "with half of it"}
+    parts = [f"{skipped[kind]:,} {words}" for kind, words in kinds.items() if skipped[kind]]
+    return f", skipped {plural(skipped.total(), 'row')}: {', '.join(parts)}" if parts else ""

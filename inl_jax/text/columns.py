@@ -1,12 +1,10 @@
 """Which columns of a row are its text, and what to do with rows whose text stands elsewhere."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from inl_jax.config import InputError
-from inl_jax.console import plural
 
 _USUAL = (("content",), ("text",), ("code",), ("data",), ("prompt", "completion"))
 # Columns that hold a part of a text each, or one of two answers.
@@ -118,7 +116,9 @@ def _not_text(column: str, value: Any, rows: Sequence[dict[str, Any]]) -> str:
             "text, in a column text (apply_chat_template(..., tokenize=False) of transformers does)"
         )
     kinds = {list: "a list", dict: "an object", tuple: "two values", bool: "true or false"}
-    kind = kinds.get(type(value), "a number" if isinstance(value, int | float) else "no text")
+    kind = kinds.get(
+        type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    )
     return f"column {column} holds {kind}, not text; {_advice(rows)}"
 
 
@@ -138,10 +138,3 @@ def _listed(names: Iterable[str]) -> str:
     names = [" ".join(name.split())[:40] for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def say_skipped(skipped: Counter[str]) -> str:
-    """The rows that are no documents, for the line about a source; empty if there are none."""
-    kinds = {"all": "without text", "half": "with half of it"}
-    parts = [f"{skipped[kind]:,} {words}" for kind, words in kinds.items() if skipped[kind]]
-    return f", skipped {plural(skipped.total(), 'row')}: {', '.join(parts)}" if parts else ""

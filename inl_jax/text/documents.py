@@ -6,7 +6,6 @@ pieces of about PIECE_SIZE, so memory does not grow with the corpus.
 
 import codecs
 import functools
-import hashlib
 import io
 import itertools
 import re
@@ -62,11 +61,11 @@ def read_documents(
 
 def _entry_documents(entry: Entry, data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
     if entry.spec.startswith("hf:"):
-        yield from _row_documents(hub_rows(entry.spec, data), data, skipped)
+        yield from _row_documents(entry.spec, hub_rows(entry.spec, data), data, skipped)
         return
     for file, kind in zip(entry.files, entry.kinds, strict=True):
         if kind.format != "text":
-            yield from _row_documents(file_rows(file, kind, data), data, skipped)
+            yield from _row_documents(file, file_rows(file, kind, data), data, skipped)
             continue
         size = file.stat().st_size
         end = None if kind.packing else size
@@ -127,18 +126,25 @@ def _pieces(texts: Iterable[tuple[str, int]]) -> Pieces:
         yield held, bad
 
 
-def _row_documents(rows: Rows, data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
+def _row_documents(
+    source: Path | str, rows: Rows, data: DataConfig, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Raises `NotText` at the end if most of the text was bytes of something else."""
     looked_at = _first_rows(rows)
     if not looked_at:
         return
     sample, where = [row for row, _, _ in looked_at], looked_at[0][1]
     columns = text_columns(sample, data.column, where)
+    invalid = length = 0
     for row, where, bad in itertools.chain(looked_at, rows):
         text, missing, lone = row_text(row, columns, where, bad_utf8=data.bad_utf8)
+        invalid += min(bad, text.count("\ufffd")) + text.count("\0")  # bad: of all columns
+        length += len(text)
         if missing:
             skipped[missing] += 1
         else:
             yield Document(functools.partial(_cut_text, text, bad + lone))
+    require_text(source, invalid, length, most=0.25)  # rows may be short
 
 
 def _first_rows(rows: Rows) -> list[tuple[dict[str, Any], str, int]]:
@@ -198,11 +204,3 @@ def _skip(stream: io.BufferedReader, size: int) -> None:
         return
     while size > 0 and (data := stream.read(min(PIECE_SIZE, size))):
         size -= len(data)
-
-
-def hash_fraction(document: Document) -> float:
-    """A number in [0, 1) that depends on the document's text and on nothing else."""
-    digest = hashlib.blake2b(digest_size=8)
-    for text, _ in document.pieces():
-        digest.update(text.encode())
-    return (int.from_bytes(digest.digest(), "big") >> 11) / 2**53

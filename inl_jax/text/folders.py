@@ -14,7 +14,14 @@ from inl_jax.text.columns import text_columns
 from inl_jax.text.places import mode_of, special_kind
 from inl_jax.text.rows import file_rows
 from inl_jax.text.sniff import HEAD_BYTES, Kind, NotText, sniff, suffixes, unpacked
-from inl_jax.text.splits import PLAIN_SUFFIXES, ROW_SUFFIXES, other_splits, read_notes, split_of
+from inl_jax.text.splits import (
+    PLAIN_SUFFIXES,
+    ROW_SUFFIXES,
+    is_data,
+    other_splits,
+    read_notes,
+    split_of,
+)
 
 _ABOUT = re.compile(
     "(readme|licen[cs]e|copying|notice|citation|authors|changelog|contributing)([^a-z]|$)"
@@ -24,6 +31,12 @@ _CARD = re.compile(
     rb"---\r?\n((?!---).*\n)*?(license|language|tags|pretty_name|configs|dataset_info|"
     rb"task_categories|size_categories|annotations_creators):"
 )
+# Unfinished downloads, copies of editors, checksums, and what `datasets` keeps of a `map`.
+_LEFTOVER = re.compile(
+    r".*(~|\.(part|partial|incomplete|crdownload|aria2|tmp|bak|orig|swp|lock|md5|sha\d+))"
+    r"|#.*#|(md5|sha\d+)sums?(\.txt)?|cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow"
+)
+_SHARD = re.compile(r"(.*?)\d+-of-0*(\d+)(.*)")
 _LOOK_ROWS = 10  # of a table, for a text column
 
 
@@ -64,10 +77,21 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
     reasons: list[str] = []
     files, others = read_notes(folder, list(walk(folder)), data)
     others |= other_splits(folder, files, data)
+    unpacked_files = {*files}
     for file in files:
+        if _LEFTOVER.fullmatch(file.name.lower()):
+            skipped[f"{file.suffix or file.name} (a copy, a checksum or unfinished)"] += 1
+            continue
+        if suffixes(file)[1] and file.with_suffix("") in unpacked_files:
+            skipped[f"{file.suffix} (packed, beside the same unpacked)"] += 1
+            continue
         try:
-            if file not in others and (kind := _kind_of_text(file, data)):
+            if file in others:
+                continue
+            if kind := _kind_of_text(file, data):
                 found[file] = kind
+            elif is_data(file):
+                skipped[f"{file.suffix} (empty)"] += 1
         except NotText as error:
             if suffixes(file)[0] in ROW_SUFFIXES:
                 raise
@@ -87,6 +111,13 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
         say(f"data: {folder}: skipped {plural(skipped.total(), 'file')}: {kinds}")
+    shards = Counter((file.parent, *m.groups()) for file in found if (m := _SHARD.match(file.name)))
+    for (parent, start, total, end), count in shards.items():
+        if count < int(total):
+            say(
+                f"WARNING: {parent}: holds {count:,} of {int(total):,} files "
+                f"{start}*{end}; copy the others there if they are meant, too"
+            )
     return found
 
 

@@ -203,7 +203,7 @@ def _csv_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
             yield line
 
     def likeness(delimiter: str) -> tuple[bool, int]:
-        names = _next_record(csv.reader([first], delimiter=delimiter)) or []
+        names = _names(_next_record(csv.reader([first], delimiter=delimiter)) or [])
         return bool(usable_columns(names, data.column)), len(names)
 
     text, where, advice = lines(), f"{file} line 1", "end its lines with a line feed"
@@ -215,7 +215,7 @@ def _csv_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
         header: list[str] = []
         while (record := _next_record(table)) is not None:
             if not header:
-                header = record
+                header = _names(record)
             elif record and len(record) != len(header):
                 raise InputError(
                     f"{where}: {len(record)} fields, but the header has {len(header)}; {advice}"
@@ -226,6 +226,11 @@ def _csv_rows(file: Path, stream: BinaryIO, data: DataConfig) -> Rows:
             where = f"{file} line {table.line_num + 1}"
     except csv.Error as error:
         raise InputError(f"{where}: invalid CSV ({error}); {advice}") from None
+
+
+def _names(header: list[str]) -> list[str]:
+    """The names in a header as errors show them: with single spaces and none around them."""
+    return [" ".join(name.split()) for name in header]
 
 
 def _next_record(table: Iterator[list[str]]) -> list[str] | None:

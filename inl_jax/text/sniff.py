@@ -53,6 +53,7 @@ _TABLE_MAGIC: dict[Format, bytes] = {
 # Common formats, to be named. None of these bytes begins a text, but for the pointers.
 _OTHER_MAGIC = {
     ("a pointer of Git LFS, not the data", "run: git lfs pull"): rb"version https://git-lfs",
+    ("a pointer of git-annex, not the data", "run: git annex get"): rb"/annex/objects/",
     ("a tar archive", "unpack it"): rb".{257}ustar[\0 ]",
     ("an archive", "unpack it"): rb"PK(\x03\x04|\x05\x06)|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07",
     ("packed by lz4 or compress", "unpack it"): rb"\x04\x22\x4d\x18|\x1f\x9d",
@@ -68,6 +69,7 @@ _ENCODING_MAGIC = {
     "UTF-16": rb"\xff\xfe|\xfe\xff",
     "UTF-16LE": rb"([\t\n\r -~]\0){4}",
     "UTF-16BE": rb"(\0[\t\n\r -~]){4}",
+    "ISO-2022-JP": rb"[^\x1b]*\x1b\$[@B]",
 }
 # All control characters but \b \t \n \v \f \r and escape.
 _CONTROLS = bytes({*range(32), 127} - {*range(8, 14), 27})
@@ -89,14 +91,14 @@ def sniff(file: Path) -> Kind:
     if packing and packing != named_packing:
         longer = file.name + next(s for s, p in _PACKINGS.items() if p == packing)
         raise _not_text(file, f"packed by {packing}, unlike its name", f"name it {longer}")
-    if named_packing and not packing and head:
-        shorter = file.name[: file.name.rindex(".")]
-        raise _not_text(file, f"holds no {named_packing}", f"copy it again, or name it {shorter}")
     if packing:
         with unpacked(file, packing) as stream:
             head = stream.read(HEAD_BYTES)
     if other := _find(_OTHER_MAGIC, head):
         raise _not_text(file, *other)
+    if named_packing and not packing and head:
+        shorter = file.name[: file.name.rindex(".")]
+        raise _not_text(file, f"holds no {named_packing}", f"copy it again, or name it {shorter}")
     table = _find(_TABLE_MAGIC, head)
     if packing and (table or _find(_PACKING_MAGIC, head)):
         raise _not_text(file, f"{table or 'a packed file'} packed by {packing}", "unpack it")
@@ -112,7 +114,7 @@ def suffixes(file: Path) -> tuple[str, Packing]:
     return Path(path.stem).suffix if packing else path.suffix, packing
 
 
-def _not_text(file: Path, found: str, advice: str) -> NotText:
+def _not_text(file: Path | str, found: str, advice: str) -> NotText:
     return NotText(f"{file}: {found}; {advice}", found)
 
 
@@ -155,7 +157,8 @@ class _Unpacked(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise InputError(
-                f"{self._file}: damaged {self._packing} ({first_line(error)}); copy it again"
+                f"{self._file}: damaged {self._packing} ({first_line(error)}); copy it again, or "
+                "unpack it"
             ) from None
         buffer[: len(data)] = data
         return len(data)
@@ -165,15 +168,16 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def require_text(file: Path, invalid: int, length: int) -> None:
-    """Raises `NotText` if more than a tenth of a file's characters are invalid.
+def require_text(file: Path | str, invalid: int, length: int, most: float = 0.1) -> None:
+    """Raises `NotText` if more than a part of a file's characters are invalid.
 
     Args:
       file: the file, for the error.
       invalid: number of its invalid UTF-8 sequences and control characters.
       length: number of its characters.
+      most: the part that may be invalid.
     """
-    if invalid * 10 > length:
+    if invalid > most * length:
         found = f"not UTF-8 text ({invalid:,} of {length:,} characters are invalid)"
         raise _not_text(file, found, "leave it out, or convert it to UTF-8, as by iconv")
 
@@ -191,6 +195,10 @@ def _text_format(file: Path, head: bytes, suffix: str) -> Format:
     require_text(file, invalid + controls, len(text))
 
     text = text.removeprefix("\ufeff").lstrip()
+    if suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") and text.startswith("<"):
+        raise _not_text(file, "a web page, not rows", "download it again")
+    if suffix == ".ipynb":
+        raise _not_text(file, "a notebook", "convert it: jupyter nbconvert --to script")
     if suffix in (".jsonl", ".ndjson"):
         return "jsonl"
     if suffix in (".csv", ".tsv"):

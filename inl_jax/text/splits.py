@@ -44,7 +44,7 @@ def other_splits(folder: Path, files: Iterable[Path], data: DataConfig) -> dict[
     splits = {
         file: split
         for file in files
-        if _is_data(file) or file.suffix.lower() in PLAIN_SUFFIXES
+        if is_data(file) or file.suffix.lower() in PLAIN_SUFFIXES
         if (split := split_of(file.relative_to(folder), own_names))
     }
     if not splits or data.hf_split == "all":
@@ -54,11 +54,12 @@ def other_splits(folder: Path, files: Iterable[Path], data: DataConfig) -> dict[
     return {
         file: split
         for file, split in splits.items()
-        if split not in wanted and (certain or _is_data(file))
+        if split not in wanted and (certain or is_data(file))
     }
 
 
-def _is_data(file: Path) -> bool:
+def is_data(file: Path) -> bool:
+    """Whether a name says that a file is packed, or holds rows."""
     suffix, packing = suffixes(file)
     return packing != "" or suffix in (*ROW_SUFFIXES, ".json", ".csv", ".tsv")
 

@@ -70,6 +70,8 @@ class Tokenizer:
         self._backend = backend
         backend.no_truncation()  # a tokenizer.json may ask for either, which would cut or lengthen
         backend.no_padding()  # documents silently
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # it would draw the ids of each text by chance
         backend.encode_special_tokens = True  # "<|endoftext|>" in a document is plain text
         vocab = backend.get_vocab()
         if end_id is None:

@@ -54,6 +54,7 @@ def find(path: Path) -> Path:
                 f"tokenizer {path}: no such file: {path / FILE_NAME if path.is_dir() else path}; "
                 "name a tokenizer.json, or a folder that holds one"
             )
+    _refuse_other_kind(path / FILE_NAME)
     return path / FILE_NAME
 
 
@@ -70,7 +71,7 @@ def read(file: Path, *, sha256: str | None = None) -> tokenizers.Tokenizer:
                 f"tokenizer {file}: is not the file that was written there; restore it from a "
                 f"copy, or remove inl_jax_sha256 from {CONFIG_NAME} if the change is meant"
             )
-        return tokenizers.Tokenizer.from_str(content.decode())
+        return tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
 
 
 def is_old_bytes(file: Path) -> bool:
@@ -142,6 +143,17 @@ def _refuse_other_kind(file: Path) -> None:
         what = (
             "a vocabulary for tiktoken, which does not say how text is split; name the "
             "tokenizer.json or the hub id of the same tokenizer"
+        )
+    elif head.startswith(b"version https://git-lfs"):
+        what = "a pointer of Git LFS, not the data; run: git lfs pull"
+    elif re.match(rb"\x80[\x02-\x05]", head):
+        what = "a pickle, which could run code; name the tokenizer.json of the same tokenizer"
+    elif file.name == "tekken.json":
+        what = "Mistral's own kind; name the tokenizer.json of the same tokenizer"
+    elif file.name in ("encoder.json", "vocab.bpe"):
+        what = (
+            "half of GPT-2's files under their older names; name gpt2 if it is GPT-2's, or rename "
+            f"them to {folder}/vocab.json and {folder}/merges.txt"
         )
     elif file.name in ("vocab.json", "merges.txt"):
         what = (

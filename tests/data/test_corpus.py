@@ -266,3 +266,31 @@ def test_bpe_of_another_user_is_not_removed(make_corpus, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="tokenizer.json: .*Permission denied"):
             make_corpus(folder, tokenizer="bpe:270")
     assert kept.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda file: file.write_text("other"), "changed while it was read"),
+        (lambda file: file.unlink(), "b.txt was removed while it was read"),
+    ],
+    ids=["written", "removed"],
+)
+def test_text_that_changes_while_it_is_read_is_not_kept(
+    make_corpus, tmp_path, monkeypatch, change, found
+):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    read = corpus.read_documents
+
+    def disturbed(*args):
+        for number, document in enumerate(read(*args)):
+            if number == 0:
+                change(folder / "b.txt")
+            yield document
+
+    monkeypatch.setattr(corpus, "read_documents", disturbed)
+    with pytest.raises(InputError, match=found):
+        make_corpus(folder)

@@ -2,7 +2,8 @@ import pytest
 from hub import COMMITS, Hub
 from texts import split_texts
 
-from inl_jax.data.pins import pinned_paths, pinned_tokenizer
+from inl_jax.config import InputError
+from inl_jax.data.pins import pin, pinned_paths, pinned_tokenizer
 
 A, B = COMMITS["main"], COMMITS["v2"]
 
@@ -36,3 +37,24 @@ def test_tokenizer_of_the_hub_is_read_at_its_commit(make_corpus, hub, tmp_path, 
     make_corpus(tmp_path / "a.txt", tokenizer="owner/name")
     assert hub.asked == ["model owner/name None", f"tokenizer owner/name {A}"]
     assert said[0] == f"data: owner/name: owner/name#{A}"
+
+
+def test_pin_asks_the_hub_unless_a_commit_is_known(hub):
+    assert pin("hf:owner/name@en#v2", "dataset") == f"hf:owner/name@en#{B}"
+    assert pin("owner/name", "model") == f"owner/name#{A}"
+    assert hub.asked == ["dataset owner/name v2", "model owner/name None"]
+    hub.asked.clear()
+    recorded = (f"hf:owner/name@de#{A}", f"hf:owner/name@en#{B}")
+    assert pin("hf:owner/name@en", "dataset", recorded) == recorded[1]
+    assert pin("hf:owner/name@en#main", "dataset", recorded) == recorded[1]
+    assert pin(f"hf:owner/name@en#{A}", "dataset", recorded) == f"hf:owner/name@en#{A}"
+    assert hub.asked == []
+    assert pin("hf:owner/name", "dataset", (*recorded, "hf:owner/name")) == f"hf:owner/name#{A}"
+
+
+def test_pin_without_the_hub_takes_what_was_fetched_before(hub):
+    hub.online = False
+    with pytest.raises(InputError, match="no dataset of it with the revision v2 .no route.; check"):
+        pin("hf:owner/name#v2", "dataset")
+    hub.fetched = B
+    assert pin("owner/name", "model") == f"owner/name#{B}"

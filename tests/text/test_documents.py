@@ -159,3 +159,14 @@ def test_max_documents_counts_for_each_path(make_corpus, tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl"), write_files(tmp_path / "d")
     (source,) = make_corpus(a, b, max_documents=3, validation_fraction=0).sources
     assert split_texts(source, "train") == DOCUMENTS[:3] * 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes(range(128, 256)) * 9, "Text.\n".encode("utf-16-le") * 9],
+    ids=["bytes", "UTF-16"],
+)
+def test_column_of_bytes_that_are_no_text_is_refused(make_corpus, tmp_path, content):
+    parquet.write_table(pa.table({"content": [content, b"text"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: not UTF-8 text"):
+        make_corpus(tmp_path / "a.parquet")

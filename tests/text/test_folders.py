@@ -30,7 +30,7 @@ def names(folder, **fields):
 def test_folder_reads_a_file_as_if_it_were_named_alone(tmp_path):
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     files = {"a.txt": b"a", "b": b"b", "c.json": ROW, "d.csv": b"text\na\n", "e.jsonl": ROW}
-    files |= {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
+    files |= {f"packed_{name}.gz": gzip.compress(content) for name, content in files.items()}
     found = text_files(write(tmp_path, files), DataConfig())
     assert len(found) == 11 and found == {file: sniff(file) for file in found}
 
@@ -82,6 +82,31 @@ FOLDERS = {
         {"_SUCCESS": b"", "README": b"x", "part-0": ROW * 2},
         ["part-0"],
         ["README"],
+    ),
+    "what downloads and editors leave": (
+        {"a.txt": b"a", "a.txt.part": b"b", "a.txt~": b"c", "MD5SUMS": b"d", "b.jsonl.md5": b"e"},
+        ["a.txt"],
+        ["skipped 4 files: "],
+    ),
+    "results of map": (
+        {"x-train.txt": b"a", "cache-0123456789abcdef.arrow": b"b"},
+        ["x-train.txt"],
+        ["skipped 1 file: 1 .arrow"],
+    ),
+    "packed beside unpacked": (
+        {"a.jsonl": ROW, "a.jsonl.gz": gzip.compress(ROW)},
+        ["a.jsonl"],
+        ["skipped 1 file: 1 .gz (packed, beside the same unpacked)"],
+    ),
+    "empty shards": (
+        {"a.jsonl": ROW, "b.jsonl": b"", "c.jsonl.gz": b""},
+        ["a.jsonl"],
+        ["skipped 2 files: 1 .jsonl (empty), 1 .gz (empty)"],
+    ),
+    "missing shards": (
+        {"en-00000-of-00003.jsonl": ROW, "en-00002-of-00003.jsonl": ROW, "de-0-of-1.jsonl": ROW},
+        None,
+        ["holds 2 of 3 files en-*.jsonl; copy the others"],
     ),
     "text and rows": ({"README.md": b"x", "a.md": b"b", "b.jsonl": ROW}, None, []),
     "a README alone": ({"README.md": b"x"}, None, []),

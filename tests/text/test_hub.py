@@ -2,8 +2,8 @@ import pytest
 from hub import COMMITS, Hub
 from texts import write_jsonl
 
-from inl_jax.config import DataConfig, InputError
-from inl_jax.text.hub import hub_rows, parse, pin
+from inl_jax.config import DataConfig
+from inl_jax.text.hub import hub_rows, parse
 
 A, B = COMMITS["main"], COMMITS["v2"]
 
@@ -32,27 +32,6 @@ def test_parse_takes_a_directory_by_its_whole_name(tmp_path):
     assert parse(f"hf:{folder}") == (str(folder), "", "")
     assert parse(f"hf:{folder}@en") == (str(folder), "en", "")
     assert parse(f"hf:{tmp_path}/none").is_local()
-
-
-def test_pin_asks_the_hub_unless_a_commit_is_known(hub):
-    assert pin("hf:owner/name@en#v2", "dataset") == f"hf:owner/name@en#{B}"
-    assert pin("owner/name", "model") == f"owner/name#{A}"
-    assert hub.asked == ["dataset owner/name v2", "model owner/name None"]
-    hub.asked.clear()
-    recorded = (f"hf:owner/name@de#{A}", f"hf:owner/name@en#{B}")
-    assert pin("hf:owner/name@en", "dataset", recorded) == recorded[1]
-    assert pin("hf:owner/name@en#main", "dataset", recorded) == recorded[1]
-    assert pin(f"hf:owner/name@en#{A}", "dataset", recorded) == f"hf:owner/name@en#{A}"
-    assert hub.asked == []
-    assert pin("hf:owner/name", "dataset", (*recorded, "hf:owner/name")) == f"hf:owner/name#{A}"
-
-
-def test_pin_without_the_hub_takes_what_was_fetched_before(hub):
-    hub.online = False
-    with pytest.raises(InputError, match="no dataset of it with the revision v2 .no route.; check"):
-        pin("hf:owner/name#v2", "dataset")
-    hub.fetched = B
-    assert pin("owner/name", "model") == f"owner/name#{B}"
 
 
 def test_rows_of_the_hub_are_of_the_revision_that_is_named(hub):

@@ -216,3 +216,8 @@ def test_arrow_file_with_damaged_offsets_is_refused(tmp_path):
     assert content.count(offset) == 1
     with pytest.raises(InputError, match="a.arrow: damaged, or not arrow"):
         read(write(file, content.replace(offset, b"\xff\xff\xff\x7f")))
+
+
+def test_header_of_a_table_has_no_spaces_around_its_names(tmp_path):
+    file = write(tmp_path / "a.csv", b"id, text\xc2\xa0\n1,a\n")
+    assert texts(file) == ["a"]

@@ -266,3 +266,21 @@ def test_encode_names_text_that_utf8_cannot_hold(name):
     tokenizer = load_tokenizer(name) if name == "bytes" else train_bpe(["some text"] * 9, 260)
     with pytest.raises(InputError, match="not text that UTF-8 can hold"):
         tokenizer.encode("a\udcff")
+
+
+def test_dropout_of_a_file_is_ignored(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    ALL["bpe:300"].save(tmp_path)
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.9
+    file.write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").unlink()
+    text = "the text the text the text"
+    assert load_tokenizer(str(file)).encode(text).tolist() == ALL["bpe:300"].encode(text).tolist()
+
+
+def test_byte_order_mark_of_a_file_is_ignored(tmp_path):
+    ALL["bpe:300"].save(tmp_path / "a")
+    file = tmp_path / "tokenizer.json"
+    file.write_text("\ufeff" + (tmp_path / "a" / file.name).read_text(encoding="utf-8"), "utf-8")
+    assert load_tokenizer(str(file)).fingerprint == ALL["bpe:300"].fingerprint

@@ -99,6 +99,10 @@ OTHERS = {
     "o200k.tiktoken": (b"IQ== 0\nIg== 1\n", "for tiktoken"),
     "vocab.json": (b'{"a": 0}', "half of a byte-level BPE"),
     "merges.txt": (b"#version: 0.2\n", "half of a byte-level BPE"),
+    "encoder.json": (b'{"a": 0}', "half of GPT-2's files"),
+    "tekken.json": (b'{"vocab": []}', "Mistral's own kind"),
+    "tokenizer.pkl": (b"\x80\x05\x95", "a pickle"),
+    "tokenizer.json": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     "vocab.txt": (b"[UNK]\n", "the vocabulary of a WordPiece"),
 }
 
