@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import vocabularies
 from texts import DOCUMENTS, split_texts, write_files, write_jsonl
+from tokenizers import decoders, pre_tokenizers
 
 from inl_jax.config import DataConfig, InputError
 from inl_jax.data import corpus
@@ -294,3 +295,12 @@ def test_text_that_changes_while_it_is_read_is_not_kept(
     monkeypatch.setattr(corpus, "read_documents", disturbed)
     with pytest.raises(InputError, match=found):
         make_corpus(folder)
+
+
+def test_space_that_a_tokenizer_puts_before_a_text_is_no_loss(make_corpus, tmp_path, said):
+    split = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend = vocabularies.bpe(split=split, decoder=decoders.ByteLevel())
+    tokenizer = Tokenizer("prefix", backend)
+    path = write_jsonl(tmp_path / "a.jsonl", [vocabularies.PARAGRAPH])
+    (source,) = make_corpus(path, using=tokenizer, validation_fraction=0).sources
+    assert source.samples == 1 and source.lossy_samples == 0
