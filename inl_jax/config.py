@@ -274,7 +274,8 @@ class TrainConfig:
         for flag in " ".join(self.xla_flags).split():
             require(
                 flag.startswith("--xla_"),
-                f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value",
+                f"xla_flags={' '.join(self.xla_flags)}: {flag} must look like --xla_name=value; "
+                "write --xla_flags='--xla_name=value'",
             )
 
 

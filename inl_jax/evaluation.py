@@ -93,7 +93,10 @@ def evaluate(
                 sums[int(source)] += rows[batch.source == source].sum(axis=0, dtype=np.float64)
     total = sum(sums.values(), np.zeros(3))
     if total[1] == 0:
-        raise InputError("no tokens to evaluate on: raise data.validation_fraction or add text")
+        raise InputError(
+            "no tokens to evaluate on: raise data.validation_fraction before training, or name "
+            "text for inl evaluate by --data"
+        )
     sources = {source: _score(*found) for source, found in sorted(sums.items()) if found[1]}
     return Evaluation(*_score(*total), seconds, sources)
 

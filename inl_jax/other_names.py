@@ -133,6 +133,8 @@ def check_names(argv: Sequence[str], *, own: Iterable[str]) -> None:
             value = argv[i + 1]
         if answer := answer_to(flag[2:], value):
             raise InputError(f"{flag}: {answer}")
+        if flag.startswith("--xla_"):
+            raise InputError(f"{flag}: write --xla_flags='{word}'")
         raise InputError(f"{flag}: no such flag{closest(flag, known)}")
 
 

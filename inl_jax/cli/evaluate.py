@@ -12,6 +12,13 @@ from inl_jax.config import InputError
 from inl_jax.console import say, show
 from inl_jax.files import json_text
 
+# Fields of data that other text may need, and what they are.
+OF_DATA = {
+    "hf_split": "split to read of --data",
+    "bad_utf8": "replace, or error",
+    "cache_dir": "where prepared tokens are kept",
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
@@ -25,7 +32,11 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME",
         help="text column of --data; the run's if it is there, else found by name",
     )
-    parser.add_argument("--seq_len", type=int, help="tokens per window; the run's by default")
+    for field, text in OF_DATA.items():
+        parser.add_argument(f"--data.{field}", help=f"{text}; the run's by default")
+    parser.add_argument(
+        "--seq_len", "--data.seq_len", type=int, help="tokens per window; the run's by default"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     add_mesh_flags(parser)
@@ -73,7 +84,9 @@ def evaluate_run(flags):
         )
     with signals.held():
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
-    data = config.data
+    given = {field: getattr(flags, f"data.{field}") for field in OF_DATA}
+    given = {field: value for field, value in given.items() if value is not None}
+    data = dataclasses.replace(config.data, **given)
     if flags.data:
         data = dataclasses.replace(
             data,

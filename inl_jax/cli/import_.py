@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", default="gpt2", help="as data.tokenizer")
     parser.add_argument("--param_dtype", default="float32", choices=["float32", "bfloat16"])
     flags = parser.parse_flags(argv)
+    if flags.num_iterations < 1:
+        raise InputError(f"--num_iterations {flags.num_iterations}: must be positive")
     if flags.out.is_file() or (flags.out.exists() and any(flags.out.iterdir())):
         raise InputError(f"--out {flags.out}: not empty; name a new directory")
     from inl_jax.interop.published import config_from_torch, params_from_torch

@@ -7,6 +7,7 @@ what a verb prints is its result, as in `inl generate`, and cannot be written, t
 """
 
 import importlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
             show(f"inl_jax {__version__}")
             return 0
         if word.startswith("-"):
-            raise InputError(f"inl {word}: name a verb first, such as inl train {word}")
+            raise InputError(f"name a verb first, such as inl train {shlex.join(argv)}")
         if verb not in VERBS:
             raise InputError(f"inl {word}: no such verb; the closest is inl {_closest(verb)}")
         module = importlib.import_module(f"inl_jax.cli.{'import_' if verb == 'import' else verb}")

@@ -74,7 +74,8 @@ def check(corpus: Corpus, vocab_size: int) -> None:
     if corpus.tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: tokenizer {corpus.tokenizer.name} has "
-            f"{corpus.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
+            f"{corpus.tokenizer.vocab_size} ids; set model.vocab_size to at least that, or name "
+            "the tokenizer of the model"
         )
 
 

@@ -25,7 +25,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if config.param_dtype == "float64":
         if not jax.config.jax_enable_x64:
             raise InputError(
-                "model.param_dtype=float64: JAX's 64-bit types are off; set jax_enable_x64 to True"
+                "model.param_dtype=float64: JAX's 64-bit types are off; set "
+                "JAX_ENABLE_X64=1 in the environment"
             )
         return jnp.dtype("float64")
     if config.compute_dtype != "auto":

@@ -74,6 +74,8 @@ def find_launch(
             f"give {'it' if len(missing) == 1 else 'them'} to each process, or {ALONE}"
         )
     n, i = (number(field, found[field]) for field in ("num_processes", "process_id"))
+    if n == 0:
+        raise InputError("num_processes=0: must be 1 or more")
     if i >= n:
         raise InputError(f"process_id={i}: must be less than num_processes={n}; the first is 0")
     split(found["coordinator"])  # raises if it is misspelt

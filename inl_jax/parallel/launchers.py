@@ -12,7 +12,7 @@ from inl_jax.config import InputError
 from inl_jax.parallel.address import spell
 
 Env = Mapping[str, str]
-ALONE = "--num_processes 1 to run a single process"
+ALONE = "--num_processes 1 (or JAX_NUM_PROCESSES=1) to run a single process"
 
 
 class Launcher(NamedTuple):

@@ -199,7 +199,12 @@ def memory_found(mesh: Mesh) -> tuple[int, str]:
 
 
 def smallest_change(
-    config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False
+    config: TrainConfig,
+    mesh: Mesh,
+    usable: float,
+    *,
+    shared: bool = False,
+    host: float = math.inf,
 ) -> dict[str, Any] | None:
     """The smallest change that makes a run fit, as dotted fields; None if no known change does.
 
@@ -212,6 +217,7 @@ def smallest_change(
       mesh: its devices.
       usable: bytes that it may take of each device.
       shared: whether host memory is the devices' own memory, as it is for CPUs.
+      host: bytes of host memory that it may take.
     """
     devices, before = mesh.devices.ravel().tolist(), []
 
@@ -222,6 +228,8 @@ def smallest_change(
             changed = fit_to_mesh(changed, mesh)
             needed = memory_needed(changed, mesh, make_layout(changed, mesh))
         except InputError:  # does not divide over the mesh, or contradicts another field
+            return math.inf
+        if needed.host_bytes * len(mesh.local_devices) > host:
             return math.inf
         return needed.device_bytes + shared * needed.host_bytes
 
@@ -240,8 +248,8 @@ def smallest_change(
 
 
 def memory_advice(config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False) -> str:
-    """What to do if a run does not fit: `add --model.remat block`. Arguments: `smallest_change`."""
-    if change := smallest_change(config, mesh, usable, shared=shared):
+    """What to do if a run does not fit here: `add --model.remat block`; as `smallest_change`."""
+    if change := smallest_change(config, mesh, usable, shared=shared, host=host_memory()):
         return f"add {as_flags(change)}"
     return "use more devices (mesh.fsdp), a shorter data.seq_len or a smaller model"
 

@@ -192,7 +192,7 @@ def _check_disk(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Lay
         raise InputError(
             f"run_dir={config.run_dir} has {size(free)} free, and the run needs room for "
             f"{checkpoints} (keep_last={config.keep_last}; the best; the one being written): free "
-            "some disk, lower keep_last, or choose another run_dir"
+            f"some disk, {'lower keep_last, ' * (config.keep_last > 1)}or choose another run_dir"
         )
     return f"{size(free)} free", checkpoints, "ok"
 

@@ -73,10 +73,9 @@ def choose_steps(run_dir: Path, step: str | int) -> list[int]:
         return steps
     chosen = named.get(step, [int(step)] if str(step).isdecimal() else [])
     if not chosen or chosen[0] not in steps:
-        raise InputError(
-            f"{run_dir}: no checkpoint {step!r}; there are {steps or 'none'}, and the names latest "
-            "and best"
-        )
+        names = "the names latest and best" if named["best"][0] in steps else "the name latest"
+        there = f"{steps}, and {names}" if steps else "none"
+        raise InputError(f"{run_dir}: no checkpoint {step!r}; there are {there}")
     return chosen
 
 

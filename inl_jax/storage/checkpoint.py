@@ -398,9 +398,9 @@ def read_params(
                 continue
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"{where} is damaged ({_trouble(error)}); there are {steps_on_disk(run_dir)}"
-            ) from error
+            others = [str(other) for other in steps_on_disk(run_dir) if other != chosen]
+            advice = f"name another: {', '.join(others)}" if others else "restore it from a copy"
+            raise InputError(f"{where} is damaged ({_trouble(error)}); {advice}") from error
         if remark:
             say(f"{where} {remark}")
         return chosen, params

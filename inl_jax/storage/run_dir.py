@@ -64,6 +64,8 @@ def check_run(
             read_config(config.init_from)  # raises if there is no run
             _check_tokenizer(config.init_from, tokenizer)
         return
+    # First, since a model of other sizes may be another tokenizer's.
+    _check_tokenizer(run_dir, tokenizer)
     for field, before, now in differences(read_config(run_dir), config):
         of_state = saved and field in _STATE_FIELDS
         if of_state or (field.startswith("model.") and field not in FREE_FIELDS):
@@ -80,7 +82,6 @@ def check_run(
             )
         if field not in ("run_dir", "name"):
             tell(f"changed since the last start: {field} {before} -> {now}")
-    _check_tokenizer(run_dir, tokenizer)
 
 
 def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:

@@ -111,10 +111,10 @@ def _matches(spec: str) -> list[Path]:
     if mode_of(path) is not None:
         return [path]
     if not glob.has_magic(spec):
-        raise InputError(
-            f"data.paths: no such file or directory: {spec}; "
-            "for a Hugging Face dataset write hf:owner/name"
+        advice = (
+            "download it" if "://" in spec else "for a Hugging Face dataset write hf:owner/name"
         )
+        raise InputError(f"data.paths: no such file or directory: {spec}; {advice}")
     base, rest = Path(path.anchor), path.relative_to(path.anchor)
     # A folder that exists may have brackets in its name: no pattern.
     while mode_of(base / rest.parts[0]) is not None:

@@ -111,7 +111,7 @@ def _wanted(folder: Path, data: DataConfig) -> set[str]:
     """The names of the splits to read."""
     if "[" in data.hf_split:
         raise InputError(
-            f"data.hf_split={data.hf_split}: {folder} is read by whole splits; write hf:{folder}, "
-            "or set data.max_documents"
+            f"data.hf_split={data.hf_split}: {folder} is read by whole splits; set data.hf_split="
+            f"{data.hf_split.partition('[')[0]}, and data.max_documents for the first rows alone"
         )
     return {_SPLITS.get(name, name) for name in data.hf_split.split("+")}

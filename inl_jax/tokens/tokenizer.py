@@ -202,7 +202,8 @@ def _load(path: Path, name: str) -> Tokenizer:
     settings = tokenizer_files.read_object(file.with_name(CONFIG_NAME))
     if tokenizer_files.is_old_bytes(file):
         return Tokenizer("bytes", _byte_backend())
-    backend = tokenizer_files.read(file, sha256=settings.get("inl_jax_sha256"))
+    sha256 = settings.get("inl_jax_sha256") if file.name == tokenizer_files.FILE_NAME else None
+    backend = tokenizer_files.read(file, sha256=sha256)
     end_id = tokenizer_files.declared_end(file.parent, backend)
     return Tokenizer(str(settings.get("inl_jax_name") or name), backend, end_id=end_id)
 

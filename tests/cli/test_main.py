@@ -58,7 +58,7 @@ def test_version_is_the_one_of_the_package(inl):
         (["trian"], "inl trian: no such verb; the closest is inl train\n"),
         (["export_torch"], "the closest is inl import\n"),
         (["estimation"], "the closest is inl estimate\n"),
-        (["--config", "tiny"], "inl --config: name a verb first, such as inl train --config\n"),
+        (["--config", "tiny"], "name a verb first, such as inl train --config tiny\n"),
     ],
 )
 def test_unknown_verb_is_answered_with_the_closest_one(inl, argv, named):

@@ -22,7 +22,7 @@ def test_at_least_float32_takes_arrays_and_types(given):
 
 
 def test_compute_dtype_refuses_float64_without_x64(model_config):
-    with pytest.raises(InputError, match="jax_enable_x64"):
+    with pytest.raises(InputError, match="JAX_ENABLE_X64"):
         param_count(model_config(param_dtype="float64"))
 
 

@@ -171,7 +171,7 @@ CLUSTER = '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "
 def test_find_launch_refuses_a_launcher_that_does_not_say_where_process_0_is(env, ranked):
     with pytest.raises(InputError) as refused:
         find_launch(env)
-    assert "--num_processes 1 to run a single process" in str(refused.value)
+    assert "--num_processes 1 (or JAX_NUM_PROCESSES=1) to run a single" in str(refused.value)
     if ranked:  # what the line advises is enough
         assert "without --coordinator or JAX_COORDINATOR_ADDRESS: give it" in str(refused.value)
         assert find_launch(env, coordinator="a:1")[:3] == ("a:1", 4, 3)

@@ -49,7 +49,7 @@ def test_other_splits_are_files_of_data_by_their_names(names, hf_split, others):
 
 
 def test_part_of_a_split_is_refused_with_what_reads_it():
-    with pytest.raises(InputError, match=r"train\[:9\].*; write hf:/a, or set data.max_documents"):
+    with pytest.raises(InputError, match=r"set data.hf_split=train, and data.max_documents"):
         other_splits(Path("/a"), [Path("/a/train.csv")], DataConfig(hf_split="train[:9]"))
     assert not other_splits(Path("/a"), [Path("/a/b.csv")], DataConfig(hf_split="train[:9]"))
 
