@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,19 @@ def write_manifest(step_dir: Path) -> None:
 def has_manifest(step_dir: Path) -> bool:
     """Whether there is something to verify a checkpoint by."""
     return os.path.lexists(step_dir / NAME)
+
+
+def holds(step_dir: Path, names: Iterable[str]) -> bool:
+    """Whether a checkpoint has these files, as they were saved if it has a manifest."""
+    try:
+        saved = _read(step_dir) if has_manifest(step_dir) else {}
+        return all(
+            (step_dir / name).is_file()
+            and (not saved or _sha256(step_dir / name) == saved[name]["sha256"])
+            for name in names
+        )
+    except (Damaged, OSError, KeyError):
+        return False
 
 
 def verify(step_dir: Path, *, without: str = "", part: int = 0, parts: int = 1) -> str:
