@@ -114,7 +114,7 @@ def test_check_machine_wants_room_for_all_checkpoints_that_exist_at_a_time(
         check(one - 1, save_every=0, eval_every=0)
     check(2 * one, save_every=60, eval_every=0)
     check(one, save_every=100, eval_every=0)
-    with pytest.raises(InputError, match="room for 2 checkpoints of"):
+    with pytest.raises(DiskFull, match="room for 2 checkpoints of"):
         check(one, save_every=0, eval_every=60)  # which may be the best
     check(2 * one, num_steps=0, num_epochs=1)  # the number of updates is not known yet
     check(4 * one, eval_every=0)  # no best
