@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from inl_jax.files import write_text
+from inl_jax.files import read_bytes, write_text
 
 NAME = "manifest.json"
 
@@ -114,7 +114,7 @@ def disappears(step_dir: Path) -> bool:
 def _read(step_dir: Path) -> dict[str, dict[str, Any]]:
     """The files of a manifest, which is checked against its own digest."""
     try:
-        found = json.loads((step_dir / NAME).read_bytes())
+        found = json.loads(read_bytes(step_dir / NAME))
         sound = found.pop("sha256") == _own(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
