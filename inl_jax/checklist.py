@@ -17,6 +17,7 @@ from inl_jax.console import first_line
 from inl_jax.curriculum import make_curriculum, read_so_far
 from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
+from inl_jax.failures import MachineFailure
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
@@ -111,7 +112,7 @@ def _tried(checks: Mapping[str, Callable[..., Finding]], *args) -> list[Check]:
     for name, check in checks.items():
         try:
             rows += examine({name: check}, *args)
-        except (InputError, OSError) as error:
+        except (InputError, MachineFailure, OSError) as error:
             rows += [_failed(name, error)]
     return rows
 

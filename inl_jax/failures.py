@@ -38,3 +38,9 @@ class Stalled(MachineFailure):
     """No update was finished for too long: a reader, a device or another process stalls."""
 
     exit_code = errno.ETIMEDOUT  # 110
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had not enough memory, as Python, C++ or XLA says."""
+    of_xla = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or of_xla or "std::bad_alloc" in str(error)

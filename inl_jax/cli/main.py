@@ -1,9 +1,10 @@
 """The `inl` command: finds the verb, runs it, and ends with its exit code.
 
-Exit codes of every verb: 0 done; 1 failed; 2 a mistake in the input; 75 ended by SIGTERM; 130 ended
-by Ctrl-C. After 75 and 130 the same command may be run again. `inl train` and `inl estimate` say
-more of theirs. A reader of the output that goes away, as `| head` does, changes no exit code. If
-what a verb prints is its result, as in `inl generate`, and cannot be written, the code is 1.
+Exit codes of every verb: 0 done; 1 failed; 2 a mistake in the input; 12 out of memory; 28 the disk
+is full; 75 ended by SIGTERM; 130 ended by Ctrl-C. After 75 and 130 the same command may be run
+again. `inl train` and `inl estimate` say more of theirs. A reader of the output that goes away, as
+`| head` does, changes no exit code. If what a verb prints is its result, as in `inl generate`, and
+cannot be written, the code is 1.
 """
 
 import importlib
@@ -15,8 +16,8 @@ from typing import NoReturn
 
 from inl_jax import __version__
 from inl_jax.cli import signals
-from inl_jax.console import complain, flush, show
-from inl_jax.failures import EXIT_MISTAKE, MachineFailure
+from inl_jax.console import complain, first_line, flush, show
+from inl_jax.failures import EXIT_MISTAKE, MachineFailure, OutOfMemory, is_out_of_memory
 from inl_jax.training.stop import Stopped
 
 VERBS = {
@@ -79,6 +80,11 @@ def run(argv: Sequence[str]) -> int:
     except (InputError, MachineFailure) as error:
         complain(f"error: {error}")
         return error.exit_code
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(f"error: out of memory: {first_line(error)}")
+        return OutOfMemory.exit_code
 
 
 def overview() -> str:

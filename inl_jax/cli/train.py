@@ -28,6 +28,7 @@ from inl_jax.failures import (
     Diverged,
     MachineFailure,
     OutOfMemory,
+    is_out_of_memory,
 )
 from inl_jax.training.stop import Stopped
 
@@ -67,9 +68,10 @@ def main(argv: Sequence[str]) -> int:
         return processes.end(EXIT_DIVERGED, f"error: {error}")
     except MachineFailure as error:
         return processes.end(error.exit_code, f"error: {error}")
-    except MemoryError as error:  # before `train` knows what the run needs
-        return processes.end(OutOfMemory.exit_code, f"error: out of memory: {first_line(error)}")
-    except Exception:  # of several processes, also because another one died
+    except Exception as error:  # of several processes, also because another one died
+        if is_out_of_memory(error):  # before `train` knows what the run needs
+            line = f"error: out of memory: {first_line(error)}"
+            return processes.end(OutOfMemory.exit_code, line)
         return processes.end(EXIT_FAILED, traceback.format_exc().rstrip())
 
 

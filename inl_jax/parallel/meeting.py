@@ -62,8 +62,8 @@ def what_is_awaited(launch: Launch) -> str:
     return f"process {i} of {n} has reached process 0 at {where} and waits for the others"
 
 
-def describe_self() -> str:
-    """What `check_peers` compares, of this process."""
+def describe_self(num_processes: int) -> str:
+    """What `check_peers` compares, of this process, which was told how many there are."""
     compute = {k: version for k, version in versions().items() if k not in _OF_TRACKERS}
     name = socket.gethostname()
     try:
@@ -72,11 +72,12 @@ def describe_self() -> str:
         address = ""
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not visible_gpus(os.environ)
     found = compute | {"source of inl_jax": source_digest()}
-    return json.dumps({"versions": found, "host": [name, address], "on_cpu": on_cpu})
+    told = {"host": [name, address], "on_cpu": on_cpu, "num_processes": num_processes}
+    return json.dumps({"versions": found} | told)
 
 
 def check_peers(described: list[str]) -> None:
-    """Checks that the processes run the same versions and can find each other's hosts.
+    """Checks that the processes are as many, run the same versions and can find each other's hosts.
 
     gloo, XLA's exchange between CPUs, listens on the address of the host's own name. XLA starts it
     beside GPUs too, and then does not use it.
@@ -90,6 +91,11 @@ def check_peers(described: list[str]) -> None:
     peers = [json.loads(peer) for peer in described]
     several_hosts = len({peer["host"][0] for peer in peers}) > 1
     for i, peer in enumerate(peers):
+        if (told := peer["num_processes"]) != len(peers):
+            raise InputError(
+                f"process {i} has num_processes={told}, and {len(peers)} joined: start all with "
+                "the same number"
+            )
         first, found = peers[0]["versions"], peer["versions"]
         if names := sorted(k for k in first | found if first.get(k) != found.get(k)):
             here, there = (

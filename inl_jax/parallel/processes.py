@@ -133,7 +133,7 @@ def start(
         console.mute(True)
     _joined.set()
     threading.Thread(target=_watch, daemon=True).start()
-    meeting.check_peers(gather(meeting.describe_self()))
+    meeting.check_peers(gather(meeting.describe_self(launch.num_processes)))
 
 
 # --- Agree -------------------------------------------------------------------------------------

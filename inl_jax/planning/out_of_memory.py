@@ -3,19 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
-import jax
-
 from inl_jax.config import TrainConfig
 from inl_jax.console import first_line, size
-from inl_jax.failures import OutOfMemory
+from inl_jax.failures import OutOfMemory, is_out_of_memory
 from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
 from inl_jax.planning.preflight import Plan
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device or the host had not enough memory."""
-    of_device = isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (of_device and "RESOURCE_EXHAUSTED" in str(error))
 
 
 @contextlib.contextmanager
@@ -31,7 +23,7 @@ def explained(asked: TrainConfig, plan: Plan) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         needed, (found, _) = memory_needed(*plan), memory_found(plan.mesh)

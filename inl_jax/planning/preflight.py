@@ -1,7 +1,7 @@
 """Before anything is allocated: the config fitted to its mesh, and checks of machine and data.
 
-A check returns what it found, what is wanted and a verdict, or raises `InputError` if the run
-cannot work. `train` ends at the first that raises; `checklist` makes all of them.
+A check returns what it found, what is wanted and a verdict, or raises `InputError` or `DiskFull` if
+the run cannot work. `train` ends at the first that raises; `checklist` makes all of them.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
 from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
+from inl_jax.failures import DiskFull
 from inl_jax.limits import host_memory
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import attention_kernel, compute_dtype
@@ -60,8 +61,9 @@ def plan_run(config: TrainConfig) -> Plan:
     """Fits a run to its mesh, says what it needs and what this machine has. Nothing is allocated.
 
     Raises:
-      InputError: the processes have different configs, or the mesh, the memory, the disk or the
-        attention kernel that the run needs is not here.
+      InputError: the processes have different configs, or the mesh, the memory or the attention
+        kernel that the run needs is not here.
+      DiskFull: there is no room for its checkpoints.
     """
     check_same_config(config)
     plan = make_plan(config)
@@ -84,7 +86,7 @@ def examine(checks: Mapping[str, Callable[..., Finding]], *args) -> Iterator[Che
     """Makes the checks one after the other.
 
     Raises:
-      InputError: one of them failed.
+      InputError, DiskFull: one of them failed.
     """
     for name, check in checks.items():
         yield Check(name, *check(*args))
@@ -120,7 +122,8 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
       layout: from `make_layout`.
 
     Raises:
-      InputError: the attention kernel, the memory or the disk that the run needs is not here.
+      InputError: the attention kernel or the memory that the run needs is not here.
+      DiskFull: there is no room for its checkpoints.
     """
     if config.model.context == "attention":
         attention_kernel(config.model)  # raises if this machine cannot run it
@@ -189,7 +192,7 @@ def _check_disk(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Lay
             there += path.stat().st_size if path.is_file() else 0
     checkpoints = f"{plural(number, 'checkpoint')} of {size(one)}"
     if number * one - there > free:
-        raise InputError(
+        raise DiskFull(
             f"run_dir={config.run_dir} has {size(free)} free, and the run needs room for "
             f"{checkpoints} (keep_last={config.keep_last}; the best; the one being written): free "
             f"some disk, {'lower keep_last, ' * (config.keep_last > 1)}or choose another run_dir"

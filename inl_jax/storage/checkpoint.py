@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from inl_jax.config import InputError, ModelConfig
+from inl_jax.config_file import differences
 from inl_jax.console import say
 from inl_jax.failures import MachineFailure
 from inl_jax.files import json_text, read_json, write_text
@@ -31,6 +32,7 @@ from inl_jax.storage.identity import (
     Identity,
     check_config,
     check_tokenizer,
+    read_config_file,
     steps_on_disk,
 )
 from inl_jax.storage.manifest import Damaged, disappears, has_manifest, verify, write_manifest
@@ -251,12 +253,26 @@ class Checkpoints:
         """Says what is odd about the step restored, and notes which is known to be good."""
         if remark:
             say(f"checkpoint {step} {remark}")
+        if self._identity is not None:
+            self._compare_with_the_last_start(self._folder / str(step))
         last = read_json(self._run_dir / LAST_SAVE).get("step")
         if isinstance(last, int) and last > step and last not in damaged:
             say(f"WARNING: checkpoint {last} was saved here and is gone; {step} is the newest left")
         manifests = (s for s in self.steps() if has_manifest(self._folder / str(s)))
         good = processes.gather(str(max(manifests, default="")))[0]  # as process 0 sees them
         self._kept.good = int(good) if good else None
+
+    def _compare_with_the_last_start(self, step_dir: Path) -> None:
+        """Says if a checkpoint was saved with another config, as that of another run was."""
+        try:
+            then, last = (read_config_file(p / CONFIG_NAME) for p in (step_dir, self._run_dir))
+        except InputError:  # one is missing, or damaged
+            return
+        for field, saved, started in differences(then, last):
+            say(
+                f"checkpoint {step_dir.name} was saved with {field}={saved}, but the last start of "
+                f"this run had {started}"
+            )
 
     def is_best(self, loss: float, *, basis: str = "") -> bool:
         """Whether a validation loss is lower than that of the best checkpoint.

@@ -30,8 +30,9 @@ def write_failure(error: BaseException, directory: Path, *, needed: int = 0) -> 
             f"{stays}: free some disk, then run the same command"
         )
     reason = os.strerror(number) if number else reason_of(error)
+    where = getattr(error, "filename2", None) or directory  # the file that was to be replaced
     return MachineFailure(
-        f"{directory}: cannot be written ({reason}); {stays}: mend that, then run the same command"
+        f"{where}: cannot be written ({reason}); {stays}: mend that, then run the same command"
     )
 
 

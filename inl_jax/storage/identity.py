@@ -11,14 +11,17 @@ from inl_jax.checks import require
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.files import write_text
+from inl_jax.storage.manifest import holds
 from inl_jax.tokens.tokenizer import FILE_NAME as TOKENIZER_NAME
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.tokens.tokenizer import load as load_tokenizer
+from inl_jax.tokens.tokenizer_files import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 
 CONFIG_NAME = "config.json"
 # Fields of the model that change neither the parameters nor the function they compute.
 FREE_FIELDS = """model.remat model.attention_kernel model.integrator_gradient
 model.integrator_segment model.integrator_chunk""".split()
+_FILES = (CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME)
 
 
 class Identity(NamedTuple):
@@ -45,12 +48,12 @@ def steps_on_disk(run_dir: str | Path) -> list[int]:
 
 
 def newest_identity(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint that holds its run's identity; None if there is none.
+    """The newest checkpoint that holds its run's identity undamaged; None if there is none.
 
     An older version saved none, and a kill right after the commit of a checkpoint leaves none.
     """
     folders = (Path(run_dir) / "checkpoints" / str(s) for s in reversed(steps_on_disk(run_dir)))
-    return next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    return next((folder for folder in folders if holds(folder, _FILES)), None)
 
 
 def read_config_file(path: Path) -> TrainConfig:

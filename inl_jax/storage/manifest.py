@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from inl_jax.files import write_text
+from inl_jax.files import read_bytes, write_text
 
 NAME = "manifest.json"
 
@@ -41,6 +41,19 @@ def write_manifest(step_dir: Path) -> None:
 def has_manifest(step_dir: Path) -> bool:
     """Whether there is something to verify a checkpoint by."""
     return os.path.lexists(step_dir / NAME)
+
+
+def holds(step_dir: Path, names: Iterable[str]) -> bool:
+    """Whether a checkpoint has these files, as they were saved if it has a manifest."""
+    try:
+        saved = _read(step_dir) if has_manifest(step_dir) else {}
+        return all(
+            (step_dir / name).is_file()
+            and (not saved or _sha256(step_dir / name) == saved[name]["sha256"])
+            for name in names
+        )
+    except (Damaged, OSError, KeyError):
+        return False
 
 
 def verify(step_dir: Path, *, without: str = "", part: int = 0, parts: int = 1) -> str:
@@ -101,7 +114,7 @@ def disappears(step_dir: Path) -> bool:
 def _read(step_dir: Path) -> dict[str, dict[str, Any]]:
     """The files of a manifest, which is checked against its own digest."""
     try:
-        found = json.loads((step_dir / NAME).read_bytes())
+        found = json.loads(read_bytes(step_dir / NAME))
         sound = found.pop("sha256") == _own(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False

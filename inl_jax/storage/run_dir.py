@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from inl_jax.checks import require
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, to_json
 from inl_jax.console import say
@@ -62,6 +63,10 @@ def check_run(
     if not (saved or os.path.lexists(run_dir / CONFIG_NAME)):
         if config.init_from:
             read_config(config.init_from)  # raises if there is no run
+            require(
+                steps_on_disk(config.init_from),
+                f"init_from={config.init_from}: has no checkpoint; name a run that saved one",
+            )
             _check_tokenizer(config.init_from, tokenizer)
         return
     # First, since a model of other sizes may be another tokenizer's.
@@ -87,10 +92,12 @@ def check_run(
 def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:
     """Raises `InputError` if a run has no checkpoint although it saved some."""
     log = read_metrics(run_dir)
+    noted = (run_dir / LAST_SAVE).exists() or (run_dir / "best.json").exists()
     if not log:
+        if noted:
+            tell(f"the checkpoints and the log of the run in {run_dir} are gone: it starts at 0")
         return
     step = log[-1]["step"]
-    noted = (run_dir / LAST_SAVE).exists() or (run_dir / "best.json").exists()
     if noted or not (run_dir / "checkpoints").is_dir():
         raise InputError(
             f"{run_dir}: the log is at update {step}, but checkpoints/ is gone or empty: restore "
@@ -231,16 +238,14 @@ class Lock:
             try:
                 if path == self._run_dir:
                     path.mkdir(parents=True, exist_ok=True)
-                handle = os.open(
-                    path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666
-                )
+                flags = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
+                handle = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe never blocks
             except OSError as error:
                 failure = write_failure(error, self._run_dir)
                 if isinstance(failure, DiskFull):
                     raise failure from error
-                raise InputError(
-                    f"run_dir={self._run_dir}: {error.strerror}; name a directory"
-                ) from None
+                advice = "name a directory" if path == self._run_dir else "remove that file"
+                raise InputError(f"run_dir={path}: {error.strerror}; {advice}") from None
             self._handles[path] = handle
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -134,6 +134,17 @@ def test_result_that_cannot_be_written_is_one_line_and_exit_code_1(inl, argv, mo
     assert inl(*argv) == (1, "", FULL)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc")])
+@pytest.mark.parametrize("verb, first", [("verify", "verify.main"), ("train", "train.run")])
+def test_verb_without_memory_is_one_line_and_exit_code_12(inl, monkeypatch, verb, first, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(f"inl_jax.cli.{first}", fail)
+    code, out, err = inl(verb, "--config", "tiny")
+    assert code == 12 and (out + err).count("\n") == 1 and "error: out of memory: " in err
+
+
 def test_lost_output_ends_quietly_in_a_process_of_its_own():
     """Python itself would flush once more, complain and exit with 120."""
     for redirected, expected in (("> /dev/full", (1, FULL)), ("| true", (0, ""))):

@@ -9,7 +9,7 @@ from inl_jax.parallel.meeting import check_address, check_peers, describe_self, 
 
 
 def peer(**changes):
-    mine = json.loads(describe_self()) | {"host": ["a", "10.0.0.1"], "on_cpu": True}
+    mine = json.loads(describe_self(2)) | {"host": ["a", "10.0.0.1"], "on_cpu": True}
     mine["versions"] |= changes.pop("versions", {})
     return json.dumps(mine | changes)
 
@@ -21,12 +21,17 @@ def test_peers_alike_may_train_together():
     check_peers([peer(**on_gpus), peer(host=["b", "10.0.0.2"])])
 
 
+def test_process_that_expects_more_than_joined_is_refused():
+    with pytest.raises(InputError, match="process 1 has num_processes=3, and 2 joined"):
+        check_peers([peer(), peer(num_processes=3)])
+
+
 @pytest.mark.parametrize("what", ["python", "jax", "flax", "orbax-checkpoint", "source of inl_jax"])
 def test_peers_with_other_versions_are_refused_with_both_named(what):
-    mine = json.loads(describe_self())["versions"][what]
+    mine = json.loads(describe_self(2))["versions"][what]
     with pytest.raises(InputError) as refused:
-        check_peers([peer(), peer(), peer(versions={what: "9.9"})])
-    assert f"process 2 has {what} 9.9, and process 0 has {what} {mine}: install" in str(
+        check_peers([peer(), peer(versions={what: "9.9"})])
+    assert f"process 1 has {what} 9.9, and process 0 has {what} {mine}: install" in str(
         refused.value
     )
 

@@ -13,8 +13,9 @@ from inl_jax.planning.preflight import make_plan
     [
         MemoryError("no room"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+        RuntimeError("std::bad_alloc"),
     ],
-    ids=["host", "device"],
+    ids=["host", "device", "C++"],
 )
 def test_error_for_want_of_memory_names_the_parts_and_a_change_that_needs_less(train_config, error):
     config = train_config(batch_size=64)

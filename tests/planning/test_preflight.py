@@ -8,6 +8,7 @@ from conftest import mesh_of
 from inl_jax import train
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.data.corpus import prepare
+from inl_jax.failures import DiskFull
 from inl_jax.model import layers
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
@@ -76,7 +77,7 @@ def test_train_checks_the_disk_before_it_allocates(train_config, monkeypatch):
     monkeypatch.setattr(preflight, "prepare", lambda *_: pytest.fail("went on"))
     usage = preflight.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="run_dir"):
+    with pytest.raises(DiskFull, match="run_dir"):
         train(train_config())
 
 
@@ -105,15 +106,15 @@ def test_check_machine_wants_room_for_all_checkpoints_that_exist_at_a_time(
         check_machine(dataclasses.replace(config, **fields))
 
     check(5 * one)
-    with pytest.raises(InputError, match="room for 5 checkpoints .*keep_last=3; .*lower keep_last"):
+    with pytest.raises(DiskFull, match="room for 5 checkpoints .*keep_last=3; .*lower keep_last"):
         check(5 * one - 1)
     check(3 * one, keep_last=1)
     check(one, save_every=0, eval_every=0)  # the last alone
-    with pytest.raises(InputError, match="room for 1 checkpoint of"):
+    with pytest.raises(DiskFull, match="room for 1 checkpoint of"):
         check(one - 1, save_every=0, eval_every=0)
     check(2 * one, save_every=60, eval_every=0)
     check(one, save_every=100, eval_every=0)
-    with pytest.raises(InputError, match="room for 2 checkpoints of"):
+    with pytest.raises(DiskFull, match="room for 2 checkpoints of"):
         check(one, save_every=0, eval_every=60)  # which may be the best
     check(2 * one, num_steps=0, num_epochs=1)  # the number of updates is not known yet
     check(4 * one, eval_every=0)  # no best

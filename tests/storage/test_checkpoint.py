@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -61,8 +62,8 @@ def save(run_dir, trees, *, keep_last=10):
     checkpoints.close()
 
 
-def restore(run_dir, abstract):
-    checkpoints = Checkpoints(run_dir, keep_last=10)
+def restore(run_dir, abstract, identity=None):
+    checkpoints = Checkpoints(run_dir, keep_last=10, identity=identity)
     try:
         return checkpoints.restore(abstract)
     finally:
@@ -372,10 +373,10 @@ def save_small(run_dir, *steps, keep_last=10):
     checkpoints.close()
 
 
-def restore_small(run_dir):
+def restore_small(run_dir, identity=None):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), small(1))
-    return restore(run_dir, tree)
+    return restore(run_dir, tree, identity)
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.slow)])
@@ -519,6 +520,23 @@ def test_save_writes_a_run_directory_again_that_was_removed(config, said):
         assert {"config.json", "tokenizer.json"} <= {*os.listdir(folder)}
     assert restore_small(run_dir)["step"] == 4
     assert "written again" in said[0]
+
+
+def test_restore_says_that_a_checkpoint_is_of_another_run(config, tmp_path, said):
+    other = dataclasses.replace(config, seed=7, run_dir=str(tmp_path / "other"))
+    for run in (other, config):
+        identity = Identity(run, load_tokenizer("bytes"))
+        record_run(*identity)
+        checkpoints = Checkpoints(run.run_dir, keep_last=2, identity=identity)
+        checkpoints.save(1, **small(1), position={"a": 1})
+        checkpoints.close()
+    for whose in (config, other):
+        assert said == []
+        copy = tmp_path / f"copy of seed {whose.seed}"
+        shutil.copytree(whose.run_dir, copy)
+        shutil.copy(Path(config.run_dir) / "config.json", copy)
+        restore_small(copy, identity)
+    assert "checkpoint 1 was saved with seed=7, but the last start of this run had 0" in said
 
 
 def test_resume_from_forgets_a_best_that_was_abandoned(tmp_path):

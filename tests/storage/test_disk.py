@@ -3,6 +3,7 @@ import errno
 import pytest
 
 from inl_jax.failures import DiskFull, MachineFailure
+from inl_jax.files import write_text
 from inl_jax.storage.disk import write_failure
 
 
@@ -47,3 +48,10 @@ def test_write_failure_names_another_reason(tmp_path, error, reason):
     failure = write_failure(error, tmp_path)
     assert type(failure) is MachineFailure and failure.exit_code == 1
     assert f"cannot be written ({reason})" in str(failure)
+
+
+def test_write_failure_names_the_file_that_could_not_be_replaced(tmp_path):
+    (tmp_path / "best.json" / "x").mkdir(parents=True)
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / "best.json", "{}")
+    assert str(write_failure(caught.value, tmp_path)).startswith(f"{tmp_path}/best.json: cannot be")

@@ -4,6 +4,7 @@ import pytest
 
 from inl_jax.config import InputError
 from inl_jax.storage.identity import Identity, check_config, newest_identity, steps_on_disk
+from inl_jax.storage.manifest import write_manifest
 from inl_jax.tokens.tokenizer import load_tokenizer
 
 
@@ -29,3 +30,13 @@ def test_newest_identity_passes_over_checkpoints_without_one(train_config, tmp_p
     assert steps_on_disk(tmp_path) == [2, 9, 10]
     Identity(train_config(), load_tokenizer("bytes")).write(tmp_path / "checkpoints/9")
     assert newest_identity(tmp_path) == tmp_path / "checkpoints/9"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "manifest.json"])
+def test_newest_identity_passes_over_a_damaged_one(train_config, tmp_path, name):
+    for step in ("2", "4"):
+        Identity(train_config(), load_tokenizer("bytes")).write(tmp_path / "checkpoints" / step)
+        write_manifest(tmp_path / "checkpoints" / step)
+    with open(tmp_path / "checkpoints/4" / name, "a") as file:
+        file.write(" x")
+    assert newest_identity(tmp_path) == tmp_path / "checkpoints/2"

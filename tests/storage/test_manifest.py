@@ -84,3 +84,9 @@ def test_shares_of_the_files_are_read_once_between_them(step_dir):
             found = [bool(noticed(step_dir, part=i, parts=3)) for i in range(3)]
             assert sum(found) == 1, name
             (step_dir / name).write_bytes(content)
+
+
+def test_verify_never_waits_for_a_manifest_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged"):
+        verify(tmp_path)

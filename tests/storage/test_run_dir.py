@@ -13,6 +13,7 @@ from inl_jax.config import InputError, with_fields
 from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import (
+    Lock,
     check_run,
     locked,
     pinned,
@@ -137,6 +138,15 @@ def test_locked_keeps_a_second_trainer_out_after_the_lock_was_removed(tmp_path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda lock: lock.symlink_to("/nowhere/at/all")])
+def test_locked_names_a_lock_that_is_no_file(tmp_path, make):
+    make(tmp_path / "lock")
+    with pytest.raises(InputError, match=f"^run_dir={tmp_path}/lock: .*; remove that file"):
+        Lock(tmp_path)
+    (tmp_path / "lock").unlink()
+    Lock(tmp_path).release()
+
+
 def test_renew_takes_a_removed_directory_and_refuses_another(tmp_path):
     run_dir = tmp_path / "run"
     with locked(run_dir) as lock:
@@ -230,7 +240,7 @@ def test_tokenizer_of_another_run_is_refused_until_the_advice_is_followed(config
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/3"])
-def test_check_run_refuses_a_run_that_lost_its_checkpoints(config, saved, lost):
+def test_check_run_refuses_a_run_that_lost_its_checkpoints(config, saved, said, lost):
     run_dir = Path(config.run_dir)
     (run_dir / "last_save.json").write_text('{"step": 3}')
     (run_dir / "metrics.jsonl").write_text('{"step": 5, "loss": 3.0}\n')
@@ -240,6 +250,16 @@ def test_check_run_refuses_a_run_that_lost_its_checkpoints(config, saved, lost):
         check_run(config, BYTES)
     (run_dir / "metrics.jsonl").unlink()  # as the message advises
     check_run(config, BYTES)
+    assert said == [f"the checkpoints and the log of the run in {run_dir} are gone: it starts at 0"]
+
+
+def test_check_run_refuses_to_start_from_a_run_without_checkpoints(config, saved, tmp_path):
+    start_run(config, BYTES)
+    begun = dataclasses.replace(config, init_from=config.run_dir, run_dir=str(tmp_path / "b"))
+    check_run(begun, BYTES)
+    shutil.rmtree(saved)
+    with pytest.raises(InputError, match="^init_from=.*: has no checkpoint"):
+        check_run(begun, BYTES)
 
 
 def test_check_run_lets_a_run_start_again_that_ended_before_its_first_save(config, saved, said):
