@@ -17,7 +17,7 @@ from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.model.language_model import init_params
 from inl_jax.sampling import decode_loop, prefill
-from inl_jax.storage.checkpoint import read_params
+from inl_jax.storage.weights import read_params
 
 
 def generate(parser: Parser, argv: Sequence[str]) -> Report:

@@ -17,8 +17,8 @@ from inl_jax.files import user_path
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on, param_shardings
-from inl_jax.storage.checkpoint import read_params
 from inl_jax.storage.run_dir import read_config, read_tokenizer
+from inl_jax.storage.weights import read_params
 from inl_jax.tokens.tokenizer import Tokenizer
 
 

@@ -11,8 +11,9 @@ from inl_jax.curriculum import Read, read_so_far, resumed_position
 from inl_jax.data.corpus import Corpus
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import shardings_of
-from inl_jax.storage.checkpoint import Checkpoints, read_params
+from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import read_config
+from inl_jax.storage.weights import read_params
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.state import (
     Layout,

@@ -61,6 +61,17 @@ def check_checkpoints(run_dir: Path, step: str = "all") -> Iterator[Finding]:
             yield Finding(what, "good")
 
 
+def find_damaged(run_dir: Path) -> dict[int, str]:
+    """The checkpoints of a run that are not as they were saved, and why."""
+    damaged = {}
+    for step in steps_on_disk(run_dir):
+        try:
+            verify(run_dir / "checkpoints" / str(step))
+        except Damaged as error:
+            damaged[step] = str(error)
+    return damaged
+
+
 def choose_steps(run_dir: Path, step: str | int) -> list[int]:
     """The saved steps that a name means: "all", "latest", "best" or a number.
 

@@ -14,18 +14,15 @@ from typing import Any
 
 import jax
 
-from inl_jax.config import InputError, ModelConfig
+from inl_jax.config import InputError
 from inl_jax.config_file import differences
 from inl_jax.console import say
 from inl_jax.failures import MachineFailure
 from inl_jax.files import json_text, read_json, write_text
-from inl_jax.guest import own_logging
 from inl_jax.internals import on_save_failure
-from inl_jax.model.language_model import abstract_params
 from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import with_shardings
-from inl_jax.storage.audit import choose_steps
+from inl_jax.storage.audit import find_damaged
 from inl_jax.storage.disk import reason_of, write_failure
 from inl_jax.storage.identity import (
     CONFIG_NAME,
@@ -35,9 +32,9 @@ from inl_jax.storage.identity import (
     read_config_file,
     steps_on_disk,
 )
-from inl_jax.storage.manifest import Damaged, disappears, has_manifest, verify, write_manifest
+from inl_jax.storage.manifest import has_manifest, verify, write_manifest
 from inl_jax.storage.retention import Retention, read_best
-from inl_jax.storage.run_dir import LAST_SAVE, Lock, read_config, record_run
+from inl_jax.storage.run_dir import LAST_SAVE, Lock, record_run
 from inl_jax.storage.shapes import check_shapes
 
 
@@ -71,18 +68,34 @@ class Checkpoints:
         self._kept = Retention(keep_last, self._best)
         self._needed = 0  # bytes of a checkpoint
         self._failed = False
+        self._aside: set[int] = set()  # steps that were moved to RUN/damaged
         with self._writing():
-            self._orbax = ocp.training.Checkpointer(
-                self._folder,
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=self._kept,
-                cleanup_tmp_directories=True,
-            )
+            self._orbax = self._open()
         self._saving: Future[bool] | None = None  # of the save that is under way
         self._thread = ThreadPoolExecutor(1)
         logging.getLogger("absl").addFilter(_is_no_failed_save)
         if jax.process_count() > 1:
             self._end_all_if_a_save_fails()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """Opens the directory, without steps whose damaged metadata Orbax cannot read."""
+        policies = ocp.training.save_decision_policies
+        settings = {
+            "save_decision_policy": policies.FixedIntervalPolicy(1),
+            "preservation_policy": self._kept,
+            "cleanup_tmp_directories": True,
+        }
+        try:
+            return ocp.training.Checkpointer(self._folder, **settings)
+        except Exception:
+            damaged = find_damaged(self._run_dir)
+            if not damaged:
+                raise
+            if len(damaged) == len(steps_on_disk(self._run_dir)):
+                raise self._all_are_damaged(damaged) from None
+            processes.gather()  # all have looked
+            self._set_aside(damaged)
+            return ocp.training.Checkpointer(self._folder, **settings)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -212,20 +225,18 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many types for bad bytes
-                trouble = _trouble(error)
+                trouble = reason_of(error)
             # Bad bytes may be in the part of one process only; all give the checkpoint up then.
             if troubles := list(filter(None, processes.gather(trouble))):
                 damaged[step] = troubles[0]
                 continue
             self._set_aside(damaged)
-            self._note_restored(step, remark, damaged)
+            if damaged:
+                self._orbax.reload()
+            self._note_restored(step, remark)
             return {**loaded, "step": step, "position": metadata.custom_metadata}
         if damaged:
-            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-            raise InputError(
-                f"{folder}: no checkpoint can be read ({reasons}); restore one from a copy, or "
-                "choose another run_dir (with init_from, if only the optimizer is missing)"
-            )
+            raise self._all_are_damaged(damaged)
         if processes.first():
             (self._run_dir / LAST_SAVE).unlink(missing_ok=True)
         return None
@@ -239,6 +250,7 @@ class Checkpoints:
         check_tokenizer(step_dir, tokenizer, of="data.tokenizer", advice=afresh)
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
+        self._aside |= damaged.keys()
         for step, reason in damaged.items() if processes.first() else ():
             with self._writing():
                 aside = _move_aside(self._folder / str(step), self._run_dir / "damaged")
@@ -246,17 +258,22 @@ class Checkpoints:
                     self._best.unlink()
             say(f"checkpoint {step} could not be read and was moved to {aside}: {reason}")
         processes.gather()  # moved, before anyone looks again
-        if damaged:
-            self._orbax.reload()
 
-    def _note_restored(self, step: int, remark: str, damaged: dict[int, str]) -> None:
+    def _all_are_damaged(self, damaged: dict[int, str]) -> InputError:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        return InputError(
+            f"{self._folder}: no checkpoint can be read ({reasons}); restore one from a copy, or "
+            "choose another run_dir (with init_from, if only the optimizer is missing)"
+        )
+
+    def _note_restored(self, step: int, remark: str) -> None:
         """Says what is odd about the step restored, and notes which is known to be good."""
         if remark:
             say(f"checkpoint {step} {remark}")
         if self._identity is not None:
             self._compare_with_the_last_start(self._folder / str(step))
         last = read_json(self._run_dir / LAST_SAVE).get("step")
-        if isinstance(last, int) and last > step and last not in damaged:
+        if isinstance(last, int) and last > step and last not in self._aside:
             say(f"WARNING: checkpoint {last} was saved here and is gone; {step} is the newest left")
         manifests = (s for s in self.steps() if has_manifest(self._folder / str(s)))
         good = processes.gather(str(max(manifests, default="")))[0]  # as process 0 sees them
@@ -343,10 +360,6 @@ def _is_no_failed_save(entry: logging.LogRecord) -> bool:
     return not (entry.exc_info and "orbax" in entry.pathname)
 
 
-def _trouble(error: Exception) -> str:
-    return str(error) if isinstance(error, Damaged) else reason_of(error)
-
-
 def _make_and_remove(directory: Path) -> None:
     """Raises `OSError` if a directory cannot be made there: Orbax would wait for it for minutes."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -373,50 +386,3 @@ def _reading_alone() -> Iterator[None]:
     context.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
     with context:
         yield
-
-
-@own_logging()
-def read_params(
-    run_dir: str | Path, config: ModelConfig, *, step: int | str = "latest", shardings: Any = None
-) -> tuple[int, Any]:
-    """The parameters of a saved step, without the optimizer: (step, params).
-
-    A training beside it may delete checkpoints meanwhile: "latest" and "best" then look again.
-
-    Args:
-      run_dir: the run.
-      config: its model.
-      step: a saved step, "latest", or "best" (by validation loss).
-      shardings: one for each parameter; all on the default device if None.
-
-    Raises:
-      InputError: no such checkpoint, or it is damaged, or does not fit the config or the run.
-    """
-    run_dir = Path(run_dir).absolute()
-    abstract = abstract_params(config)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
-    abstract = with_shardings(abstract, shardings)
-    while True:
-        (chosen,) = choose_steps(run_dir, step)
-        where = run_dir / "checkpoints" / str(chosen)
-        try:
-            remark = verify(where, without="optimizer")
-            if (run_dir / CONFIG_NAME).is_file():
-                copy = f"copy {where / CONFIG_NAME} over it"
-                check_config(where, read_config(run_dir), of=run_dir / CONFIG_NAME, advice=copy)
-            saved = ocp.checkpointables_metadata(where).metadata
-            check_shapes(saved, {"params": abstract}, where)
-            params = ocp.load_checkpointables(where, {"params": abstract})["params"]
-        except Exception as error:
-            if disappears(where):
-                continue
-            if isinstance(error, InputError):
-                raise
-            others = [str(other) for other in steps_on_disk(run_dir) if other != chosen]
-            advice = f"name another: {', '.join(others)}" if others else "restore it from a copy"
-            raise InputError(f"{where} is damaged ({_trouble(error)}); {advice}") from error
-        if remark:
-            say(f"{where} {remark}")
-        return chosen, params

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from inl_jax.console import size
 from inl_jax.failures import DiskFull, MachineFailure
+from inl_jax.storage.manifest import Damaged
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -38,6 +39,8 @@ def write_failure(error: BaseException, directory: Path, *, needed: int = 0) -> 
 
 def reason_of(error: BaseException) -> str:
     """An exception in one line of at most 400 characters."""
+    if isinstance(error, Damaged):
+        return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 

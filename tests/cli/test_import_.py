@@ -4,7 +4,7 @@ import pytest
 
 from inl_jax.interop.published import params_to_torch
 from inl_jax.model.language_model import init_params
-from inl_jax.storage.checkpoint import read_params
+from inl_jax.storage.weights import read_params
 
 
 def test_published_weights_become_a_run_that_goes_round(inl, tmp_path, model_config):

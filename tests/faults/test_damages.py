@@ -11,8 +11,9 @@ from damages import damage
 
 from inl_jax.config import InputError
 from inl_jax.model.language_model import init_params
-from inl_jax.storage.checkpoint import Checkpoints, read_params
+from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import record_run
+from inl_jax.storage.weights import read_params
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

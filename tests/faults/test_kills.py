@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from legs import Leg, log_of, temporary_files, tiny_config
 
-from inl_jax.storage.checkpoint import read_params
+from inl_jax.storage.weights import read_params
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

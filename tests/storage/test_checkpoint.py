@@ -23,10 +23,11 @@ from inl_jax.config import InputError, MeshConfig
 from inl_jax.config_file import to_json
 from inl_jax.failures import DiskFull, MachineFailure
 from inl_jax.parallel.sharding import num_bytes
-from inl_jax.storage import checkpoint
-from inl_jax.storage.checkpoint import Checkpoints, read_params
+from inl_jax.storage import checkpoint, weights
+from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import record_run
+from inl_jax.storage.weights import read_params
 from inl_jax.tokens.tokenizer import load_tokenizer
 from inl_jax.training.state import TrainState, make_layout, split_state
 
@@ -123,7 +124,7 @@ import jax
 from inl_jax import train
 from inl_jax.config_file import from_json
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.storage import checkpoint
+from inl_jax.storage import checkpoint, weights
 from inl_jax.training.state import make_layout, split_state
 
 what, config = sys.argv[1], from_json(sys.argv[2])
@@ -229,6 +230,12 @@ def without(name):
     return lambda step_dir: shutil.rmtree(step_dir / name)
 
 
+def unknown_key(step_dir):
+    """Metadata that Orbax refuses when it opens the whole directory."""
+    path = step_dir / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("init_timestamp_nsecs", "init_times|amp_nsecs"))
+
+
 DAMAGES = {
     "truncated": truncate,
     "data truncated": truncate_data,
@@ -236,6 +243,7 @@ DAMAGES = {
     "empty": empty,
     "no params": without("params"),
     "no optimizer": without("optimizer"),
+    "unknown key": unknown_key,
     "no position": lambda step_dir: (step_dir / "_CHECKPOINT_METADATA").unlink(),
 }
 
@@ -453,7 +461,7 @@ def test_a_checkpoint_is_set_aside_twice_within_a_second(tmp_path, monkeypatch):
 
 
 def test_read_params_looks_again_if_a_training_deletes_the_checkpoint(run_dir, config, monkeypatch):
-    verify, moved = checkpoint.verify, []
+    verify, moved = weights.verify, []
 
     def verify_late(step_dir, **share):
         if not moved:  # a newer one is saved, and the one chosen goes
@@ -463,7 +471,7 @@ def test_read_params_looks_again_if_a_training_deletes_the_checkpoint(run_dir, c
             shutil.rmtree(step_dir)
         return verify(step_dir, **share)
 
-    monkeypatch.setattr(checkpoint, "verify", verify_late)
+    monkeypatch.setattr(weights, "verify", verify_late)
     assert read_params(run_dir, config.model)[0] == 4
     moved.clear()
     with pytest.raises(InputError, match=r"no checkpoint 2; there are \[1, 4\]"):
