@@ -124,7 +124,7 @@ import jax
 from inl_jax import train
 from inl_jax.config_file import from_json
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.storage import checkpoint, weights
+from inl_jax.storage import checkpoint
 from inl_jax.training.state import make_layout, split_state
 
 what, config = sys.argv[1], from_json(sys.argv[2])
