@@ -14,6 +14,7 @@ from inl_jax.parallel.sharding import shardings_of
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import read_config
 from inl_jax.storage.weights import read_params
+from inl_jax.training.metrics import read_metrics
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.state import (
     Layout,
@@ -59,6 +60,11 @@ def restore_or_init(
     found = checkpoints.restore(split_state(layout.state))
     if found is not None:
         say(f"resuming from update {found['step']} in {config.run_dir}")
+        if not read_metrics(config.run_dir, up_to=found["step"]):
+            say(
+                f"WARNING: {config.run_dir}/metrics.jsonl holds no record of these updates: curves "
+                "begin here, and patience counts anew"
+            )
         saved = found["position"]
         read, stretch = read_so_far(saved, config, corpus), saved.get("stretch", ())
         position = resumed_position(saved, config, corpus)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
+from inl_jax.failures import MachineFailure
 from inl_jax.model.language_model import hidden_states
 from inl_jax.model.layers import at_least_float32, attention_kernel
 from inl_jax.model.losses import mean_loss
@@ -179,7 +180,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
     """`train_step` of a run, compiled. Takes what `trace_step` takes.
 
     Raises:
-      RuntimeError: the compiled step lacks cuDNN attention, or optimizer state in host memory,
+      MachineFailure: the compiled step lacks cuDNN attention, or optimizer state in host memory,
         although the config asks for it.
     """
     start = time.perf_counter()
@@ -201,21 +202,21 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
 
 
 def check_offload(program: str) -> None:
-    """Raises `RuntimeError` if a compiled step keeps nothing in host memory.
+    """Raises `MachineFailure` if a compiled step keeps nothing in host memory.
 
     Args:
       program: its text. XLA marks arrays in host memory by `S(5)` in their layout.
     """
     layout = re.search(r"entry_computation_layout=.*", program)
     if layout is None or layout[0].count("S(5)") < 2:  # once as input, once as output
-        raise RuntimeError(
+        raise MachineFailure(
             "optim.state_memory=pinned_host: the compiled step keeps no state in host memory; this "
             "platform does not support it, set optim.state_memory=device"
         )
 
 
 def check_fused_attention(program: str) -> None:
-    """Raises `RuntimeError` if a step lacks cuDNN's attention kernel, forward or backward.
+    """Raises `MachineFailure` if a step lacks cuDNN's attention kernel, forward or backward.
 
     Args:
       program: its text, as StableHLO or compiled.
@@ -227,7 +228,7 @@ def check_fused_attention(program: str) -> None:
         if not any(("Backward" in kernel) == backward for kernel in kernels)
     ]
     if missing:
-        raise RuntimeError(
+        raise MachineFailure(
             f"the compiled step lacks cuDNN's attention kernel in its {' and '.join(missing)} pass "
             f"(found: {', '.join(sorted(kernels)) or 'none'}): report this, or set "
             "model.attention_kernel=xla to train without it"
