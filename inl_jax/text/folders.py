@@ -77,6 +77,9 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
     reasons: list[str] = []
     files, others = read_notes(folder, list(walk(folder)), data)
     others |= other_splits(folder, files, data)
+    card = _card(folder)
+    if b"- split: " in card and not any(split_of(f.relative_to(folder)) for f in files):
+        raise InputError(f"data.paths: {folder}: its card names the splits; write hf:{folder}")
     unpacked_files = {*files}
     for file in files:
         if _LEFTOVER.fullmatch(file.name.lower()):
@@ -97,7 +100,7 @@ def text_files(folder: Path, data: DataConfig) -> dict[Path, Kind]:
                 raise
             skipped[f"{file.suffix or 'without suffix'} ({error.found})"] += 1
             reasons.append(str(error))
-    about = _descriptions(folder, found)
+    about = _descriptions(folder, found, bool(card))
     found = {file: kind for file, kind in found.items() if file not in about}
 
     only_about = all(_ABOUT.match(file.name.lower()) for file in found)
@@ -162,19 +165,21 @@ def _kind_of_text(file: Path, data: DataConfig) -> Kind | None:
         raise NotText(str(error), "no text column") from None
 
 
-def _descriptions(folder: Path, found: dict[Path, Kind]) -> set[Path]:
+def _descriptions(folder: Path, found: dict[Path, Kind], has_card: bool) -> set[Path]:
     """The files that only describe the data beside them, such as its README."""
     texts = [file for file, kind in found.items() if kind == Kind("text", "")]
-    if _has_card(folder):
+    if has_card:
         return {file for file in texts if file.suffix.lower() not in PLAIN_SUFFIXES}
     others = {file for file in texts if not split_of(file.relative_to(folder))}
     about = {file for file in others if _ABOUT.match(file.name.lower())}
     return about if about == others and len(about) < len(found) else set()
 
 
-def _has_card(folder: Path) -> bool:
+def _card(folder: Path) -> bytes:
+    """The dataset card of a folder, as far as it is looked at; empty if there is none."""
     card = folder / "README.md"
     if not card.is_file():
-        return False
+        return b""
     with unpacked(card, "") as stream:
-        return _CARD.match(stream.read(HEAD_BYTES)) is not None
+        head = stream.read(HEAD_BYTES)
+    return head if _CARD.match(head) else b""

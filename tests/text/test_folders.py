@@ -186,3 +186,16 @@ def test_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=f"{tmp_path}: Permission denied; name a folder"):
         list(walk(tmp_path))
+
+
+def test_card_that_names_splits_by_itself_is_left_to_datasets(make_corpus, tmp_path):
+    """The names of the files do not tell: the advice reads the split that is asked for."""
+    (tmp_path / "a.jsonl").write_text('{"text": "train one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "held out"}\n')
+    card = "- split: train\n    path: a.jsonl\n  - split: test\n    path: b.jsonl\n"
+    head = f"configs:\n- config_name: default\n  data_files:\n  {card}"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n# A card\n")
+    with pytest.raises(InputError, match="its card names the splits; write hf:") as caught:
+        make_corpus(tmp_path)
+    advice = str(caught.value).split("write ")[1]
+    assert make_corpus(advice, validation_fraction=0).sources[0].train_bytes == len("train one")
