@@ -234,7 +234,8 @@ class TrainConfig:
         require(
             self.num_steps == 0 or self.optim.warmup_steps < self.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps}: must be below "
-            f"num_steps={self.num_steps}; set optim.warmup_steps {self.num_steps // 10}",
+            f"num_steps={self.num_steps}; add --optim.warmup_steps "
+            f"{self.num_steps // 10}",
         )
         require(
             self.batch_size % self.accumulate_steps == 0,

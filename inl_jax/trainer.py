@@ -199,6 +199,8 @@ class Run:
 
     def recover_best(self) -> None:
         """Notes the best checkpoint if a kill came between its evaluation and the note."""
+        if self.evaluations and self.evaluations[-1].get("basis", self.basis) != self.basis:
+            say("the validation text changed: the best evaluation and patience count anew")
         best = lowest(self.evaluations, basis=self.basis, among=self.checkpoints.steps())
         if best and self.checkpoints.is_best(best["validation_loss"], basis=self.basis):
             self.checkpoints.note_best(best["step"], best["validation_loss"], basis=self.basis)

@@ -767,3 +767,12 @@ def test_train_reads_a_dataset_of_the_hub_at_one_commit(train_config, monkeypatc
     monkeypatch.setattr(trainer, "prepare_data", prepare_data)
     with pytest.raises(InputError, match=f"^hf:owner/name#{COMMITS['main']}$"):
         trainer.train(train_config(data={"paths": ("hf:owner/name",)}))
+
+
+def test_run_says_if_its_evaluations_were_on_another_text(said):
+    past = [{"step": 4, "validation_loss": 2.0, "basis": "a"}]
+    checkpoints = SimpleNamespace(steps=lambda: {4}, is_best=lambda *_, **__: False)
+    for basis, lines in (("a", 0), ("b", 1)):
+        run = SimpleNamespace(evaluations=past, basis=basis, checkpoints=checkpoints)
+        trainer.Run.recover_best(run)
+        assert len(said) == lines

@@ -192,7 +192,8 @@ def _write_tokens(
     if meta["documents"] == 0:
         specs = ", ".join(entry.spec for entry in entries)
         rows = _say_skipped(skipped)
-        raise InputError(f"data.paths: no text in {specs}{rows}; name others, or their data.column")
+        column = ", or set data.column" if rows else ""
+        raise InputError(f"data.paths: no text in {specs}{rows}; name others{column}")
     if hashes and 0 < fraction < 1:
         low, high = hashes
         threshold = None

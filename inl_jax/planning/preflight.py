@@ -32,6 +32,7 @@ from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
+from inl_jax.storage.run_dir import trained_tokenizer
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
@@ -261,8 +262,9 @@ def read_corpus(config: TrainConfig) -> Corpus:
     Raises:
       InputError: as `prepare`; or the processes found different data.
     """
+    own = trained_tokenizer(config)
     corpus = processes.one_process_first(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data)
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, tokenizer=own)
     )
     processes.check_same(
         "the fingerprint of the data",

@@ -93,7 +93,12 @@ def choose_steps(run_dir: Path, step: str | int) -> list[int]:
 def check_files(run_dir: Path) -> Iterator[Finding]:
     """Checks the small files of a run, each on its own and against the checkpoints."""
     for name, check in _CHECKS.items():
-        if name in _NEEDED or os.path.lexists(run_dir / name):
+        if name in _NEEDED and not os.path.lexists(run_dir / name):
+            advice = "the next start writes it again, from the newest checkpoint"
+            if newest_identity(run_dir) is None:
+                advice = "restore it from a copy"
+            yield Finding(name, "damaged", f"it is missing; {advice}")
+        elif os.path.lexists(run_dir / name):
             try:
                 check(run_dir)
             except (InputError, OSError) as error:

@@ -12,6 +12,7 @@ RUN/events.out.tfevents.*           TensorBoard's
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
             f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
             f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
             f"({saved.vocab_size} ids, {saved.fingerprint[:8]}), and its weights belong to those "
-            f"ids: use that tokenizer ({run_dir}/tokenizer.json), or another run"
+            f"ids: add --data.tokenizer {run_dir}/tokenizer.json, or name another run"
         )
 
 
@@ -158,6 +159,23 @@ def pinned(config: TrainConfig) -> TrainConfig:
     return with_fields(config, {"data.tokenizer": tokenizer, "data.paths": tuple(paths)})
 
 
+def trained_tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The BPE of this run, or of the one that gives its weights, if `config` asks for it by size.
+
+    Trained again on text that has changed, it would be another.
+
+    Raises:
+      InputError: as `read_tokenizer`.
+    """
+    if not config.data.tokenizer.startswith("bpe:"):
+        return None
+    for run_dir in filter(None, (config.run_dir, config.init_from)):
+        if os.path.exists(Path(run_dir) / CONFIG_NAME) or newest_identity(run_dir):
+            same = read_config(run_dir).data.tokenizer == config.data.tokenizer
+            return read_tokenizer(run_dir) if same else None
+    return None
+
+
 def read_config(run_dir: str | Path) -> TrainConfig:
     """The config with which a run was last started; that of its newest checkpoint if it is lost.
 
@@ -177,7 +195,7 @@ def read_config(run_dir: str | Path) -> TrainConfig:
     except InputError:
         if saved is None:
             raise
-        say(f"{path} is missing or damaged: taken from {saved / CONFIG_NAME}")
+        _say_once(f"{path} is missing or damaged: taken from {saved / CONFIG_NAME}")
         return read_config_file(saved / CONFIG_NAME)
     if saved is not None:
         check_config(saved, config, of=path, advice=f"copy {saved / CONFIG_NAME} over it")
@@ -196,11 +214,14 @@ def read_tokenizer(run_dir: str | Path) -> Tokenizer:
     except InputError:
         if saved is None:
             raise
-        say(f"{path} is missing or damaged: taken from {saved / TOKENIZER_NAME}")
+        _say_once(f"{path} is missing or damaged: taken from {saved / TOKENIZER_NAME}")
         return load_tokenizer(saved)
     if saved is not None and not _same_bytes(path, saved / TOKENIZER_NAME):
         check_tokenizer(saved, tokenizer, of=path, advice=f"copy {saved / TOKENIZER_NAME} over it")
     return tokenizer
+
+
+_say_once = functools.cache(say)  # a start reads these files several times
 
 
 def _same_bytes(a: Path, b: Path) -> bool:
