@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from inl_jax.config_file import load_config
     from inl_jax.guide import train_inl_llm
     from inl_jax.model.language_model import apply, init_params, param_count
+    from inl_jax.result import TrainResult
     from inl_jax.sampling import LanguageModel, generate
-    from inl_jax.trainer import TrainResult, train
+    from inl_jax.trainer import train
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _MODULES = {
     "LanguageModel": "sampling",
     "ModelConfig": "config",
     "TrainConfig": "config",
-    "TrainResult": "trainer",
+    "TrainResult": "result",
     "apply": "model.language_model",
     "generate": "sampling",
     "init_params": "model.language_model",

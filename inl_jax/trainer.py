@@ -1,7 +1,6 @@
 """Training: `train(config)`, and the loop round the training step."""
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -23,13 +22,13 @@ from inl_jax.parallel.sharding import any_process, local_rows, on, place
 from inl_jax.planning.cost import utilization
 from inl_jax.planning.out_of_memory import explained
 from inl_jax.planning.preflight import count_steps, plan_run, prepare_data
+from inl_jax.result import TrainResult
 from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
-from inl_jax.tokens.tokenizer import Tokenizer
-from inl_jax.training.metrics import MetricsLog, Record, latest, read_metrics, update_record
+from inl_jax.training.metrics import MetricsLog, Record, kind, latest, read_metrics, update_record
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.reader import Reader
 from inl_jax.training.state import Layout, TrainState, split_state
@@ -43,30 +42,6 @@ from inl_jax.watch.integrator_probe import fixed_batch, measure_dynamics
 from inl_jax.watch.progress import Standing, Stretch, lowest, over_fitting, standing
 from inl_jax.watch.samples import make_samples, write_samples
 from inl_jax.watch.step_timer import StepTimer
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns."""
-
-    config: TrainConfig
-    params: Any = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-    history: list[Record] = dataclasses.field(repr=False)  # of the whole run, in order of updates
-    step: int
-    ended: Literal["complete", "interrupted", "stopped early"]
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended the run; the same call resumes it."""
-        return self.ended == "interrupted"
-
-    @property
-    def model(self) -> LanguageModel:
-        """The trained model, ready to generate, on the mesh of the run."""
-        placed = jax.tree.leaves(self.params)[0].sharding
-        mesh = getattr(placed, "mesh", None)  # arrays that were pickled are on one device
-        return LanguageModel(self.config.model, self.params, self.tokenizer, mesh)
 
 
 @own_logging()
@@ -128,8 +103,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             ):
                 stop.release()
                 announce(run)
-                if run.evaluation_is_missing():
-                    run.evaluate(state, start.step)
+                run.catch_up(state)
                 ended = run.is_over(tell=True)
                 if not ended:
                     step_fns = compile_steps(run, layout)
@@ -186,16 +160,24 @@ class Run:
         self.started = time.monotonic() - latest(past, "elapsed")
         self.gpu_use = GpuUse(jax.local_devices(), energy_kwh=latest(past, "energy_kwh"))
         self.basis = f"{corpus.fingerprint}/{config.data.seq_len}/{config.eval_sequences}"
-        mine = json.dumps([r for r in past if "validation_loss" in r])
-        self.evaluations = json.loads(processes.gather(mine)[0])  # as process 0 reads them
-        already = any(r["step"] == start.step for r in self.evaluations)
-        self.stretch = Stretch() if already else start.stretch
+        evaluations = [r for r in past if "validation_loss" in r]
+        mine = json.dumps([evaluations, [kind(r) for r in past if r["step"] == start.step]])
+        self.evaluations, self.kinds_there = json.loads(processes.gather(mine)[0])  # of process 0
+        self.stretch = Stretch() if "validation_loss" in self.kinds_there else start.stretch
 
-    def evaluation_is_missing(self) -> bool:
-        """Whether a run that resumes was stopped between a save and its evaluation."""
-        step = self.start.step
-        due = step > 0 and (step == self.num_steps or _due(step, self.config.eval_every))
-        return due and not any(r["step"] == step for r in self.evaluations)
+    def catch_up(self, state: TrainState) -> None:
+        """Records what the update that a run resumes from lacks, if it was stopped after its save.
+
+        That may be its evaluation, the measurement of its integrators, or its samples.
+        """
+        step, there, c = self.start.step, self.kinds_there, self.config
+        if step > 0 and (step == self.num_steps or _due(step, c.eval_every)):
+            if "validation_loss" not in there:
+                self.evaluate(state, step)
+            elif "dynamics" not in there:
+                self.probe(state, step)
+        if step > 0 and _due(step, c.sample_every) and "samples" not in there:
+            self.sample(state, step)
 
     def recover_best(self) -> None:
         """Notes the best checkpoint if a kill came between its evaluation and the note."""
@@ -272,11 +254,12 @@ class Run:
 
     def leave(self, state: TrainState, step: int) -> tuple[TrainState, str]:
         """Saves the state after update `step` and ends the run before its end."""
+        saved = ", and saved" if step > 0 else ": there is nothing to save"
         if step > 0:
             self.save(state, step, wait=True)
         if self.watchdog.gave_up:
             raise self.watchdog.stalled(step, self.config)
-        say(f"stopped at update {step} as asked, and saved; the same command resumes")
+        say(f"stopped at update {step} as asked{saved}; the same command resumes")
         return state, "interrupted"
 
     def look_at(self, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -374,7 +357,11 @@ class Run:
         if best:
             self.save(state, step)
             self.checkpoints.note_best(step, result.loss, basis=self.basis)
-        dynamics = {}
+        self.probe(state, step)
+
+    def probe(self, state: TrainState, step: int) -> None:
+        """Records what the integrators do on a fixed text."""
+        c, dynamics = self.config, {}
         with self.watchdog.beside("the integrator's dynamics", step):
             tokens = fixed_batch(self.corpus, c.model)
             dynamics = measure_dynamics(c.model, state.params, tokens, mesh=self.mesh)

@@ -13,7 +13,17 @@ PACKAGE = ROOT / "inl_jax"
 # Imports run down this list and never up.
 FLOORS = [
     {"__main__", "cli", "questions"},
-    {"trainer", "evaluation", "sampling", "guide", "checklist", "start", "watch", "report"},
+    {
+        "trainer",
+        "result",
+        "evaluation",
+        "sampling",
+        "guide",
+        "checklist",
+        "start",
+        "watch",
+        "report",
+    },
     {"interop"},
     {"planning"},
     {"storage", "training", "tracking", "curriculum"},

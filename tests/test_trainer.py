@@ -27,7 +27,7 @@ from inl_jax.data import batches
 from inl_jax.data.corpus import prepare
 from inl_jax.failures import EXIT_INTERRUPTED, Stalled
 from inl_jax.planning import preflight
-from inl_jax.storage import checkpoint
+from inl_jax.storage import checkpoint, weights
 from inl_jax.storage.run_dir import locked, read_config
 from inl_jax.training import state
 from inl_jax.training.metrics import read_metrics
@@ -159,7 +159,7 @@ def test_train_stops_early_says_so_again_and_goes_on_with_more_patience(
     result = trainer.train(config)
     assert (result.ended, result.step, at) == ("stopped early", 8, [2, 4, 6, 8])
     assert saved_steps(config) >= {4, 8}, "the best, and the state at the end"
-    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 4
+    assert weights.read_params(config.run_dir, config.model, step="best")[0] == 4
     told = "stopped early at update 8: 2 evaluations without an improvement on 2.0000 of update 4"
     assert any(line.startswith(told) for line in said)
 
@@ -241,9 +241,9 @@ def test_train_keeps_the_best_if_it_was_killed_before_it_noted_it(train_config, 
     script_losses(monkeypatch, {4: 3.0, 8: 2.0, 12: 2.5})
     with pytest.raises(Killed):
         trainer.train(config, on_record=on_record)
-    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 4
+    assert weights.read_params(config.run_dir, config.model, step="best")[0] == 4
     trainer.train(config)
-    assert checkpoint.read_params(config.run_dir, config.model, step="best")[0] == 8
+    assert weights.read_params(config.run_dir, config.model, step="best")[0] == 8
     assert saved_steps(config) == {8, 12}
 
 
@@ -438,13 +438,15 @@ def test_train_saves_and_ends_on_a_signal_while_it_waits_for_input(
     train_config, stalling, monkeypatch
 ):
     config = train_config(save_every=0, eval_every=0)
-    next_batch = Reader.next
+    next_batch, came = Reader.next, []
 
     def terminate_once_nothing_comes(self, seconds):
         try:
-            return next_batch(self, seconds)
+            came.append(next_batch(self, seconds))
+            return came[-1]
         except TimeoutError:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if came:
+                os.kill(os.getpid(), signal.SIGTERM)
             raise
 
     monkeypatch.setattr(Reader, "next", terminate_once_nothing_comes)
@@ -456,8 +458,8 @@ def test_train_saves_and_ends_on_a_signal_while_it_waits_for_input(
 def test_train_saves_and_ends_when_input_does_not_come_within_the_limit(
     train_config, stalling, capfd
 ):
-    config = train_config(save_every=0, eval_every=0, stall_limit=1.0)
-    with pytest.raises(Stalled, match="waiting for input, the limit being stall_limit=1; update"):
+    config = train_config(save_every=0, eval_every=0, stall_limit=4.0)
+    with pytest.raises(Stalled, match="waiting for input, the limit being stall_limit=4; update"):
         trainer.train(config)
     (step,) = saved_steps(config)
     assert 1 <= step <= 5
@@ -476,7 +478,7 @@ def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config
     monkeypatch.setattr("inl_jax.training.step.loss_fn", break_after)
     with pytest.raises(trainer.Diverged, match="3 updates in a row"):
         trainer.train(config)
-    _, params = checkpoint.read_params(config.run_dir, config.model)
+    _, params = weights.read_params(config.run_dir, config.model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 

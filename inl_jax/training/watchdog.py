@@ -180,10 +180,10 @@ class Watchdog:
 
     def stalled(self, step: int, config: TrainConfig) -> Stalled:
         """What ends a run that waits for input, once the state after update `step` is saved."""
+        saved = f"update {step} is saved in {config.run_dir}" if step else "there is no update yet"
         return Stalled(
-            f"{self.gave_up}, the limit being stall_limit={self._limit:g}; update {step} is saved "
-            f"in {config.run_dir}: see to the disk of data.cache_dir={config.data.cache_dir}, then "
-            "the same command resumes"
+            f"{self.gave_up}, the limit being stall_limit={self._limit:g}; {saved}: see to the "
+            f"disk of data.cache_dir={config.data.cache_dir}, then the same command resumes"
         )
 
     def close(self) -> None:

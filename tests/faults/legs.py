@@ -21,7 +21,7 @@ TIMEOUT = 400  # seconds after which a leg counts as hung, on a busy machine too
 # `inl train`. To read a batch takes PACE seconds; batch number STALL never comes. A digest of each
 # state that it saves or restores is printed, the same for every number of devices.
 WORKER = """
-import hashlib, sys, time
+import contextlib, hashlib, sys, time
 import jax
 from inl_jax.cli.main import main
 from inl_jax.data import batches
@@ -40,7 +40,8 @@ def note(what, step, *trees):
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(trees):
         digest.update(fetch(leaf).tobytes())
-    print(what, step, digest.hexdigest(), flush=True)
+    with contextlib.suppress(OSError):  # the console may be what fails
+        print(what, step, digest.hexdigest(), flush=True)
 
 def noting_save(self, step, params, optimizer=None, **fields):
     note("saved", step, params, optimizer)

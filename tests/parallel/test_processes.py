@@ -24,7 +24,7 @@ from inl_jax.data import corpus
 from inl_jax.parallel import processes
 from inl_jax.parallel.launch import Launch
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.storage import checkpoint
+from inl_jax.storage import weights
 from inl_jax.storage.run_dir import locked
 from inl_jax.training import step
 from inl_jax.training.metrics import read_metrics
@@ -261,7 +261,7 @@ def test_killed_process_ends_all_and_a_signal_to_one_stops_all(train_config, lau
         # Our message if an exchange fails; JAX's if a save waits, or if the store died.
         gone = "process 1 of 2 is gone or hangs, so all end"
         assert re.search(f"{gone}|heartbeats\\):\n1\n" if victim else "Gloo|task died", said), said
-        checkpoint.read_params(config.run_dir, config.model)
+        weights.read_params(config.run_dir, config.model)
         assert newest(config.run_dir) >= reached + 8
         if reached:
             assert f"resuming from update {reached} in" in pair.out(0)
@@ -305,7 +305,7 @@ def test_refused_input_ends_all_processes_with_one_message(train_config, tmp_pat
     closed = r"nothing listens on port \d+ of 127.0.0.1"
     waits = rf"process 1 of 2 waits for process 0 at 127.0.0.1:\d+: {closed} \(\ds so far\); give "
     error = "error: coordinator=127.0.0.1:\\d+: process 1 of 2 did not meet the others there "
-    error += rf"\(within 8 s; {closed}\): start all of them.* or --num_processes 1 to run a single "
+    error += rf"\(within 8 s; {closed}\): start all of them.* or --num_processes 1 .* a single "
     assert re.fullmatch(rf"({waits}.*\n)+{error}.*\n", lonely.out(1)), lonely.out(1)
 
 
@@ -427,7 +427,7 @@ def test_divergence_ends_all_processes_with_one_message_and_finite_weights(train
     assert pair.wait() == [3, 3], pair.out(0) + pair.out(1)
     (error,) = re.findall("error: .*", pair.out(0) + pair.out(1))
     assert "3 updates in a row" in error
-    _, params = checkpoint.read_params(config.run_dir, config.model)
+    _, params = weights.read_params(config.run_dir, config.model)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
@@ -442,7 +442,7 @@ def test_hanging_process_ends_the_others(train_config, launch):
     print(f"process 1 hung: process 0 ended after {time.monotonic() - stopped:.1f} s")
     assert time.monotonic() - stopped < 10 + 10
     assert "stopped sending heartbeats" in pair.out(0)
-    checkpoint.read_params(config.run_dir, config.model)
+    weights.read_params(config.run_dir, config.model)
 
 
 @pytest.mark.slow
