@@ -139,7 +139,7 @@ def test_advice_about_another_tokenizer_comes_before_the_sizes_of_its_model(trai
     other = with_fields(config, {"data.tokenizer": "gpt2", "model.vocab_size": 50257})
     with pytest.raises(InputError) as refused:
         check_run(other, load_tokenizer("gpt2"))
-    named = re.search(r"use that tokenizer \((.*?)\)", str(refused.value))[1]
+    named = re.search(r"add --data.tokenizer (\S+),", str(refused.value))[1]
     check_run(with_fields(config, {"data.tokenizer": named}), load_tokenizer(named))
 
 

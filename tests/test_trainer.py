@@ -418,8 +418,8 @@ def test_train_init_from_refuses_weights_of_another_tokenizer(train_config, tmp_
 
 @pytest.fixture
 def stalling(monkeypatch):
-    """Makes reading hang after 40 samples: batches of 8, so after update 5 at most."""
-    released = threading.Event()
+    """Makes reading hang after 40 samples: batches of 8, so after update 5."""
+    released, pool = threading.Event(), batches.ThreadPool
     read = batches.Windows.__getitem__
     calls = itertools.count(1)
 
@@ -430,6 +430,7 @@ def stalling(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(batches.Windows, "__getitem__", hang)
+        patched.setattr(batches, "ThreadPool", lambda _: pool(1))  # one thread reads in order
         yield
         released.set()
 

@@ -122,7 +122,8 @@ def loss_and_grad(config, params, ids, dropout_key=None):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("context", ONE_QUICK)
+@pytest.mark.slow
+@pytest.mark.parametrize("context", CONTEXTS)
 def test_remat_changes_nothing_but_memory(model_config, context):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
     kept = model_config(context=context)
