@@ -35,7 +35,8 @@ from inl_jax.planning.preflight import (
     read_corpus,
     warn,
 )
-from inl_jax.storage.run_dir import check_run, pinned
+from inl_jax.storage.identity import steps_on_disk
+from inl_jax.storage.run_dir import check_run, has_begun, pinned
 from inl_jax.training.step import compile_step
 from inl_jax.training.trackers import check_trackers
 
@@ -217,7 +218,7 @@ def _check_run(config: TrainConfig, corpus: Corpus | None) -> Finding:
     """Whether the run in the run directory, if there is one, can be resumed."""
     found: list[str] = []
     check_run(config, None if corpus is None else corpus.tokenizer, tell=found.append)
-    if not (Path(config.run_dir) / "config.json").exists():
+    if not has_begun(config.run_dir):
         return "none", "", "ok"
     step, position = _newest_position(config.run_dir)
     if corpus is not None and position:
@@ -233,8 +234,7 @@ def _newest_position(run_dir: str) -> tuple[int, dict[str, Any]]:
     Several processes find none: if one of them could not read, Orbax would let the others wait.
     """
     folder = Path(run_dir).absolute() / "checkpoints"
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-    for step in reversed(steps if jax.process_count() == 1 else []):
+    for step in reversed(steps_on_disk(run_dir) if jax.process_count() == 1 else []):
         with contextlib.suppress(Exception):  # Orbax raises many types for bad bytes
             if position := ocp.checkpointables_metadata(folder / str(step)).custom_metadata:
                 return step, position

@@ -375,12 +375,11 @@ def count_steps(config: TrainConfig, corpus: Corpus, *, step: int = 0, position:
     num_steps = config.num_steps
     if num_steps == 0:
         windows = sum(data.count_windows(files, config.data.seq_len) for files in corpus.sources)
-        samples = math.floor(min(2.0**62, config.num_epochs * windows))  # which may be infinite
+        samples = math.floor(config.num_epochs * windows)
         num_steps = max(1, step + max(0, (samples - position) // config.batch_size))
     if num_steps >= 2**31:  # the state counts them in int32
-        field = "num_steps" if config.num_steps else "num_epochs"
         raise InputError(
-            f"{field}={getattr(config, field)}: a run has {2**31 - 1:,} updates at most; lower it"
+            f"num_epochs={config.num_epochs}: a run has {2**31 - 1:,} updates at most; lower it"
         )
     if config.optim.warmup_steps >= num_steps:
         raise InputError(

@@ -46,6 +46,11 @@ LAST_SAVE = "last_save.json"  # names the last step that was saved
 _STATE_FIELDS = ("optim.optimizer", "optim.moment_dtype", "optim.rounding")
 
 
+def has_begun(run_dir: str | Path) -> bool:
+    """Whether there is a run, even one that has lost its config."""
+    return os.path.lexists(Path(run_dir) / CONFIG_NAME) or bool(steps_on_disk(run_dir))
+
+
 def check_run(
     config: TrainConfig, tokenizer: Tokenizer | None = None, *, tell: Callable[[str], None] = say
 ) -> None:
@@ -61,7 +66,7 @@ def check_run(
     saved = bool(steps_on_disk(run_dir))
     if not saved:
         _check_not_lost(run_dir, tell)
-    if not (saved or os.path.lexists(run_dir / CONFIG_NAME)):
+    if not has_begun(run_dir):
         if config.init_from:
             read_config(config.init_from)  # raises if there is no run
             require(
@@ -148,9 +153,8 @@ def pinned(config: TrainConfig) -> TrainConfig:
     """
     names = []
     if processes.first():
-        run_dir = Path(config.run_dir)
-        began = os.path.exists(run_dir / CONFIG_NAME) or newest_identity(run_dir)
-        recorded = read_config(config.run_dir).data if began else config.data
+        begun = has_begun(config.run_dir)
+        recorded = read_config(config.run_dir).data if begun else config.data
         names = [
             pinned_tokenizer(config.data.tokenizer, recorded.tokenizer),
             *pinned_paths(config.data.paths, recorded.paths),
@@ -170,7 +174,7 @@ def trained_tokenizer(config: TrainConfig) -> Tokenizer | None:
     if not config.data.tokenizer.startswith("bpe:"):
         return None
     for run_dir in filter(None, (config.run_dir, config.init_from)):
-        if os.path.exists(Path(run_dir) / CONFIG_NAME) or newest_identity(run_dir):
+        if has_begun(run_dir):
             same = read_config(run_dir).data.tokenizer == config.data.tokenizer
             return read_tokenizer(run_dir) if same else None
     return None

@@ -15,6 +15,7 @@ from inl_jax.storage.identity import Identity
 from inl_jax.storage.run_dir import (
     Lock,
     check_run,
+    has_begun,
     locked,
     pinned,
     read_config,
@@ -320,3 +321,14 @@ def test_pinned_keeps_the_commits_that_the_run_began_with(
     assert f"hf:owner/name@en#{first}, as the run has recorded; name another commit" in said[1]
     other = f"hf:owner/name@en#{second}"
     assert pinned(with_fields(asked, {"data.paths": ("stdlib", other)})).data.paths[1] == other
+
+
+def test_run_has_begun_even_if_its_config_is_lost(tmp_path):
+    assert not has_begun(tmp_path)
+    (tmp_path / "checkpoints" / "tmp").mkdir(parents=True)
+    assert not has_begun(tmp_path)
+    (tmp_path / "checkpoints" / "3").mkdir()
+    assert has_begun(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").symlink_to("nowhere")
+    assert has_begun(tmp_path / "other")
