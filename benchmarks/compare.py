@@ -16,9 +16,9 @@ from typing import NamedTuple
 from harness import make_parser, markdown
 from variants import Trained, study_flags, train_variants, validations
 
-from inl_jax.cli.command_line import exit_on_input_error
 from inl_jax.model.language_model import param_count
 from inl_jax.planning.cost import flops_per_token
+from inl_jax.terminal.command_line import exit_on_input_error
 
 CONTEXTS = ("mean", "decay", "attention")
 ITERATIONS = (0, 2, 5)

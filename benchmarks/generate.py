@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from harness import Report, config_and_flags, interleaved, main, number
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.model.language_model import init_params
-from inl_jax.sampling import decode_loop, prefill
+from inl_jax.sampling.decoding import decode_loop, prefill
 from inl_jax.storage.weights import read_params
+from inl_jax.terminal.command_line import Parser
 
 
 def generate(parser: Parser, argv: Sequence[str]) -> Report:

@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from inl_jax.cli.command_line import (
-    Parser,
-    exit_on_input_error,
-    from_command_line,
-    lines_on_stderr,
-)
 from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.model.integrator import Integrator
 from inl_jax.model.language_model import Block
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers import TokenSpan
 from inl_jax.planning.xla import apply_flags
+from inl_jax.terminal.command_line import (
+    Parser,
+    exit_on_input_error,
+    from_command_line,
+    lines_on_stderr,
+)
 
 PAUSE = 0.3  # seconds between two measurements, so that idle threads stop spinning
 MATMUL = (512, 2048, 8192)  # rows, inner, columns of the product that gives the machine's rate

@@ -34,11 +34,11 @@ from harness import (
     with_gradient,
 )
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import ModelConfig
 from inl_jax.console import say
 from inl_jax.model.language_model import init_params
 from inl_jax.planning.cost import flops_per_token
+from inl_jax.terminal.command_line import Parser
 
 
 def integrator(parser: Parser, argv: Sequence[str]) -> Report:

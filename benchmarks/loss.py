@@ -12,9 +12,9 @@ import jax
 import optax
 from harness import Report, flags_only, interleaved, jax_contender, main, number, ratios
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.model.language_model import logits
 from inl_jax.model.losses import CHUNK, mean_loss
+from inl_jax.terminal.command_line import Parser
 
 
 def loss(parser: Parser, argv: Sequence[str]) -> Report:

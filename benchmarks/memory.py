@@ -24,7 +24,6 @@ from harness import (
     with_gradient,
 )
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import ModelConfig, TrainConfig
 from inl_jax.console import say
 from inl_jax.model.dynamics import Dynamics
@@ -32,6 +31,7 @@ from inl_jax.model.integrator import integrate
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import compute_dtype
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
+from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import make_layout
 from inl_jax.training.step import trace_step
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from harness import make_parser, markdown
 from variants import Trained, study_flags, train_variants, validations
 
-from inl_jax.cli.command_line import exit_on_input_error
+from inl_jax.terminal.command_line import exit_on_input_error
 
 STOCHASTIC = {"optim.moment_dtype": "bfloat16", "optim.rounding": "stochastic"}
 HOST = {"optim.state_memory": "pinned_host"}

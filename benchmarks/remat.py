@@ -26,9 +26,9 @@ from harness import (
     with_gradient,
 )
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.console import say
 from inl_jax.model.language_model import hidden_states, init_params
+from inl_jax.terminal.command_line import Parser
 
 # model.remat, .integrator_gradient and .integrator_segment; the first is the base of the ratios.
 REMATS = (

@@ -19,11 +19,11 @@ from pathlib import Path
 import jax
 from harness import Report, config_and_flags, main, number
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on, shardings_of
 from inl_jax.storage import checkpoint
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.manifest import verify, write_manifest
+from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import init_state, make_layout, split_state
 
 

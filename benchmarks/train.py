@@ -29,10 +29,10 @@ from harness import (
     number,
 )
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on, place, shardings_of
 from inl_jax.planning.cost import flops_per_token, utilization
+from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import init_state, make_layout
 from inl_jax.training.step import compile_step
 

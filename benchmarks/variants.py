@@ -5,9 +5,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.config_file import load_config
+from inl_jax.terminal.command_line import Parser
 from inl_jax.trainer import train
 from inl_jax.training.metrics import Record
 

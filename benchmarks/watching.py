@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import jax
 from harness import PAUSE, Report, config_and_flags, main, number, ratios
 
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import TrainConfig
+from inl_jax.terminal.command_line import Parser
 from inl_jax.trainer import train
 
 

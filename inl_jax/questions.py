@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from inl_jax.cli import signals, train
-from inl_jax.cli.command_line import Parser, exit_on_input_error, with_underscores
+from inl_jax.cli import train
 from inl_jax.cli.main import config_lines, exit_with
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import as_overrides, load_config, override, presets
 from inl_jax.console import say
 from inl_jax.other_names import check_names
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, exit_on_input_error, with_underscores
 from inl_jax.text.sources import find_entries
 
 PROGRAM = "python3 train_inl_llm_large.py"

@@ -18,12 +18,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.config import InputError
 from inl_jax.console import count, duration, plural, show, size
 from inl_jax.failures import EXIT_MISTAKE
 from inl_jax.files import json_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, from_command_line
 
 # The fields that most people need.
 FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat

@@ -6,11 +6,11 @@ inl evaluate runs/tiny [--data PATH ...] [--column body] [--step best] [--json]
 import dataclasses
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
 from inl_jax.console import say, show
 from inl_jax.files import json_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 
 # Fields of data that other text may need, and what they are.
 OF_DATA = {

@@ -8,9 +8,9 @@ Prompts of any lengths are continued in one batch.
 import time
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.console import show
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 
 
 def main(argv: Sequence[str]) -> int:

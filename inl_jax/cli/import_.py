@@ -8,10 +8,10 @@ The number of iterations is not in the file. The tokenizer is the published one,
 import dataclasses
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import DataConfig, InputError, TrainConfig
 from inl_jax.console import say
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:

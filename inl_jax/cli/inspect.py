@@ -7,11 +7,11 @@ Prints one table for each prompt and writes one page for all. The page needs no 
 
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 from inl_jax.config import InputError
 from inl_jax.console import plural, reason, say
 from inl_jax.files import write_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from inl_jax import __version__
-from inl_jax.cli import signals
 from inl_jax.console import complain, first_line, flush, show
 from inl_jax.failures import EXIT_MISTAKE, MachineFailure, OutOfMemory, is_out_of_memory
+from inl_jax.terminal import signals
 from inl_jax.training.stop import Stopped
 
 VERBS = {

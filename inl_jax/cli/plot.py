@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
 from inl_jax.console import reason, say
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,18 +10,18 @@ Exit code 2: a check failed; warnings do not count.
 from collections.abc import Sequence
 
 from inl_jax import console
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import (
+from inl_jax.cli.train import FIRST
+from inl_jax.config import InputError
+from inl_jax.failures import EXIT_FAILED, EXIT_MISTAKE, MachineFailure
+from inl_jax.files import json_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import (
     Parser,
     add_launch_flags,
     from_command_line,
     join_processes,
     lines_on_stderr,
 )
-from inl_jax.cli.train import FIRST
-from inl_jax.config import InputError
-from inl_jax.failures import EXIT_FAILED, EXIT_MISTAKE, MachineFailure
-from inl_jax.files import json_text
 
 
 def main(argv: Sequence[str]) -> int:

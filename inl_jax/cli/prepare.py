@@ -5,9 +5,9 @@ inl prepare --config tiny --data.paths a.txt b/ --data.tokenizer bytes
 
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser, from_command_line
 from inl_jax.console import say
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser, from_command_line
 
 # The fields that most people need.
 FIRST = """data.paths data.weights data.column data.hf_split data.max_documents data.tokenizer

@@ -7,11 +7,11 @@ and what it cost. Its size is about 5 MB, nearly all of it the library that draw
 from collections.abc import Sequence
 from pathlib import Path
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
 from inl_jax.console import reason, say
 from inl_jax.files import write_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:

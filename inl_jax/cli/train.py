@@ -10,13 +10,6 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import (
-    Parser,
-    add_launch_flags,
-    from_command_line,
-    join_processes,
-)
 from inl_jax.config import InputError
 from inl_jax.console import first_line, flush, say
 from inl_jax.failures import (
@@ -29,6 +22,13 @@ from inl_jax.failures import (
     MachineFailure,
     OutOfMemory,
     is_out_of_memory,
+)
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import (
+    Parser,
+    add_launch_flags,
+    from_command_line,
+    join_processes,
 )
 from inl_jax.training.stop import Stopped
 

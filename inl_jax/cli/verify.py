@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from inl_jax.cli import signals
-from inl_jax.cli.command_line import Parser
 from inl_jax.config import InputError
 from inl_jax.console import show
 from inl_jax.failures import EXIT_FAILED
 from inl_jax.files import json_text
+from inl_jax.terminal import signals
+from inl_jax.terminal.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:

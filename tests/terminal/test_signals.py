@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from inl_process import ROOT, start
 
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}
 WORDS = {
@@ -105,7 +105,7 @@ def test_door_catches_signals_before_it_imports_anything_heavy(tmp_path):
 
 UNWIND = """
 import os, signal, sys, threading, time
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signals.end_at_once()
 signals.unwind(patience={patience})
 number = signal.{number}
@@ -141,7 +141,7 @@ def test_hangup_is_ignored_if_it_was_before():
     """As by nohup."""
     code = """
 import os, signal
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 signals.end_at_once()
 signals.unwind()
@@ -155,7 +155,7 @@ print("goes on")
 def test_stop_that_python_drops_ends_the_process_all_the_same():
     code = """
 import os, signal, time
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signals.end_at_once()
 signals.unwind(patience=None)
 
@@ -176,7 +176,7 @@ time.sleep(60)
 def test_call_that_python_cannot_interrupt_is_ended_when_patience_ends():
     code = """
 import hashlib
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signals.end_at_once()
 signals.unwind(patience=0.5)
 print("ready", flush=True)
@@ -200,7 +200,7 @@ def test_signal_is_held_while_a_checkpoint_is_read():
     """Orbax makes of an exception in the middle another one, which looks like damage."""
     code = """
 import os, signal
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signals.end_at_once()
 signals.unwind()
 with signals.held():
@@ -218,7 +218,7 @@ def test_leave_keeps_its_exit_code_without_a_stderr():
     """After a lost connection, say: a wrapper that waits for 75 must see 75."""
     code = """
 import os, signal
-from inl_jax.cli import signals
+from inl_jax.terminal import signals
 signals.end_at_once()
 os.close(2)
 os.kill(os.getpid(), signal.SIGTERM)

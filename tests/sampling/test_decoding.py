@@ -1,38 +1,28 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
+from lively import lively_params
 
 from inl_jax.config import InputError
 from inl_jax.model import language_model as model
-from inl_jax.sampling import LanguageModel, choose, decode_loop, generate, prefill
-from inl_jax.storage.checkpoint import Checkpoints
-from inl_jax.storage.run_dir import record_run
-from inl_jax.tokens.tokenizer import load_tokenizer
+from inl_jax.sampling import generate
+from inl_jax.sampling.decoding import decode_loop, prefill
 
 MODELS = [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)]
+
+
 PROMPTS = [[5, 9, 200, 31], [7], [250, 3, 3, 17, 90, 41, 8, 1, 64]]
+
 
 SAMPLING = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 50, "top_p": 0.95}
 
+
 forward = jax.jit(model.apply, static_argnums=0)
+
+
 decode = jax.jit(model.decode, static_argnums=0)
-
-
-@functools.cache
-def lively_params(config):
-    """Random weights in which no part of the model is silent and the embedding does not rule."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        size = 0.1 if path[-1].key.endswith(("embedding", "bias")) else 0.5
-        value = path[-1].key.endswith("scale") + size * rng.normal(size=shape.shape)
-        return jnp.asarray(value, shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))
 
 
 @pytest.fixture(params=MODELS, ids=lambda case: f"{case[0]}-T{case[1]}")
@@ -118,39 +108,6 @@ def test_choose_at_its_narrowest_is_greedy(decay_model, narrow):
     np.testing.assert_array_equal(greedy, narrowed)
 
 
-# The probabilities are 0.4, 0.2, 0.2, 0.1, 0.06, 0.04 in another order.
-PROBABILITIES = np.array([0.1, 0.4, 0.04, 0.2, 0.06, 0.2])
-
-
-@pytest.mark.parametrize(
-    "settings, kept",
-    [
-        ({}, [0, 1, 2, 3, 4, 5]),
-        ({"top_k": 4}, [0, 1, 3, 5]),
-        ({"top_k": 2}, [1, 3, 5]),  # a tie with the second
-        ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
-        ({"top_p": 0.39}, [1]),
-        ({"top_p": 0.75}, [1, 3, 5]),
-        ({"top_p": 0.85}, [0, 1, 3, 5]),
-        ({"top_k": 4, "top_p": 0.95}, [0, 1, 3, 5]),  # p counts among the four: 0.9 / 0.9
-        ({"top_k": 4, "top_p": 0.88}, [1, 3, 5]),  # 0.8 / 0.9 already reaches it
-        ({"temperature": 2.0}, [0, 1, 2, 3, 4, 5]),
-    ],
-)
-def test_draws_follow_the_renormalised_probabilities(settings, kept):
-    n = 20_000
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": None} | settings
-    logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3.0, (n, 6))
-    draws = choose(logits, jax.random.split(jax.random.key(0), n), **settings)
-    expected = np.zeros(6)
-    expected[kept] = PROBABILITIES[kept] ** (1 / settings["temperature"])
-    expected *= n / expected.sum()
-    counts = np.bincount(draws, minlength=6)
-    assert np.flatnonzero(counts).tolist() == kept
-    chi_square = np.sum((counts - expected)[kept] ** 2 / expected[kept])
-    assert chi_square < 25  # five degrees of freedom: p = 1e-4
-
-
 def test_decode_state_of_mean_and_decay_does_not_grow(model_config):
     def num_bytes(context, max_len):
         config = model_config(context=context, max_seq_len=4096)
@@ -202,41 +159,3 @@ def test_generate_names_mistakes(decay_model, change, named):
     arguments = {"prompts": [[1]], "max_new_tokens": 4} | change
     with pytest.raises(InputError, match=named):
         generate(*decay_model, **arguments)
-
-
-def save_run(config):
-    """A run directory with `lively_params`, which are returned, and the bytes tokenizer."""
-    params = lively_params(config.model)
-    record_run(config, load_tokenizer("bytes"))
-    saved = Checkpoints(config.run_dir, keep_last=1)
-    saved.save(1, params, {"step": jnp.zeros((), jnp.int32)}, position={})
-    saved.close()
-    return params
-
-
-def test_language_model_is_read_from_its_run(train_config):
-    config = train_config()
-    params, tokenizer = save_run(config), load_tokenizer("bytes")
-    read = LanguageModel.from_run(config.run_dir)
-    assert read.config == config.model
-    jax.tree.map(np.testing.assert_array_equal, read.params, params)
-    texts = read.generate(["one", "", "two"], **SAMPLING)
-    prompts = [list(b"one"), [tokenizer.end_id], list(b"two")]
-    rows = generate(config.model, params, prompts, end_id=tokenizer.end_id, num_ids=257, **SAMPLING)
-    assert all((row < 257).all() for row in rows)  # of a model with 300 ids
-    assert texts == [tokenizer.decode(row) for row in rows]
-    assert read.generate("one", **SAMPLING) == texts[0]
-
-
-@pytest.mark.parametrize("context", ["decay", pytest.param("attention", marks=pytest.mark.slow)])
-def test_language_model_generates_the_same_on_a_mesh(train_config, context):
-    """A run that is trained under fsdp and tensor can be sampled there, whatever the prompts."""
-    config = train_config(model={"context": context, "num_kv_heads": 2})
-    save_run(config)
-    prompts = ["one", "", "two"]  # three rows, which four batch shards would not divide
-    alone = LanguageModel.from_run(config.run_dir).generate(prompts, max_new_tokens=8)
-    mesh = mesh_of(2, 2, 2)
-    model = LanguageModel.from_run(config.run_dir, mesh=mesh)
-    kernel = model.params["blocks"]["up_kernel"]
-    assert kernel.addressable_shards[0].data.nbytes * 4 == kernel.nbytes
-    assert model.generate(prompts, max_new_tokens=8) == alone

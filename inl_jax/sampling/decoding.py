@@ -1,9 +1,7 @@
-"""Sampling: one compiled prefill, one compiled loop of single tokens."""
+"""Ids to ids: one compiled prefill, one compiled loop of single tokens."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,38 +11,10 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural
-from inl_jax.files import user_path
 from inl_jax.model.language_model import DecodeState, decode, init_decode_state
 from inl_jax.parallel.processes import call_together
-from inl_jax.parallel.sharding import fetch, on, param_shardings
-from inl_jax.storage.run_dir import read_config, read_tokenizer
-from inl_jax.storage.weights import read_params
-from inl_jax.tokens.tokenizer import Tokenizer
-
-
-def choose(logits_BV, keys_B, *, temperature, top_k: int, top_p) -> jax.Array:
-    """One token per row, int32 [B].
-
-    Args:
-      logits_BV: float32 logits.
-      keys_B: a key for each row.
-      temperature: divides the logits; above 0.
-      top_k: keep the k likeliest tokens; 0 keeps all. Ties with the k-th are kept.
-      top_p: then keep the fewest tokens whose probabilities reach p (at least one, and all that
-        are exactly as likely as the last); None keeps all.
-    """
-    # From the maximum down, so that a tiny temperature makes -inf and never inf.
-    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
-    if top_k > 0:
-        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if top_p is not None:
-        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+from inl_jax.parallel.sharding import fetch, on
+from inl_jax.sampling.choice import choose
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_len"))
@@ -210,53 +180,3 @@ def _check(config, prompts, lengths, max_new_tokens, temperature, top_k, top_p) 
             f"token id {low if low < 0 else high} in a prompt: ids run from 0 to "
             f"{config.vocab_size - 1}",
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A trained model with its tokenizer: text in, text out."""
-
-    config: ModelConfig
-    params: Any = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-    mesh: Mesh | None = None
-    """Over which the parameters are sharded; None for a single device."""
-
-    @classmethod
-    def from_run(
-        cls, run_dir: str | Path, *, step: int | str = "latest", mesh: Mesh | None = None
-    ) -> "LanguageModel":
-        """The model of a run directory.
-
-        Args:
-          run_dir: the run.
-          step: a saved update, "latest", or "best" (by validation loss).
-          mesh: to shard the parameters over; None for a single device.
-
-        Raises:
-          InputError: there is no such run or checkpoint, or the model does not fit the mesh.
-        """
-        run_dir = user_path(run_dir, "run_dir")
-        config = read_config(run_dir).model
-        shardings = None if mesh is None else param_shardings(mesh, config)
-        _, params = read_params(run_dir, config, step=step, shardings=shardings)
-        return cls(config, params, read_tokenizer(run_dir), mesh)
-
-    def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
-        """The continuation of each prompt, without the prompt; one string for one string.
-
-        Takes the settings of `generate`. An empty prompt starts a new document.
-        """
-        several = not isinstance(prompts, str)
-        ids = [
-            self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]
-            for prompt in (prompts if several else [prompts])
-        ]
-        known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
-        settings = known | {"mesh": self.mesh} | settings
-        rows = generate(self.config, self.params, ids, **settings)
-        texts = [
-            self.tokenizer.decode_after(*continued)
-            for continued in zip(prompts if several else [prompts], ids, rows, strict=True)
-        ]
-        return texts if several else texts[0]

@@ -4,8 +4,8 @@ import inspect
 import pytest
 
 from inl_jax.cli import main
-from inl_jax.cli.command_line import Parser, with_underscores
 from inl_jax.config import InputError
+from inl_jax.terminal.command_line import Parser, with_underscores
 
 REQUIRED = {
     "train": ["--config", "tiny"],

@@ -1,0 +1,150 @@
+"""Our parameters under the names and in the layouts of the PyTorch model that is exported.
+
+A kernel there is `weight` of an `nn.Linear`, [out, in]; axes that form one side of a product are
+joined. Nothing is computed, so that the way out and back is exact to the bit.
+
+Shapes: D width, F feed-forward width, V vocabulary, Q controllers, C controller width, H query
+heads, G key-value heads, K head width, L layers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from inl_jax.config import ModelConfig
+from inl_jax.model.dynamics import CONTROLLERS
+from inl_jax.model.language_model import abstract_params
+
+_OUTER = {  # ours: theirs
+    "embedding": "model.embed_tokens.weight",
+    "final_norm_scale": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
+}
+# In a block, by our path: their name in a layer, and how many axes of ours are inputs of a product;
+# None for what is no kernel and keeps its shape.
+_INNER: dict[tuple[str, ...], tuple[str, int | None]] = {
+    ("context", "norm_scale"): ("context.norm.weight", None),
+    ("context", "norm_bias"): ("context.norm.bias", None),
+    ("context", "kernel"): ("context.proj.weight", 1),
+    ("context", "bias"): ("context.proj.bias", None),
+    ("context", "decay_logit"): ("context.decay_logit", None),
+    ("context", "query_kernel"): ("context.q_proj.weight", 1),
+    ("context", "key_kernel"): ("context.k_proj.weight", 1),
+    ("context", "value_kernel"): ("context.v_proj.weight", 1),
+    ("context", "output_kernel"): ("context.o_proj.weight", 2),
+    ("context", "query_scale"): ("context.q_norm.weight", None),
+    ("context", "key_scale"): ("context.k_norm.weight", None),
+    ("norm1_scale",): ("norm1.weight", None),
+    ("norm1_bias",): ("norm1.bias", None),
+    ("integrator", "mu"): ("integrator.mu", None),
+    ("integrator", "gamma"): ("integrator.gamma", None),
+    ("integrator", "phi"): ("integrator.phi", None),
+    ("integrator", "context_kernel"): ("integrator.context_proj.weight", 1),
+    ("integrator", "hidden_bias"): ("integrator.context_proj.bias", 0),
+    ("integrator", "state_kernel"): ("integrator.state_proj.weight", 2),
+    ("norm2_scale",): ("norm2.weight", None),
+    ("norm2_bias",): ("norm2.bias", None),
+    ("up_kernel",): ("feed_forward.up_proj.weight", 1),
+    ("up_bias",): ("feed_forward.up_proj.bias", None),
+    ("down_kernel",): ("feed_forward.down_proj.weight", 1),
+    ("down_bias",): ("feed_forward.down_proj.bias", None),
+}
+# Each controller has an `nn.Linear` of its own there: [Q, C, D] is Q times [D, C].
+_BY_CONTROLLER = {
+    ("integrator", "output_kernel"): ("integrator.out_proj.{}.weight", 1),
+    ("integrator", "output_bias"): ("integrator.out_proj.{}.bias", None),
+}
+
+
+class Weight(NamedTuple):
+    """One array there, and where it comes from."""
+
+    name: str
+    path: tuple[str, ...]  # of our leaf
+    index: tuple[int, ...]  # into the leaf: the layer, and the controller
+    num_inputs: int | None  # as in `_INNER`
+    shape: tuple[int, ...]  # of the leaf at `index`
+
+    @property
+    def exported_shape(self) -> tuple[int, ...]:
+        """Its shape there."""
+        return self.exported(np.empty(self.shape, bool)).shape
+
+    def exported(self, leaf: np.ndarray) -> np.ndarray:
+        """The array there, from our leaf at `index`."""
+        if self.num_inputs is None:
+            return leaf
+        if self.num_inputs == 0:
+            return leaf.reshape(-1)
+        return leaf.reshape(math.prod(leaf.shape[: self.num_inputs]), -1).T
+
+    def imported(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `exported`."""
+        return array.T.reshape(self.shape) if self.num_inputs else array.reshape(self.shape)
+
+
+def weights_of(config: ModelConfig) -> list[Weight]:
+    """Every array of the exported model, without the tied head."""
+    found = []
+    for (first, *rest), leaf in _by_path(abstract_params(config)).items():
+        if first != "blocks":
+            found.append(Weight(_OUTER[first], (first,), (), None, leaf.shape))
+            continue
+        names = _names(tuple(rest))
+        found += [
+            Weight(f"model.layers.{i}.{name}", (first, *rest), (i, *index), num_inputs, shape)
+            for i in range(config.num_layers)
+            for name, index, num_inputs in names
+            for shape in [leaf.shape[1 + len(index) :]]
+        ]
+    return found
+
+
+def _names(path: tuple[str, ...]) -> list[tuple[str, tuple[int, ...], int | None]]:
+    """The arrays in a layer there that a leaf of a block becomes: name, index, `num_inputs`."""
+    if path in _INNER:
+        name, num_inputs = _INNER[path]
+        return [(name, (), num_inputs)]
+    name, num_inputs = _BY_CONTROLLER[path]
+    return [(name.format(k), (q,), num_inputs) for q, k in enumerate(CONTROLLERS)]
+
+
+def to_named(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The parameters by their names there, in their own types, each contiguous.
+
+    Args:
+      params: as `init_params` makes them, on one device or the host.
+      config: their architecture.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in _by_path(params).items()}
+    return {
+        weight.name: np.ascontiguousarray(weight.exported(leaves[weight.path][weight.index]))
+        for weight in weights_of(config)
+    }
+
+
+def from_named(get: Callable[[str], np.ndarray], config: ModelConfig) -> Any:
+    """The inverse of `to_named`, as NumPy arrays in the types that `get` gives.
+
+    Args:
+      get: the array of a name, of its `Weight.exported_shape`; called once for each.
+      config: the architecture.
+    """
+    abstract = abstract_params(config)
+    shapes = {path: leaf.shape for path, leaf in _by_path(abstract).items()}
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    for weight in weights_of(config):
+        array = weight.imported(get(weight.name))
+        leaf = leaves.setdefault(weight.path, np.empty(shapes[weight.path], array.dtype))
+        leaf[weight.index] = array
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in shapes])
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    return {
+        tuple(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

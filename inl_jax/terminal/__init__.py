@@ -1,0 +1,1 @@
+"""What the verbs share at a terminal: flags and signals."""
