@@ -1,0 +1,1 @@
+"""The PyTorch code that travels with an exported model."""
