@@ -26,6 +26,8 @@ SETTINGS = {"shell": False, "weights_only": True, "allow_pickle": False, "trust_
 ALLOWED = {
     "inl_jax/config_file.py": {"runpy"},  # a config is a Python file
     "tests/test_checks.py": {"pickle"},  # an error that it has made itself
+    # code of this project, exported by the test itself
+    "tests/interop/exported/test_modeling_inl.py": {"trust_remote_code"},
     "tests/parallel/launched.py": {"pickle"},  # arrays of processes that it has started itself
 }
 

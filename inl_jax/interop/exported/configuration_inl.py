@@ -78,10 +78,10 @@ class InlConfig(PretrainedConfig):
         self.use_cache = use_cache
         if context not in ("mean", "decay", "attention"):
             raise ValueError(f"context={context!r}: must be mean, decay or attention")
-        if d_model % 2 or d_model % (2 * num_heads) or num_heads % num_kv_heads:
+        if d_model % (2 * num_heads) or num_heads % num_kv_heads:
             raise ValueError(
-                f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}: heads must "
-                "have the same even width, and share key-value heads evenly"
+                f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}: heads "
+                "must have the same even width, and share key-value heads evenly"
             )
         if context == "mean" and num_iterations == 0:
             raise ValueError("num_iterations=0 with context='mean': nothing would read the context")
