@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -89,15 +90,20 @@ def load(torch, tmp_path, monkeypatch):
     """Loads a directory as users do, offline; its code is copied to `tmp_path` and runs there."""
     from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    def forget_code():
+        for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+            del sys.modules[name]
 
     def load(folder, **settings):
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, local_files_only=True, **settings
         )
 
-    return load
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    forget_code()
+    yield load
+    forget_code()
 
 
 def logits_of(model, ids, **inputs):
@@ -321,7 +327,8 @@ def test_assisted_generation_is_right_or_refused(torch, model_config, context):
     model = in_torch(config, lively_params(config))
     prompt = torch.tensor([PROMPTS[1]])
     if context == "attention":
-        assert continued(model, prompt, prompt_lookup_num_tokens=2) == continued(model, prompt)
+        lookup = {"prompt_lookup_num_tokens": 2, "eos_token_id": 299}
+        assert continued(model, prompt, **lookup) == continued(model, prompt, eos_token_id=299)
     else:
         with pytest.raises(ValueError, match="assisted generation is not supported"):
             continued(model, prompt, prompt_lookup_num_tokens=2)
@@ -530,7 +537,8 @@ def test_model_runs_from_a_device_map(load, model_config, tmp_path, context):
     pytest.importorskip("accelerate")
     config = model_config(context=context)
     folder = write_export(tmp_path / "out", config, lively_params(config))
-    device_map = {"model.layers.1": "disk", "": "cpu"}
+    parts = ["lm_head", *(f"model.{p}" for p in ("embed_tokens", "dropout", "layers.0", "norm"))]
+    device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
     offloaded = load(folder, device_map=device_map, offload_folder=str(tmp_path / "offload"))
     whole = load(folder)
     inputs = left_padded(PROMPTS)
