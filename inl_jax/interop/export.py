@@ -31,7 +31,6 @@ from inl_jax.tokens.tokenizer import Tokenizer
 PUBLISHED = ".pt"  # what the name of a file in the published format ends in
 DTYPES = ("float32", "bfloat16")
 CONFIG_NAME = "config.json"
-_CODE = ("configuration_inl.py", "modeling_inl.py")
 _SHARD = 5_000_000_000  # bytes; what the hub recommends at most
 
 
@@ -138,9 +137,9 @@ def write_saved(
         generation = json_text(_generation(saved), indent=2)
         write_text(folder / "generation_config.json", generation)
         end = save_tokenizer(saved.tokenizer, folder, max_length=model.max_seq_len)
-        code = importlib.resources.files("inl_jax.interop") / "exported"
-        for name in _CODE:
-            write_text(folder / name, (code / name).read_text(encoding="utf-8"))
+        for code in (importlib.resources.files("inl_jax.interop") / "exported").iterdir():
+            if code.name.endswith("_inl.py"):
+                write_text(folder / code.name, code.read_text(encoding="utf-8"))
         card = model_card(saved.run_dir, saved.config, step=saved.step, dtype=dtype, end=end)
         write_text(folder / "README.md", card)
         files = _save_weights(weights, folder, dtype, max_shard_bytes)
