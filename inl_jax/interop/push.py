@@ -1,5 +1,6 @@
 """Exported models on the Hugging Face hub."""
 
+import shlex
 from pathlib import Path
 
 from inl_jax.checks import InputError, require
@@ -45,13 +46,13 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    again = shlex.join(["hf", "upload", repo_id, str(folder), *(["--private"] if private else ())])
     try:
         # None leaves the visibility to the owner's settings.
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise InputError(
-                f"push={repo_id}: is public; make it private in its settings, or name another, "
-                f"then run: hf upload {repo_id} {folder}"
+                f"push={repo_id}: is public; make it private in its settings, then run: {again}"
             )
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of inl_jax")
     except InputError:
@@ -59,6 +60,6 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     except Exception as error:  # each layer of the client raises types of its own
         raise MachineFailure(
             f"push={repo_id}: the upload failed ({redact(first_line(error))}), and {folder} is "
-            f"complete; mend that, then run: hf upload {repo_id} {folder}"
+            f"complete; mend that, then run: {again}"
         ) from None
     return str(address)

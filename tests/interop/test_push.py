@@ -50,9 +50,9 @@ def test_nothing_private_is_pushed_to_a_public_repository(monkeypatch, tmp_path)
 def test_failed_upload_is_one_line_without_the_token(monkeypatch, tmp_path):
     Api(monkeypatch, error=ConnectionError(f"no route with {TOKEN}\nto the hub"))
     with pytest.raises(MachineFailure) as failed:
-        push(tmp_path, "me/tiny")
+        push(tmp_path, "me/tiny", private=True)
     line = str(failed.value)
-    assert f"then run: hf upload me/tiny {tmp_path}" in line and "no route" in line
+    assert line.endswith(f"then run: hf upload me/tiny {tmp_path} --private") and "no route" in line
     assert TOKEN not in line and "\n" not in line
 
 
