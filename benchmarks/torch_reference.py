@@ -1,7 +1,7 @@
 """The integrator and the published block in plain PyTorch, to time and to check ours against.
 
 Each equation of the README is one line here. The weights have their published names, so that
-`interop.params_to_torch` fills them.
+`interop.published` fills them.
 
 Shapes: B batch, S sequence, D width, C controller width.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from inl_jax.config import ModelConfig
 from inl_jax.console import first_line, say
-from inl_jax.interop import params_to_torch
+from inl_jax.interop.published import published_layout
 
 
 class Integrator(nn.Module):
@@ -84,7 +84,7 @@ def block_weights(params, config: ModelConfig) -> dict[str, torch.Tensor]:
       config: of that model; its context is the mean.
     """
     prefix = "layers.0."
-    published = params_to_torch(params, config)
+    published = published_layout(params, config)
     return {
         name.removeprefix(prefix): torch.from_numpy(array.copy())
         for name, array in published.items()

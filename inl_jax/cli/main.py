@@ -32,6 +32,7 @@ VERBS = {
     "report": "writes a page about a run, or several compared",
     "inspect": "draws what the integrator does with a text",
     "import": "makes a run directory from published PyTorch weights",
+    "export": "writes a model for Hugging Face transformers",
 }
 SPELLINGS = {"prepare_data": "prepare", "import_torch": "import", "inspect_run": "inspect"}
 

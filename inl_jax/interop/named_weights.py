@@ -112,18 +112,21 @@ def _names(path: tuple[str, ...]) -> list[tuple[str, tuple[int, ...], int | None
     return [(name.format(k), (q,), num_inputs) for q, k in enumerate(CONTROLLERS)]
 
 
-def to_named(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The parameters by their names there, in their own types, each contiguous.
+def named_views(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The parameters by their names there, in their own types: views, of any strides.
 
     Args:
       params: as `init_params` makes them, on one device or the host.
       config: their architecture.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in _by_path(params).items()}
-    return {
-        weight.name: np.ascontiguousarray(weight.exported(leaves[weight.path][weight.index]))
-        for weight in weights_of(config)
-    }
+    return {w.name: w.exported(leaves[w.path][w.index]) for w in weights_of(config)}
+
+
+def to_named(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """As `named_views`, each a contiguous copy."""
+    views = named_views(params, config)
+    return {name: np.ascontiguousarray(view) for name, view in views.items()}
 
 
 def from_named(get: Callable[[str], np.ndarray], config: ModelConfig) -> Any:

@@ -4,6 +4,7 @@ The published model is the mean context. Linear weights there are [out, in]; its
 an unscaled embedding, so the square root of D moves between the embedding and the final norm.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inl_jax.config import InputError, ModelConfig
+from inl_jax.checks import InputError, require
+from inl_jax.config import ModelConfig
 from inl_jax.console import first_line
 from inl_jax.model.dynamics import CONTROLLERS
 from inl_jax.model.language_model import abstract_params
@@ -23,6 +25,7 @@ EMBEDDING = "token_embedding.weight"
 HEAD = "lm_head.weight"
 POSITIONS = "pos_encoding.pe"
 _COUNTER = "inl.global_step"
+_INSTEAD = "export a directory for transformers instead, which can hold any model"
 _VECTORS = {  # ours, within a block: theirs, within a layer
     "norm1_scale": "norm1.weight",
     "norm1_bias": "norm1.bias",
@@ -131,19 +134,43 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
 def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndarray]:
     """Published names and layouts from our parameters: the inverse of `params_from_torch`.
 
-    The published model has no iteration-dependent harmonic in evaluation and no dynamic alpha, so
-    only a model whose gamma is 0 (as imported ones) computes the same function there; for others
-    the weights are exact and the excitation differs.
+    The published model computes the same function with them, in evaluation. It takes the number of
+    iterations and the dropout from elsewhere: `config_from_torch` must be given them.
 
     Returns:
       name to array, as `torch.from_numpy` takes it: NumPy has no bfloat16, so that becomes float32.
 
     Raises:
-      InputError: the model is not of the mean context.
+      InputError: the published model cannot compute this function; what it lacks is named.
     """
     c = model_config
-    if c.context != "mean":
-        raise InputError(f"model.context={c.context}: the published model is the mean context")
+    for field, value, published in (
+        ("context", c.context, "mean"),
+        ("kappa", c.kappa, math.inf),
+        ("dt", c.dt, 0.1),
+        ("excitation_amplitude", c.excitation_amplitude, 0.03),
+    ):
+        require(
+            value == published,
+            f"model.{field}={value}: in the published model it is {published}; {_INSTEAD}",
+        )
+    gamma = np.asarray(params["blocks"]["integrator"]["gamma"], np.float32)
+    require(
+        not gamma.any(),
+        f"integrator.gamma is up to {np.abs(gamma).max():.3g}: the published harmonic stands still "
+        f"in evaluation, as with gamma 0; {_INSTEAD}",
+    )
+    return published_layout(params, c)
+
+
+def published_layout(params: Any, model_config: ModelConfig) -> dict[str, np.ndarray]:
+    """As `params_to_torch`, of any model of the mean context, whatever it computes.
+
+    Args:
+      params: the parameters, or a tree of the same structure, such as their gradients.
+      model_config: their architecture.
+    """
+    c = model_config
     params = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype == jnp.bfloat16 else None), params
     )

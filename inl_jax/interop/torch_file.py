@@ -1,15 +1,16 @@
-"""PyTorch's .pt files, read without running code from them."""
+"""PyTorch's .pt files: written, and read without running code from them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from inl_jax.config import InputError
 from inl_jax.console import first_line, say
-from inl_jax.interop.published import EMBEDDING
+from inl_jax.interop.published import EMBEDDING, HEAD
 
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPER = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -36,10 +37,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       InputError: PyTorch is not installed, or the file does not hold one state_dict.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError("reading .pt files needs PyTorch: pip install 'inl_jax[torch]'") from None
+    torch = need_torch()
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; name a .pt file that holds a state_dict")
     try:
@@ -66,6 +64,32 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         say(f"{path}: {len(weights)} weights{place}{prefix}{others}{more}")
     return weights
+
+
+def write_state_dict(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Writes published weights as a .pt file, the tied head as the same tensor.
+
+    Raises:
+      InputError: PyTorch is not installed.
+      OSError: the file cannot be written.
+    """
+    torch = need_torch()
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    with open(path, "wb") as file:  # given the path, torch would not say that the disk is full
+        torch.save(tensors | {HEAD: tensors[EMBEDDING]}, file)
+
+
+def need_torch() -> ModuleType:
+    """PyTorch.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise InputError(".pt files need PyTorch: pip install 'inl_jax[torch]'") from None
+    return torch
 
 
 def _find_one(path: str | Path, loaded: Any) -> _Found:

@@ -14,18 +14,26 @@ from inl_jax.storage.manifest import Damaged
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_failure(error: BaseException, directory: Path, *, needed: int = 0) -> MachineFailure:
+def write_failure(
+    error: BaseException,
+    directory: Path,
+    *,
+    needed: int = 0,
+    what: str = "a checkpoint",
+    stays: str = "the newest complete checkpoint stays",
+) -> MachineFailure:
     """What to raise for an error of a write.
 
     Args:
-      error: from the operating system, or from Orbax, which wraps those.
+      error: from the operating system, or from a library that wraps those.
       directory: where it was.
       needed: bytes that were to be written, if they are many.
+      what: what they are.
+      stays: what the failure has not harmed.
     """
     number = next(filter(None, map(_errno, _causes(error))), 0)
-    stays = "the newest complete checkpoint stays"
     if number in _FULL:
-        needs = f"a checkpoint takes {size(needed)}, " if needed else ""
+        needs = f"{what} takes {size(needed)}, " if needed else ""
         return DiskFull(
             f"{directory}: {os.strerror(number)}; {needs}{size(_free(directory))} are free, and "
             f"{stays}: free some disk, then run the same command"
@@ -54,8 +62,9 @@ def _errno(error: BaseException) -> int:
     """The operating system's number of an error; 0 if it has none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    of_tensorstore = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(of_tensorstore[1]) if of_tensorstore else 0
+    # As TensorStore and as safetensors write it.
+    found = re.search(r"(?:os_error_code='|\(os error )(\d+)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _free(directory: Path) -> int:

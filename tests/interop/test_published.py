@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -59,7 +60,7 @@ def compare_gradients(grads, config, tolerance) -> set[str]:
     grads["embedding"] = grads["embedding"] / config.d_model  # d/d(E sqrt(D)), exported times it
     grads["final_norm_scale"] = grads["final_norm_scale"] * root_d**2
     grads["final_norm_bias"] = grads["final_norm_bias"] * root_d**2
-    exported = interop.params_to_torch(grads, config)
+    exported = interop.published_layout(grads, config)
     step = int(WEIGHTS["layers.0.inl.global_step"])
     names = set()
     for key in GOLDEN:
@@ -150,3 +151,24 @@ def test_exports_of_bfloat16_are_float32_arrays_that_torch_takes():
 def test_other_contexts_are_refused(model_config):
     with pytest.raises(InputError, match="mean"):
         interop.params_from_torch(WEIGHTS, model_config(context="decay"))
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"context": "decay"}, "model.context=decay: in the published model it is mean"),
+        ({"kappa": 1.0}, "model.kappa=1.0: in the published model it is inf"),
+        ({"dt": 0.2}, "model.dt=0.2: in the published model it is 0.1"),
+        ({"excitation_amplitude": 0.0}, "model.excitation_amplitude=0.0: .* it is 0.03"),
+        ({}, "integrator.gamma is up to 0.5: the published harmonic stands still"),
+    ],
+)
+def test_what_the_published_model_cannot_compute_is_refused(fields, named):
+    config = golden_config()
+    params = interop.params_from_torch(WEIGHTS, config)
+    if not fields:
+        integrator = params["blocks"]["integrator"]
+        integrator["gamma"] = integrator["gamma"].at[1, 3].set(-0.5)
+    config = dataclasses.replace(config, **fields)
+    with pytest.raises(InputError, match=f"{named}.*; export a directory for transformers"):
+        interop.params_to_torch(params, config)

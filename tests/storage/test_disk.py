@@ -25,6 +25,7 @@ def raised(error, cause=None):
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left [os_error_code='28']"),
         ValueError("OUT_OF_RANGE: Failed writing: File too large [os_error_code='27']"),
+        OSError("Error while serializing: I/O error: No space left on device (os error 28)"),
         raised(RuntimeError("a save failed"), OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
