@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from inl_jax.storage.checkpoint import Checkpoints
     from inl_jax.storage.identity import Identity
     from inl_jax.storage.run_dir import record_run
-    from inl_jax.tokens.tokenizer import load_tokenizer
+    from inl_jax.tokens.tokenizer import FILE_NAME, load_tokenizer
 
     signals.unwind()
     kind = kind_of(flags.weights)
@@ -60,6 +60,10 @@ def main(argv: Sequence[str]) -> int:
     model = weights.model
     if flags.param_dtype:
         model = dataclasses.replace(model, param_dtype=flags.param_dtype)
+    if kind == "exported" and not flags.tokenizer and not (flags.weights / FILE_NAME).exists():
+        raise InputError(
+            f"--tokenizer is missing: there is no {flags.weights / FILE_NAME}; name one"
+        )
     name = flags.tokenizer or (str(flags.weights) if kind == "exported" else "gpt2")
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > model.vocab_size:
@@ -81,4 +85,5 @@ def main(argv: Sequence[str]) -> int:
     checkpoints.save(0, params, position={})
     checkpoints.close()
     say(f"{flags.out}: {dataclasses.asdict(model)}")
+    say(f"its validation text is not known: inl evaluate {flags.out} --data TEXT")
     return 0

@@ -2,9 +2,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_same
+from lively import lively_params
 
 from inl_jax.interop.named_weights import from_named, named_leaves, to_named, weights_of
-from inl_jax.model.language_model import abstract_params, init_params, param_count
+from inl_jax.model.language_model import abstract_params, param_count
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from inl_jax.model.language_model import abstract_params, init_params, param_cou
 )
 def test_named_weights_come_back_bit_for_bit(model_config, fields):
     config = model_config(**fields)
-    params = init_params(config, jax.random.key(0))
+    params = lively_params(config)
     named = to_named(params, config)
     weights = weights_of(config)
     assert {weight.name: weight.exported_shape for weight in weights} == {
