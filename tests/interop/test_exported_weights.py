@@ -174,6 +174,31 @@ def test_damage_is_named_in_a_line(exported, damage, message):
     assert str(error.value).startswith(str(exported))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("context, iterations", [("mean", 3), ("decay", 3), ("attention", 0)])
+def test_model_that_transformers_changed_and_saved_comes_back(
+    tmp_path, model_config, context, iterations
+):
+    modeling = pytest.importorskip("inl_jax.interop.exported.modeling_inl")  # needs transformers
+    import torch
+
+    kappa = float("inf") if context == "mean" else 1.0
+    config = model_config(context=context, num_iterations=iterations, kappa=kappa)
+    params = lively_params(config)
+    write_exported(tmp_path / "exported", params, config)
+    theirs = modeling.InlForCausalLM.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        theirs.model.norm.weight += 1
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="8KB")
+    theirs.bfloat16().save_pretrained(tmp_path / "narrow")
+    saved = open_exported(tmp_path / "saved")
+    assert saved.model == dataclasses.replace(config, remat="block") and "1 file" not in str(saved)
+    changed = params | {"final_norm_scale": np.asarray(params["final_norm_scale"]) + 1}
+    assert_same(read(tmp_path / "saved"), changed)
+    narrow = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), changed)
+    assert_same(read(tmp_path / "narrow"), narrow)
+
+
 def test_files_of_a_trainer_beside_the_weights_are_left_alone(exported, config):
     for name in ("optimizer.pt", "training_args.bin", "rng_state.pth"):
         (exported / name).write_bytes(b"\x80\x04")
