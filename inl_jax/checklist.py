@@ -220,7 +220,7 @@ def _check_run(config: TrainConfig, corpus: Corpus | None) -> Finding:
     found: list[str] = []
     check_start(config, None if corpus is None else corpus.tokenizer, tell=found.append)
     if not has_begun(config.run_dir):
-        return "none", "", "ok"
+        return "; ".join(["none", *found]), "", "ok"
     step, position = _newest_position(config.run_dir)
     if corpus is not None and position:
         read, samples = read_so_far(position, config, corpus), position["samples_seen"]

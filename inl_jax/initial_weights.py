@@ -49,15 +49,18 @@ def kind_of(path: Path) -> Literal["run", "exported", "published"]:
     """What a path names.
 
     Raises:
-      InputError: nothing that holds weights.
+      InputError: nothing that holds weights, or that may be read.
     """
-    if is_exported(path):
-        return "exported"
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            raise InputError(f"{path}: name {path.parent}, which holds its config.json too")
-        refuse_pointer(path)
-        return "published"
+    try:
+        if is_exported(path):
+            return "exported"
+        if path.is_file():
+            if path.suffix == ".safetensors":
+                raise InputError(f"{path}: name {path.parent}, which holds its config.json too")
+            refuse_pointer(path)
+            return "published"
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name weights that can be read") from None
     if has_begun(path):
         return "run"
     raise InputError(
@@ -103,11 +106,10 @@ def _published(path: Path, model: ModelConfig) -> Weights:
     found = config_from_torch(state_dict, num_iterations=max(1, model.num_iterations), **untold)
 
     def read(param_dtype: str, shardings: Any) -> tuple[str, Any]:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # not all on one GPU
-            typed = dataclasses.replace(found, param_dtype=param_dtype)
-            params = params_from_torch(state_dict, typed)
+        typed = dataclasses.replace(found, param_dtype=param_dtype)
+        params = params_from_torch(state_dict, typed, asarray=np.asarray)
         what = f"a published model ({len(state_dict)} arrays)"
-        return what, jax.tree.map(lambda leaf, to: put(np.asarray(leaf), to), params, shardings)
+        return what, jax.tree.map(put, params, shardings)
 
     return Weights(found, read)
 
@@ -160,13 +162,22 @@ def check_start(
         tell(f"{path} does not tell its tokenizer: {tokenizer.name} must be the one of its weights")
     without = () if "attention" in (weights.model.context, config.model.context) else _OF_ATTENTION
     without += () if weights.model.num_iterations or config.model.num_iterations else _OF_INTEGRATOR
-    for field, theirs, ours in differences(weights.model, config.model, "model."):
-        if field in without or field in _FREE:
-            continue
-        builds_none = field == "model.num_iterations" and 0 in (theirs, ours)
-        if builds_none or field not in _TOLD:
-            raise InputError(
-                f"{field}={ours}, but the weights in {path} have {field}={theirs}: use that value, "
-                "or name other weights"
-            )
+    changed = [
+        (field, theirs, ours)
+        for field, theirs, ours in differences(weights.model, config.model, "model.")
+        if field not in _FREE and field not in without
+    ]
+    refused = [
+        (field, theirs, ours)
+        for field, theirs, ours in changed
+        if field not in _TOLD or (field == "model.num_iterations" and 0 in (theirs, ours))
+    ]
+    if refused:
+        raise InputError(
+            f"{', '.join(f'{field}={ours}' for field, _, ours in refused)}, but the weights in "
+            f"{path} have {', '.join(f'{field}={theirs}' for field, theirs, _ in refused)}: add "
+            f"{' '.join(f'--{field} {theirs}' for field, theirs, _ in refused)}, or name other "
+            "weights"
+        )
+    for field, theirs, ours in changed:
         tell(f"changed since the weights in {path}: {field} {theirs} -> {ours}")

@@ -9,6 +9,7 @@ from exported_dir import write_exported
 from lively import lively_params, published_params, save_run
 
 from inl_jax.config import InputError, with_fields
+from inl_jax.config_file import override
 from inl_jax.initial_weights import check_start, find_weights, kept_tokenizer, kind_of
 from inl_jax.interop.published import params_to_torch
 from inl_jax.parallel.sharding import param_shardings
@@ -62,14 +63,18 @@ def test_kinds_of_weights_are_told_apart_and_are_checked_alike(source, config, k
     check_start(with_fields(begun, other))
     changed = "" if kind == "published" else "model.num_iterations 3 -> 5"
     assert changed in " ".join(said) and "model.max_seq_len 32 -> 64" in " ".join(said)
-    for field, value, saved in [
-        ("kappa", 1.0, "inf"),
-        ("d_ff", 64, "32"),
-        ("context", "decay", "mean"),
-    ]:
-        named = f"model.{field}={value}, but the weights in .* have model.{field}={saved}: use"
-        with pytest.raises(InputError, match=named):
-            check_start(with_fields(begun, {f"model.{field}": value}))
+    other = {"model.context": "decay", "model.kappa": 1.0}
+    named = (
+        "model.context=decay, model.kappa=1.0, but the weights in .* have model.context=mean, "
+        "model.kappa=inf: add --model.context mean --model.kappa inf, or"
+    )
+    with pytest.raises(InputError, match=named):
+        check_start(with_fields(begun, other))
+    check_start(
+        override(with_fields(begun, other), "--model.context mean --model.kappa inf".split())
+    )
+    with pytest.raises(InputError, match="^model.num_iterations=0, .*add --model.num_iter"):
+        check_start(with_fields(begun, other | {"model.num_iterations": 0}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

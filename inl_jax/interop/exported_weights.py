@@ -18,6 +18,7 @@ from inl_jax.config import ModelConfig
 from inl_jax.console import first_line, plural
 from inl_jax.interop.exported_config import from_json_fields
 from inl_jax.interop.named_weights import named_leaves, weights_of
+from inl_jax.storage.identity import steps_on_disk
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -93,7 +94,7 @@ def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def is_exported(path: Path) -> bool:
     """Whether a directory holds a model as transformers does, rather than a run or nothing."""
-    if not path.is_dir() or (path / "checkpoints").is_dir():
+    if not path.is_dir() or steps_on_disk(path):
         return False
     if any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*")):
         return True

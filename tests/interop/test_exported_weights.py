@@ -209,5 +209,5 @@ def test_runs_and_other_directories_are_no_exported_models(exported, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in ("empty", "nowhere", "exported/config.json"):
         assert not is_exported(tmp_path / path)
-    (exported / "checkpoints").mkdir()
+    (exported / "checkpoints" / "4").mkdir(parents=True)
     assert not is_exported(exported)
