@@ -159,7 +159,10 @@ def check_start(
     if tokenizer and own:  # first, since a model of other sizes may be another tokenizer's
         check_tokenizer_of(f"the model in {path}", own, tokenizer, file=path / "tokenizer.json")
     elif tokenizer:
-        tell(f"{path} does not tell its tokenizer: {tokenizer.name} must be the one of its weights")
+        tell(
+            f"{path} tells neither its tokenizer nor its iterations: {tokenizer.name} and "
+            f"model.num_iterations={config.model.num_iterations} must be those of its training"
+        )
     without = () if "attention" in (weights.model.context, config.model.context) else _OF_ATTENTION
     without += () if weights.model.num_iterations or config.model.num_iterations else _OF_INTEGRATOR
     changed = [

@@ -55,7 +55,8 @@ def test_kinds_of_weights_are_told_apart_and_are_checked_alike(source, config, k
     assert kind_of(Path(begun.init_from)) == kind
     check_start(begun, BYTES)
     untold = [
-        f"{begun.init_from} does not tell its tokenizer: bytes must be the one of its weights"
+        f"{begun.init_from} tells neither its tokenizer nor its iterations: bytes and "
+        "model.num_iterations=3 must be those of its training"
     ]
     assert said == (untold if kind == "published" else [])
     said.clear()
