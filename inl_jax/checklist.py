@@ -18,6 +18,7 @@ from inl_jax.curriculum import make_curriculum, read_so_far
 from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
 from inl_jax.failures import MachineFailure
+from inl_jax.initial_weights import check_start, kept_tokenizer
 from inl_jax.model.layers import attention_kernel, compute_dtype
 from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
@@ -36,7 +37,7 @@ from inl_jax.planning.preflight import (
     warn,
 )
 from inl_jax.storage.identity import steps_on_disk
-from inl_jax.storage.run_dir import check_run, has_begun, pinned
+from inl_jax.storage.run_dir import has_begun, pinned
 from inl_jax.training.step import compile_step
 from inl_jax.training.trackers import check_trackers
 
@@ -87,7 +88,7 @@ def checklist(
     else:
         try:
             config = pinned(config)
-            corpus = read_corpus(config)
+            corpus = read_corpus(config, kept_tokenizer(config))
             rows += [Check("data", ", ".join(config.data.paths), "", "ok")]
             rows += _tried(DATA_CHECKS, config, corpus)
         except InputError as error:
@@ -217,9 +218,9 @@ SETUP_CHECKS = {
 def _check_run(config: TrainConfig, corpus: Corpus | None) -> Finding:
     """Whether the run in the run directory, if there is one, can be resumed."""
     found: list[str] = []
-    check_run(config, None if corpus is None else corpus.tokenizer, tell=found.append)
+    check_start(config, None if corpus is None else corpus.tokenizer, tell=found.append)
     if not has_begun(config.run_dir):
-        return "none", "", "ok"
+        return "; ".join(["none", *found]), "", "ok"
     step, position = _newest_position(config.run_dir)
     if corpus is not None and position:
         read, samples = read_so_far(position, config, corpus), position["samples_seen"]

@@ -143,7 +143,8 @@ class TrainConfig:
     run_dir: str = "runs/custom"
     """Directory of the run: config, checkpoints, metrics. Starting again resumes from it."""
     init_from: str = ""
-    """Run directory whose weights, and nothing else, start this run. Empty: random weights."""
+    """What gives this run its first weights, and nothing else: a run directory, an exported model's
+    directory, or a published .pt file. Empty: random weights."""
     seed: int = 0
     """Decides the initial weights, the order of the data and dropout."""
     num_steps: int = 1000

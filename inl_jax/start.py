@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import jax
 
-from inl_jax.config import TrainConfig, with_fields
+from inl_jax.config import TrainConfig
 from inl_jax.console import say
 from inl_jax.curriculum import Read, read_so_far, resumed_position
 from inl_jax.data.corpus import Corpus
+from inl_jax.initial_weights import find_weights
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import shardings_of
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import read_config
-from inl_jax.storage.weights import read_params
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.state import (
@@ -71,12 +71,9 @@ def restore_or_init(
         return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
     shardings = shardings_of(layout.state)
     if config.init_from:
-        # The types that were saved; another parameter type is cast to afterwards.
-        saved = read_config(config.init_from).model.param_dtype
-        source = with_fields(config, {"model.param_dtype": saved}).model
-        step, params = read_params(config.init_from, source, shardings=shardings.params)
-        say(f"starting from the weights of {config.init_from} at update {step}")
-        params = jax.tree.map(lambda p: p.astype(config.model.param_dtype), params)
+        weights = find_weights(config.init_from, config.model)
+        what, params = weights.read(config.model.param_dtype, shardings.params)
+        say(f"starting from the weights of {config.init_from}, {what}")
         fresh = jax.jit(
             functools.partial(state_from_params, config=config),
             out_shardings=shardings,

@@ -17,6 +17,7 @@ from inl_jax.environment import record_environment
 from inl_jax.evaluation import evaluate, validation_record
 from inl_jax.failures import Diverged
 from inl_jax.guest import own_logging
+from inl_jax.initial_weights import check_start, kept_tokenizer
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import any_process, local_rows, on, place
 from inl_jax.planning.cost import utilization
@@ -27,7 +28,7 @@ from inl_jax.sampling import LanguageModel
 from inl_jax.start import Start, restore_or_init, say_rate_change
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.identity import Identity
-from inl_jax.storage.run_dir import check_run, locked, pinned, record_run
+from inl_jax.storage.run_dir import locked, pinned, record_run
 from inl_jax.training.metrics import MetricsLog, Record, kind, latest, read_metrics, update_record
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.reader import Reader
@@ -65,8 +66,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
         check_setup(config)
         config = pinned(config)
         fitted, mesh, layout = plan = plan_run(config)
-        corpus = prepare_data(config)
-        check_run(config, corpus.tokenizer)
+        corpus = prepare_data(config, kept_tokenizer(config))
+        check_start(config, corpus.tokenizer)
         identity = Identity(config, corpus.tokenizer)
         stop.hold()  # Orbax would take an exception while it reads for a damaged checkpoint
         with (

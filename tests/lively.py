@@ -25,6 +25,14 @@ def lively_params(config):
     return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))
 
 
+def published_params(config):
+    """`lively_params` with a harmonic that stands still, as in the published model."""
+    params = lively_params(config)
+    gamma = np.zeros_like(params["blocks"]["integrator"]["gamma"])
+    integrator = params["blocks"]["integrator"] | {"gamma": gamma}
+    return params | {"blocks": params["blocks"] | {"integrator": integrator}}
+
+
 def save_run(config):
     """A run directory with `lively_params`, which are returned, and the bytes tokenizer."""
     params = lively_params(config.model)

@@ -21,6 +21,7 @@ FLOORS = [
         "sampling",
         "guide",
         "checklist",
+        "initial_weights",
         "start",
         "watch",
         "report",

@@ -1,11 +1,14 @@
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from conftest import mesh_of
+from conftest import assert_same, mesh_of
+from exported_dir import write_exported
+from lively import lively_params
 
 from inl_jax.data.corpus import prepare
-from inl_jax.start import restore_or_init
+from inl_jax.start import Start, restore_or_init
 from inl_jax.training.state import make_layout, split_state
 
 
@@ -26,3 +29,20 @@ def test_resuming_says_if_the_records_are_gone(train_config, make_run, said):
     said.clear()
     restore_or_init(config, layout, checkpoints, corpus)
     assert said == [f"resuming from update 4 in {config.run_dir}"]
+
+
+def test_exported_weights_start_a_run_on_any_mesh(train_config, tmp_path, said):
+    config = train_config(model={"param_dtype": "bfloat16"})
+    params = lively_params(config.model)
+    exported = write_exported(tmp_path / "exported", params, config.model)
+    begun = dataclasses.replace(config, init_from=str(exported))
+    layout = make_layout(begun, mesh_of(fsdp=4))
+    nothing_saved = SimpleNamespace(restore=lambda _: None)
+    state, start = restore_or_init(begun, layout, nothing_saved, None)
+    assert_same(state.params, params)
+    assert state.params["embedding"].sharding == layout.state.params["embedding"].sharding
+    assert start == Start() and int(state.step) == 0
+    assert said == [
+        f"starting from the weights of {exported}, an exported model (57 arrays of type BF16 in 1 "
+        "file)"
+    ]

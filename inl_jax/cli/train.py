@@ -79,9 +79,9 @@ def run(config, flags) -> int:
     """Trains; returns the exit code of this process."""
     from inl_jax.checklist import check_setup
     from inl_jax.curriculum import describe, make_curriculum
+    from inl_jax.initial_weights import check_start
     from inl_jax.planning.preflight import plan_run
     from inl_jax.planning.xla import apply_flags, use_compile_cache
-    from inl_jax.storage.run_dir import check_run
     from inl_jax.trainer import train
 
     join_processes(flags)
@@ -89,7 +89,7 @@ def run(config, flags) -> int:
     if flags.dry_run:
         check_setup(config)
         plan_run(config)
-        check_run(config)
+        check_start(config)
         for line in describe(make_curriculum(config, config.num_steps), config, config.num_steps):
             say(line)
         return 0

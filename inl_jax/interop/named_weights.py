@@ -7,8 +7,9 @@ Shapes: D width, F feed-forward width, V vocabulary, Q controllers, C controller
 heads, G key-value heads, K head width, L layers.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +72,10 @@ class Weight(NamedTuple):
     @property
     def exported_shape(self) -> tuple[int, ...]:
         """Its shape there."""
-        return self.exported(np.empty(self.shape, bool)).shape
+        n, shape = self.num_inputs, self.shape
+        if n is None:
+            return shape
+        return (math.prod(shape[n:]), math.prod(shape[:n])) if n else (math.prod(shape),)
 
     def exported(self, leaf: np.ndarray) -> np.ndarray:
         """The array there, from our leaf at `index`."""
@@ -136,14 +140,20 @@ def from_named(get: Callable[[str], np.ndarray], config: ModelConfig) -> Any:
       get: the array of a name, of its `Weight.exported_shape`; called once for each.
       config: the architecture.
     """
-    abstract = abstract_params(config)
-    shapes = {path: leaf.shape for path, leaf in _by_path(abstract).items()}
-    leaves: dict[tuple[str, ...], np.ndarray] = {}
-    for weight in weights_of(config):
-        array = weight.imported(get(weight.name))
-        leaf = leaves.setdefault(weight.path, np.empty(shapes[weight.path], array.dtype))
-        leaf[weight.index] = array
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in shapes])
+    structure = jax.tree.structure(abstract_params(config))
+    return jax.tree.unflatten(structure, named_leaves(get, config))
+
+
+def named_leaves(get: Callable[[str], np.ndarray], config: ModelConfig) -> Iterator[np.ndarray]:
+    """The leaves that `from_named` gives, in their order, one at a time."""
+    shapes = {path: leaf.shape for path, leaf in _by_path(abstract_params(config)).items()}
+    for path, weights in itertools.groupby(weights_of(config), key=lambda weight: weight.path):
+        leaf = None
+        for weight in weights:
+            array = weight.imported(get(weight.name))
+            leaf = np.empty(shapes[path], array.dtype) if leaf is None else leaf
+            leaf[weight.index] = array
+        yield leaf
 
 
 def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:

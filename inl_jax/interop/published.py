@@ -6,7 +6,7 @@ an unscaled embedding, so the square root of D moves between the embedding and t
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,7 +70,12 @@ def config_from_torch(
     )
 
 
-def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) -> Any:
+def params_from_torch(
+    state_dict: Mapping[str, Any],
+    model_config: ModelConfig,
+    *,
+    asarray: Callable[..., Any] = jnp.asarray,
+) -> Any:
     """Our parameters from published weights, in `model_config.param_dtype`.
 
     The published harmonic stands still in evaluation, at `phi + gamma * global_step`: that becomes
@@ -79,6 +84,7 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
     Args:
       state_dict: name to array (anything `numpy.asarray` takes).
       model_config: see `config_from_torch`.
+      asarray: makes each parameter; `numpy.asarray` leaves them on the host.
 
     Raises:
       InputError: a weight is missing, left over, of the wrong shape or type or not finite, or the
@@ -127,7 +133,7 @@ def params_from_torch(state_dict: Mapping[str, Any], model_config: ModelConfig) 
         "final_norm_bias": weights["final_norm.bias"] * root_d,
     }
     return jax.tree.map(
-        lambda found, wanted: jnp.asarray(found, wanted.dtype), params, abstract_params(c)
+        lambda found, wanted: asarray(found, wanted.dtype), params, abstract_params(c)
     )
 
 

@@ -32,7 +32,6 @@ from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
-from inl_jax.storage.run_dir import trained_tokenizer
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
@@ -243,28 +242,31 @@ def describe_model(config: TrainConfig) -> str:
 # --- Data: checks of (config, corpus) ------------------------------------------------------------
 
 
-def prepare_data(config: TrainConfig) -> Corpus:
+def prepare_data(config: TrainConfig, kept: Tokenizer | None = None) -> Corpus:
     """The corpus of a run, checked, and the same on every process.
+
+    Args:
+      config: the run.
+      kept: a tokenizer to use instead of `data.tokenizer`.
 
     Raises:
       InputError: as `read_corpus`; or the model has too few ids, a source is shorter than a window,
         a sample prompt is too long, or the epochs are shorter than the warmup.
     """
-    corpus = read_corpus(config)
+    corpus = read_corpus(config, kept)
     for check in examine(DATA_CHECKS, config, corpus):
         warn(check)
     return corpus
 
 
-def read_corpus(config: TrainConfig) -> Corpus:
-    """The corpus of a run. The hosts may share the cache or have one each.
+def read_corpus(config: TrainConfig, kept: Tokenizer | None = None) -> Corpus:
+    """As `prepare_data`, unchecked. The hosts may share the cache or have one each.
 
     Raises:
       InputError: as `prepare`; or the processes found different data.
     """
-    own = trained_tokenizer(config)
     corpus = processes.one_process_first(
-        make_cache(config.data.cache_dir), lambda: prepare(config.data, tokenizer=own)
+        make_cache(config.data.cache_dir), lambda: prepare(config.data, tokenizer=kept)
     )
     processes.check_same(
         "the fingerprint of the data",

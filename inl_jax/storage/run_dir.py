@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inl_jax.checks import require
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, to_json
 from inl_jax.console import say
@@ -67,16 +66,11 @@ def check_run(
     if not saved:
         _check_not_lost(run_dir, tell)
     if not has_begun(run_dir):
-        if config.init_from:
-            read_config(config.init_from)  # raises if there is no run
-            require(
-                steps_on_disk(config.init_from),
-                f"init_from={config.init_from}: has no checkpoint; name a run that saved one",
-            )
-            _check_tokenizer(config.init_from, tokenizer)
         return
-    # First, since a model of other sizes may be another tokenizer's.
-    _check_tokenizer(run_dir, tokenizer)
+    saved_tokenizer = read_tokenizer(run_dir)
+    if tokenizer:  # first, since a model of other sizes may be another tokenizer's
+        file = run_dir / TOKENIZER_NAME
+        check_tokenizer_of(f"the run in {run_dir}", saved_tokenizer, tokenizer, file=file)
     for field, before, now in differences(read_config(run_dir), config):
         of_state = saved and field in _STATE_FIELDS
         if of_state or (field.startswith("model.") and field not in FREE_FIELDS):
@@ -112,14 +106,24 @@ def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:
     tell(f"nothing was saved before the run in {run_dir} ended at update {step}: it starts at 0")
 
 
-def _check_tokenizer(run_dir: str | Path, tokenizer: Tokenizer | None) -> None:
-    saved = read_tokenizer(run_dir)
-    if tokenizer and saved.fingerprint != tokenizer.fingerprint:
+def check_tokenizer_of(what: str, saved: Tokenizer, tokenizer: Tokenizer, *, file: Path) -> None:
+    """Checks that a run's tokenizer is the one that weights were trained with.
+
+    Args:
+      what: what messages call the weights.
+      saved: their tokenizer.
+      tokenizer: that of the run.
+      file: where theirs is.
+
+    Raises:
+      InputError: it is another.
+    """
+    if saved.fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer={tokenizer.name} ({tokenizer.vocab_size} ids, fingerprint "
-            f"{tokenizer.fingerprint[:8]}), but the run in {run_dir} has {saved.name} "
-            f"({saved.vocab_size} ids, {saved.fingerprint[:8]}), and its weights belong to those "
-            f"ids: add --data.tokenizer {run_dir}/tokenizer.json, or name another run"
+            f"{tokenizer.fingerprint[:8]}), but {what} has {saved.name} ({saved.vocab_size} ids, "
+            f"{saved.fingerprint[:8]}), and its weights belong to those ids: add --data.tokenizer "
+            f"{file}, or name another run"
         )
 
 
@@ -161,23 +165,6 @@ def pinned(config: TrainConfig) -> TrainConfig:
         ]
     tokenizer, *paths = json.loads(processes.gather(json.dumps(names))[0])
     return with_fields(config, {"data.tokenizer": tokenizer, "data.paths": tuple(paths)})
-
-
-def trained_tokenizer(config: TrainConfig) -> Tokenizer | None:
-    """The BPE of this run, or of the one that gives its weights, if `config` asks for it by size.
-
-    Trained again on text that has changed, it would be another.
-
-    Raises:
-      InputError: as `read_tokenizer`.
-    """
-    if not config.data.tokenizer.startswith("bpe:"):
-        return None
-    for run_dir in filter(None, (config.run_dir, config.init_from)):
-        if has_begun(run_dir):
-            same = read_config(run_dir).data.tokenizer == config.data.tokenizer
-            return read_tokenizer(run_dir) if same else None
-    return None
 
 
 def read_config(run_dir: str | Path) -> TrainConfig:

@@ -42,6 +42,9 @@ _END_TOKENS = (
     "[SEP]",
     "<|bos|>",  # nanochat's stands between documents
 )
+# Keys that `save_pretrained` of transformers 5 and 4 adds. It keeps ours, and writes tokenizer.json
+# anew.
+_OF_TRANSFORMERS = {"backend", "added_tokens_decoder"}
 _MAX_BPE = 2**24
 _NO_NAMES = ("bpe", "byte", "char", "gpt-2", "none")  # taken for bytes, gpt2 or bpe:4096
 _GPT2_SHA256 = {
@@ -87,7 +90,7 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
         rules = _rules(backend)
         self.unknown_id = _unknown_id(rules, vocab)
-        self._is_bytes = rules == _rules(_byte_backend())
+        self._is_bytes = _without_end_token(rules) == _rules(_byte_backend())
         self._splits_as_gpt2 = not self._is_bytes and _splits_as_gpt2(rules)
         decisive = "bytes" if self._is_bytes else json.dumps([*rules, self.end_id], sort_keys=True)
         self.fingerprint = hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest()
@@ -202,8 +205,8 @@ def _load(path: Path, name: str) -> Tokenizer:
     settings = tokenizer_files.read_object(file.with_name(CONFIG_NAME))
     if tokenizer_files.is_old_bytes(file):
         return Tokenizer("bytes", _byte_backend())
-    sha256 = settings.get("inl_jax_sha256") if file.name == tokenizer_files.FILE_NAME else None
-    backend = tokenizer_files.read(file, sha256=sha256)
+    ours = file.name == tokenizer_files.FILE_NAME and not _OF_TRANSFORMERS & settings.keys()
+    backend = tokenizer_files.read(file, sha256=settings.get("inl_jax_sha256") if ours else None)
     end_id = tokenizer_files.declared_end(file.parent, backend)
     return Tokenizer(str(settings.get("inl_jax_name") or name), backend, end_id=end_id)
 
@@ -312,6 +315,15 @@ def _rules(backend: tokenizers.Tokenizer) -> list[Any]:
     """The parts of a tokenizer.json that decide which ids a text becomes."""
     content = json.loads(backend.to_str())
     return [content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+
+
+def _without_end_token(rules: list[Any]) -> list[Any]:
+    """`rules` as they are before transformers adds END_TOKEN, a word of the vocabulary, as special.
+
+    `encode_special_tokens` keeps either from being found in text.
+    """
+    added, *rest = rules
+    return [[t for t in added if not (t["special"] and t["content"] == END_TOKEN)], *rest]
 
 
 def _unknown_id(rules: list[Any], vocab: dict[str, int]) -> int:

@@ -6,18 +6,24 @@ import json
 import shutil
 import threading
 
+import jax
 import numpy as np
 import pytest
+from conftest import mesh_of
+from exported_dir import write_exported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lively import lively_params
 
 from inl_jax.config import DataConfig, InputError, Phase
 from inl_jax.config_file import load_config, override, to_json
 from inl_jax.data.corpus import prepare
 from inl_jax.environment import record_environment
+from inl_jax.interop.exported_weights import open_exported
 from inl_jax.interop.published import config_from_torch, params_from_torch, params_to_torch
 from inl_jax.interop.torch_file import read_state_dict
 from inl_jax.model.language_model import init_params
+from inl_jax.parallel.sharding import param_shardings
 from inl_jax.report.run import read_runs
 from inl_jax.report.run_report import report
 from inl_jax.storage.checkpoint import Checkpoints
@@ -233,8 +239,6 @@ def test_tokenizers(fuzz, tmp_path):
 
 
 def test_published_weights(fuzz, model_config):
-    import jax
-
     config = model_config(context="mean", kappa=float("inf"), vocab_size=20)
     params = init_params(config, jax.random.key(0))
     params["blocks"]["integrator"]["gamma"] *= 0
@@ -269,6 +273,34 @@ def test_published_weights(fuzz, model_config):
     fuzz(st.lists(st.tuples(names, arrays), min_size=1, max_size=2), read)
 
 
+def test_exported_models(fuzz, tmp_path, model_config):
+    """A header or the JSON; a changed byte of a weight is another weight, and nothing tells."""
+    config = model_config(vocab_size=20)
+    params = lively_params(config)
+    write_exported(tmp_path, params, config, shards=2, head=True)
+    shardings = param_shardings(mesh_of(), config)
+    names = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    whole = {name: (tmp_path / name).read_bytes() for name in names}
+    shard = whole[names[2]]
+    end = 8 + int.from_bytes(shard[:8], "little")
+    headers = mutated(json.loads(shard[8:end])).map(lambda header: json.dumps(header).encode())
+    shards = headers.map(lambda header: len(header).to_bytes(8, "little") + header + shard[end:])
+    shards |= damaged(shard[:end]).map(lambda header: header + shard[end:])
+    shards |= st.integers(0, len(shard)).map(lambda length: shard[:length])
+    cases = st.sampled_from(names[:2]).flatmap(
+        lambda name: st.tuples(st.just(name), files_of(json.loads(whole[name])))
+    ) | st.tuples(st.just(names[2]), shards)
+
+    def read(case):
+        name, data = case
+        for other in names:
+            (tmp_path / other).write_bytes(data if other == name else whole[other])
+        found = open_exported(tmp_path)
+        assert jax.tree.structure(found.read("float32", shardings)) == jax.tree.structure(params)
+
+    fuzz(cases, read)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_torch_files(fuzz, tmp_path):
     torch = pytest.importorskip("torch", reason="the torch extra is not installed")
@@ -295,8 +327,6 @@ def test_torch_files(fuzz, tmp_path):
 
 
 def test_best_checkpoints(fuzz, tmp_path, model_config):
-    import jax
-
     params = init_params(model_config(), jax.random.key(0))
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(1, params, position={})

@@ -2,9 +2,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_same
+from lively import lively_params
 
-from inl_jax.interop.named_weights import from_named, to_named, weights_of
-from inl_jax.model.language_model import init_params, param_count
+from inl_jax.interop.named_weights import from_named, named_leaves, to_named, weights_of
+from inl_jax.model.language_model import abstract_params, param_count
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from inl_jax.model.language_model import init_params, param_count
 )
 def test_named_weights_come_back_bit_for_bit(model_config, fields):
     config = model_config(**fields)
-    params = init_params(config, jax.random.key(0))
+    params = lively_params(config)
     named = to_named(params, config)
     weights = weights_of(config)
     assert {weight.name: weight.exported_shape for weight in weights} == {
@@ -29,3 +30,18 @@ def test_named_weights_come_back_bit_for_bit(model_config, fields):
     assert sum(array.size for array in named.values()) == param_count(config)
     assert all(array.flags.c_contiguous for array in named.values())
     assert_same(from_named(named.__getitem__, config), jax.tree.map(np.asarray, params))
+
+
+def test_leaves_are_made_one_at_a_time(model_config):
+    config, asked = model_config(context="decay"), []
+    shapes = {weight.name: weight.exported_shape for weight in weights_of(config)}
+
+    def get(name):
+        asked.append(name)
+        return np.zeros(shapes[name], np.float32)
+
+    leaves = named_leaves(get, config)
+    next(leaves)
+    assert len(set(name.replace("layers.1", "layers.0") for name in asked)) == 1
+    assert len(list(leaves)) + 1 == len(jax.tree.leaves(abstract_params(config)))
+    assert sorted(asked) == sorted(shapes), "each is read once"

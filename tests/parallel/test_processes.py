@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_same
+from exported_dir import write_exported
 from launched import TIMEOUT, Processes, logged
+from lively import lively_params
 from orbax.checkpoint import v1 as ocp
 
 from inl_jax import evaluation, sampling, start, train
@@ -230,6 +232,20 @@ def test_two_processes_resume_the_checkpoint_of_one(train_config, launch):
     assert "resuming from update 3" in pair.out(0)
     assert_same(pair.arrays("restored-3"), restored(one, 3))
     check_resumed(resumed, one, 3)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_an_exported_model_as_one(train_config, tmp_path, launch):
+    one = train_config(model={"param_dtype": "bfloat16"}, **SIX_UPDATES)
+    exported = tmp_path / "exported"
+    write_exported(exported, lively_params(one.model), one.model, shards=2)
+    one = dataclasses.replace(one, init_from=str(exported))
+    two = dataclasses.replace(one, run_dir=str(tmp_path / "run-2"))
+    pair = launch("2", two, 2)
+    train(one)
+    assert pair.wait() == [0, 0], pair.out(0) + pair.out(1)
+    assert f"starting from the weights of {exported}, an exported model" in pair.out(0)
+    close(records(two.run_dir)[:1], records(one.run_dir)[:1])
 
 
 def newest(run_dir):

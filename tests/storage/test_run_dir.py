@@ -21,7 +21,6 @@ from inl_jax.storage.run_dir import (
     read_config,
     read_tokenizer,
     record_run,
-    trained_tokenizer,
 )
 from inl_jax.tokens.tokenizer import load_tokenizer, train_bpe
 
@@ -80,21 +79,6 @@ def test_check_run_refuses_another_tokenizer(config):
     start_run(config, BYTES)
     with pytest.raises(InputError, match=r"data.tokenizer=bpe:260 .* has bytes \(257 ids"):
         start_run(config, train_bpe(["some text, some text"] * 9, 260))
-
-
-def test_trained_tokenizer_is_that_of_the_run_or_of_its_weights(config, tmp_path):
-    """Not one that is trained anew: the text may have changed."""
-    asked = with_fields(config, {"data.tokenizer": "bpe:260"})
-    assert trained_tokenizer(asked) is None  # there is no run
-    own = train_bpe(["some text, some text"] * 9, 260)
-    start_run(asked, own)
-    begun = with_fields(
-        asked, {"run_dir": str(tmp_path / "new"), "init_from": config.run_dir, "num_steps": 77}
-    )
-    for config in (asked, begun):
-        assert trained_tokenizer(config).fingerprint == own.fingerprint
-        assert trained_tokenizer(with_fields(config, {"data.tokenizer": "bpe:270"})) is None
-        assert trained_tokenizer(with_fields(config, {"data.tokenizer": "bytes"})) is None
 
 
 def test_check_run_allows_another_recipe_and_says_so(config, said):
@@ -268,15 +252,6 @@ def test_check_run_refuses_a_run_that_lost_its_checkpoints(config, saved, said, 
     (run_dir / "metrics.jsonl").unlink()  # as the message advises
     check_run(config, BYTES)
     assert said == [f"the checkpoints and the log of the run in {run_dir} are gone: it starts at 0"]
-
-
-def test_check_run_refuses_to_start_from_a_run_without_checkpoints(config, saved, tmp_path):
-    start_run(config, BYTES)
-    begun = dataclasses.replace(config, init_from=config.run_dir, run_dir=str(tmp_path / "b"))
-    check_run(begun, BYTES)
-    shutil.rmtree(saved)
-    with pytest.raises(InputError, match="^init_from=.*: has no checkpoint"):
-        check_run(begun, BYTES)
 
 
 def test_check_run_lets_a_run_start_again_that_ended_before_its_first_save(config, saved, said):

@@ -111,6 +111,32 @@ def test_bytes_tokenizer_is_read_alike_by_transformers(tmp_path):
     assert (theirs.eos_token_id, len(theirs)) == (256, 257)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_tokenizer_that_transformers_wrote_anew_is_the_same(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    ALL[name].save(tmp_path / "ours")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path)
+    found = load(tmp_path)
+    assert (found.name, found.vocab_size) == (ALL[name].name, ALL[name].vocab_size)
+    assert found.fingerprint == ALL[name].fingerprint
+    assert found.encode(ANY_BYTE).tolist() == ALL[name].encode(ANY_BYTE).tolist()
+
+
+def test_bytes_tokenizer_whose_end_token_became_special_is_the_same(tmp_path):
+    ALL["bytes"].save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="is not the file that was written there"):
+        load(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"backend": "tokenizers"}))
+    assert load(tmp_path).fingerprint == ALL["bytes"].fingerprint
+    text = "a<|endoftext|>b"
+    assert load(tmp_path).encode(text).tolist() == list(text.encode())
+
+
 def test_bytes_tokenizer_of_any_file_is_recognised_and_as_fast(tmp_path, monkeypatch):
     assert ALL["bytes"].fingerprint == "6ea7442bc44abc453a57f9153dda1bd6"  # in users' caches
     ALL["bytes"].save(tmp_path)
