@@ -2,7 +2,8 @@
 
 python benchmarks/generate.py --config C [--section.field value ...] [--checkpoint RUN] [--json]
 
-A row is one batch size and one position: prefill of prompts of that length, then greedy decoding.
+A row is one batch size and one position: prefill of prompts of that length, then greedy decoding,
+all tokens in one loop and as they are streamed.
 """
 
 import statistics
@@ -42,7 +43,7 @@ def generate(parser: Parser, argv: Sequence[str]) -> Report:
         for position in dict.fromkeys(min(p, last) for p in flags.positions):
             seconds = generating(c, params, batch_size, position, new, flags.rounds)
             row = {"batch_size": batch_size, "position": position}
-            for what, tokens in {"prefill": position, "decode": new}.items():
+            for what, tokens in {"prefill": position, "decode": new, "streamed": new}.items():
                 rate = batch_size * tokens / statistics.median(seconds[what])
                 row[f"{what}_tokens_per_second"] = rate
             rows.append(row)
@@ -53,34 +54,39 @@ def generate(parser: Parser, argv: Sequence[str]) -> Report:
 def generating(
     config: ModelConfig, params, batch_size: int, position: int, new_tokens: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of prefill and of decoding after it."""
+    """Seconds of prefill, and of decoding after it, in one loop and in pieces."""
     shape = (batch_size, position)
     ids_BP = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
     length_B = np.full(batch_size, position)
-    keys_B = jax.random.split(jax.random.key(0), batch_size)
-    ready = []
 
     def read():
         found = prefill(config, params, ids_BP, length_B, max_len=position + new_tokens)
-        ready[:] = jax.block_until_ready(found)
+        rows = begin(*found, ids_BP, Sampling(), seed=0, num_ids=config.vocab_size)
+        ready.append(jax.block_until_ready(rows))
 
-    def decode():  # donates the state, so a prefill must come before each call
-        found = decode_loop(
+    def decode(size):  # takes over the rows, so a prefill must come before each call
+        for _ in pieces(
             config,
             params,
-            *ready,
-            keys_B,
-            np.int32(-1),
-            np.float32(0),
-            None,
+            ready.pop(),
+            Sampling(),
+            size=size,
             max_new_tokens=new_tokens,
-            greedy=True,
-            top_k=0,
+            end_id=None,
             num_ids=config.vocab_size,
-        )
-        jax.block_until_ready(found)
+            mesh=None,
+        ):
+            pass
 
-    return interleaved({"prefill": read, "decode": decode}, rounds)
+    ready: list = []
+    read()  # one more than there are loops in a round
+    return interleaved(
+        {
+            "prefill": read,
+            "decode": functools.partial(decode, new_tokens),
+        },
+        rounds,
+    )
 
 
 if __name__ == "__main__":

@@ -26,20 +26,28 @@ def say(line: str) -> None:
             _write(stream, line)
 
 
-def show(text: str) -> None:
+def show(text: str, *, end: str = "\n") -> bool:
     """Prints a result to stdout. Once its reader has gone, as `| head` does, it is dropped.
+
+    Args:
+      text: the result, or a part of it.
+      end: what is printed after it.
+
+    Returns:
+      Whether there is still a reader.
 
     Raises:
       MachineFailure: stdout cannot be written, as on a full disk.
     """
     if sys.stdout is None:
-        return
+        return False
     try:
-        _write(sys.stdout, text)
+        _write(sys.stdout, text, end)
     except BrokenPipeError:
-        return
+        return False
     except Exception as error:
         raise MachineFailure(f"the result cannot be written to stdout ({reason(error)})") from None
+    return True
 
 
 def complain(line: str) -> None:
@@ -49,12 +57,12 @@ def complain(line: str) -> None:
             _write(sys.stderr, line)
 
 
-def _write(stream: TextIO, text: str) -> None:
-    """Writes `text` and a line break, with what the stream cannot encode escaped."""
+def _write(stream: TextIO, text: str, end: str = "\n") -> None:
+    """Writes `text` and `end`, with what the stream cannot encode escaped."""
     for encoding in (getattr(stream, "encoding", None) or "utf-8", "ascii"):
         try:
             encoded = text.encode(encoding, "backslashreplace")
-            tqdm.write(encoded.decode(encoding), file=stream)
+            tqdm.write(encoded.decode(encoding), file=stream, end=end)
         except (UnicodeError, LookupError):
             continue
         stream.flush()

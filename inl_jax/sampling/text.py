@@ -1,7 +1,7 @@
 """Text to text: a trained model with its tokenizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ from jax.sharding import Mesh
 from inl_jax.config import ModelConfig
 from inl_jax.files import user_path
 from inl_jax.parallel.sharding import param_shardings
-from inl_jax.sampling.decoding import generate
+from inl_jax.sampling.choice import Sampling
+from inl_jax.sampling.continuation import Continuation, grown
+from inl_jax.sampling.decoding import pieces, read_prompts
 from inl_jax.storage.run_dir import read_config, read_tokenizer
 from inl_jax.storage.weights import read_params
 from inl_jax.tokens.tokenizer import Tokenizer
+
+PIECE = 8
+"""Tokens that come at once if the text is streamed, or may end at a stop string."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +54,91 @@ class LanguageModel:
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
         """The continuation of each prompt, without the prompt; one string for one string.
 
-        Takes the settings of `generate`. An empty prompt starts a new document.
+        Takes the settings of `continuations`. With `num_samples` above 1 the result is a list, with
+        the samples of a prompt together.
         """
-        several = not isinstance(prompts, str)
-        ids = [
-            self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]
-            for prompt in (prompts if several else [prompts])
-        ]
-        known = {"end_id": self.tokenizer.end_id, "num_ids": self.tokenizer.vocab_size}
-        settings = known | {"mesh": self.mesh} | settings
-        rows = generate(self.config, self.params, ids, **settings)
+        single = isinstance(prompts, str)
+        texts = [found.text for found in self.continuations(prompts, **settings)]
+        return texts[0] if single and len(texts) == 1 else texts
+
+    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+        """The continuation of a prompt, in pieces of whole characters as they come.
+
+        Takes the settings of `grow`. The pieces together are what `generate` returns.
+        """
+        return (text.take() for (text,) in self.grow(prompt, **settings))
+
+    def continuations(self, prompts: str | Sequence[str], **settings: Any) -> list[Continuation]:
+        """The finished continuations of prompts: texts, numbers of tokens, why they end.
+
+        Takes the settings of `grow`, and `num_samples` of each prompt, which is read once.
+        """
+        piece = PIECE if settings.get("stop") else None
+        *_, texts = self.grow(prompts, piece=piece, **settings)
+        return texts
+
+    def grow(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        num_samples: int = 1,
+        seed: int = 0,
+        ignore_end: bool = False,
+        piece: int | None = PIECE,
+        **sampling: Any,
+    ) -> Iterator[list[Continuation]]:
+        """Yields the continuations of all prompts each time that they have grown.
+
+        A text is the same whatever the other prompts are and however many tokens come at once.
+
+        Args:
+          prompts: one or several. An empty prompt starts a new document.
+          max_new_tokens: limit for each text.
+          stop: a text ends before the first of these strings.
+          num_samples: continuations of each prompt, which is read once.
+          seed: decides the draw.
+          ignore_end: generate past the token that ends a document.
+          piece: tokens that come at once; None: all.
+          **sampling: the fields of `Sampling`.
+
+        Raises:
+          InputError: as `generate` for ids; or a stop string is empty.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self.encode(prompt) for prompt in prompts]
+        stop = (stop,) if isinstance(stop, str) else stop
+        how, num_ids = Sampling(**sampling), self.tokenizer.vocab_size
         texts = [
-            self.tokenizer.decode_after(*continued)
-            for continued in zip(prompts if several else [prompts], ids, rows, strict=True)
+            Continuation(self.tokenizer, prompt, prompt_ids, limit=max_new_tokens, stop=stop)
+            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            for _ in range(num_samples)
         ]
-        return texts if several else texts[0]
+        rows = read_prompts(
+            self.config,
+            self.params,
+            ids,
+            how,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            seed=seed,
+            num_ids=num_ids,
+            mesh=self.mesh,
+        )
+        new = pieces(
+            self.config,
+            self.params,
+            rows,
+            how,
+            size=piece or max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            end_id=None if ignore_end else self.tokenizer.end_id,
+            num_ids=num_ids,
+            mesh=self.mesh,
+        )
+        return grown(texts, new)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt; of an empty one the end token, after which a document begins."""
+        return self.tokenizer.encode(prompt).tolist() or [self.tokenizer.end_id]

@@ -6,6 +6,7 @@ No text ever encodes to the end token: only code that joins documents writes it.
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -92,6 +93,7 @@ class Tokenizer:
         self.unknown_id = _unknown_id(rules, vocab)
         self._is_bytes = _without_end_token(rules) == _rules(_byte_backend())
         self._splits_as_gpt2 = not self._is_bytes and _splits_as_gpt2(rules)
+        self._bytes_of = _bytes_of(backend, vocab)
         decisive = "bytes" if self._is_bytes else json.dumps([*rules, self.end_id], sort_keys=True)
         self.fingerprint = hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest()
 
@@ -141,9 +143,11 @@ class Tokenizer:
         ids = self._without_end(np.fromiter(ids, np.int64))
         if self._is_bytes:
             return bytes(ids[ids < 256].tolist()).decode("utf-8", errors="replace")
-        ids = ids[(ids >= 0) & (ids < self.vocab_size)]
+        ids = ids[(ids >= 0) & (ids < self.vocab_size)].tolist()
+        if self._bytes_of:
+            ids = _with_valid_bytes(ids, self._bytes_of)
         with self._named():
-            return self._backend.decode(ids.tolist(), skip_special_tokens=True)
+            return self._backend.decode(ids, skip_special_tokens=True)
 
     def decode_after(self, prompt: str, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """The text of `ids` after a prompt: with the prompt before it, it is the text of all ids.
@@ -331,6 +335,28 @@ def _unknown_id(rules: list[Any], vocab: dict[str, int]) -> int:
     model = rules[-1]
     unknown = model.get("unk_id")  # of a Unigram; others have its name
     return vocab.get(model.get("unk_token"), -1) if unknown is None else unknown
+
+
+def _bytes_of(backend: tokenizers.Tokenizer, vocab: dict[str, int]) -> dict[int, int]:
+    """The bytes of the tokens <0x00> to <0xFF>, if the decoder makes characters of these."""
+    ids = [vocab.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+    joined = -1 not in ids and backend.decode([ids[byte] for byte in "€".encode()]) == "€"
+    return {token: byte for byte, token in enumerate(ids)} if joined else {}
+
+
+def _with_valid_bytes(ids: list[int], bytes_of: dict[int, int]) -> list[int]:
+    """`ids` with U+FFFD for bytes that are not UTF-8.
+
+    For one such byte, the decoder would replace the whole run of bytes that it stands in.
+    """
+    ids_of = list(bytes_of)  # in the order of the bytes
+    valid: list[int] = []
+    for is_byte, run in itertools.groupby(ids, bytes_of.__contains__):
+        if is_byte:
+            text = bytes(bytes_of[token] for token in run).decode(errors="replace")
+            run = (ids_of[byte] for byte in text.encode())
+        valid += run
+    return valid
 
 
 def _splits_as_gpt2(rules: list[Any]) -> bool:

@@ -19,13 +19,14 @@ from launched import TIMEOUT, Processes, logged
 from lively import lively_params
 from orbax.checkpoint import v1 as ocp
 
-from inl_jax import evaluation, sampling, start, train
+from inl_jax import evaluation, start, train
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.data import batches as data
 from inl_jax.data import corpus
 from inl_jax.parallel import processes
 from inl_jax.parallel.launch import Launch
 from inl_jax.parallel.sharding import make_mesh
+from inl_jax.sampling import decoding
 from inl_jax.storage import weights
 from inl_jax.storage.run_dir import locked
 from inl_jax.training import step
@@ -108,11 +109,11 @@ def test_every_program_that_exchanges_is_met_for(
 
     def call_together(jitted, *args, **fields):
         met_for.append(jitted.__name__)
-        if jitted is sampling.prefill:
+        if jitted in (decoding.read_first, decoding.start_rows):
             return None, None  # on to the loop of single tokens
         raise Met
 
-    for module in (evaluation, integrator_probe, sampling, start):
+    for module in (evaluation, integrator_probe, decoding, start):
         monkeypatch.setattr(module, "call_together", call_together)
     nothing_saved = SimpleNamespace(restore=lambda abstract: None)
     layout, text = make_layout(config, mesh), make_corpus(text_file)
@@ -122,11 +123,18 @@ def test_every_program_that_exchanges_is_met_for(
         lambda: start.restore_or_init(config, layout, nothing_saved, text),
         lambda: evaluation.evaluate(config.model, None, windows),
         lambda: integrator_probe.measure_dynamics(config.model, None, tokens),
-        lambda: sampling.generate(config.model, None, [[1]], max_new_tokens=2),
+        lambda: decoding.generate(config.model, None, [[1]], max_new_tokens=2),
     ):
         with pytest.raises(Met):
             use()
-    assert met_for == ["init_state", "eval_step", "_watch", "prefill", "decode_loop"]
+    assert met_for == [
+        "init_state",
+        "eval_step",
+        "_watch",
+        "read_first",
+        "start_rows",
+        "decode_loop",
+    ]
 
     traced = MagicMock()  # of the training step
     monkeypatch.setattr(step, "trace_step", lambda *_: traced)
