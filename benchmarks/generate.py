@@ -6,6 +6,7 @@ A row is one batch size and one position: prefill of prompts of that length, the
 all tokens in one loop and as they are streamed.
 """
 
+import functools
 import statistics
 from collections.abc import Sequence
 
@@ -16,7 +17,9 @@ from harness import Report, config_and_flags, interleaved, main, number
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import say
 from inl_jax.model.language_model import init_params
-from inl_jax.sampling.decoding import decode_loop, prefill
+from inl_jax.sampling import Sampling
+from inl_jax.sampling.decoding import begin, pieces, prefill
+from inl_jax.sampling.text import PIECE
 from inl_jax.storage.weights import read_params
 from inl_jax.terminal.command_line import Parser
 
@@ -79,11 +82,12 @@ def generating(
             pass
 
     ready: list = []
-    read()  # one more than there are loops in a round
     return interleaved(
         {
             "prefill": read,
             "decode": functools.partial(decode, new_tokens),
+            "prefill again": read,
+            "streamed": functools.partial(decode, PIECE),
         },
         rounds,
     )

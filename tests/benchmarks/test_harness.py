@@ -109,7 +109,9 @@ def test_generate_measures_each_batch_size_and_position_once(measure):
     sizes = "--batch_sizes 3 --positions 5 99 100 --new_tokens 4 --rounds 1".split()
     rows = measure("generate", *TINY, "--model.context", "mean", *sizes)["rows"]
     assert [(r["batch_size"], r["position"]) for r in rows] == [(3, 5), (3, 28)]
-    assert all(r[f"{w}_tokens_per_second"] > 0 for r in rows for w in ("prefill", "decode"))
+    assert all(
+        r[f"{w}_tokens_per_second"] > 0 for r in rows for w in ("prefill", "decode", "streamed")
+    )
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from lively import lively_params
 
 from inl_jax.config import InputError
 from inl_jax.model import language_model as model
-from inl_jax.sampling import generate
-from inl_jax.sampling.decoding import decode_loop, prefill
+from inl_jax.sampling import decoding, generate
+from inl_jax.sampling.decoding import decode_loop, prefill, read_first
 
 MODELS = [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)]
 
@@ -123,7 +123,7 @@ def test_decode_state_of_mean_and_decay_does_not_grow(model_config):
 
 def test_generate_compiles_once_for_equal_shapes(decay_model):
     def sizes():
-        return prefill._cache_size(), decode_loop._cache_size()
+        return read_first._cache_size(), decode_loop._cache_size()
 
     generate(*decay_model, PROMPTS, **SAMPLING)
     before = sizes()
@@ -146,16 +146,78 @@ def test_generate_may_fill_the_model_to_its_last_position(decay_model):
         ({"prompts": [[1], []]}, "no tokens"),
         ({"prompts": [[1, 300]]}, "token id 300"),
         ({"prompts": [[-1]]}, "token id -1"),
-        ({"prompts": [[1] * 30]}, "model.max_seq_len=32"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_generate_names_mistakes(decay_model, change, named):
     arguments = {"prompts": [[1]], "max_new_tokens": 4} | change
     with pytest.raises(InputError, match=named):
         generate(*decay_model, **arguments)
+
+
+def test_generate_names_a_sequence_that_the_cache_of_attention_cannot_hold(model_config):
+    config = model_config(context="attention")
+    with pytest.raises(InputError, match="a prompt of 30 tokens .* model.max_seq_len=32: lower"):
+        generate(config, None, [[1] * 30], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("context", ["mean", "decay"])
+def test_generate_goes_beyond_the_longest_trained_sequence(
+    model_config, context, said, monkeypatch
+):
+    """As the full forward pass of the longer sequence does, and with one line that says so."""
+    monkeypatch.setattr(decoding, "PROMPT_PIECE", 32)  # two pieces and a part of one
+    config = model_config(context=context)
+    params = lively_params(config)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, 70).tolist()
+    (new,) = generate(config, params, [prompt], max_new_tokens=8)
+    ids = np.array([[*prompt, *new]])
+    best = np.argmax(forward(config, params, ids), axis=-1)[0]
+    assert best[69:77].tolist() == new.tolist()
+    assert [line for line in said if "max_seq_len=32: the model was not trained" in line] == said
+    assert len(said) == 1
+
+
+def test_prefill_in_pieces_leaves_the_state_of_one_pass(language_model, monkeypatch):
+    """For rows that end in the first, a later and the last piece."""
+    config, params = language_model
+    lengths = np.array([3, 9, 26])
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 26))
+    whole = prefill(config, params, ids, lengths, max_len=32)
+    monkeypatch.setattr(decoding, "PROMPT_PIECE", 8)
+    monkeypatch.setattr(decoding, "SHORTEST_PIECE", 8)
+    logits, state = prefill(config, params, ids, lengths, max_len=32)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    same(logits, whole[0])
+    np.testing.assert_array_equal(state.position_B, lengths)
+    for leaf, other in zip(
+        jax.tree.leaves(state.layers), jax.tree.leaves(whole[1].layers), strict=True
+    ):
+        for b, length in enumerate(lengths):
+            entries = slice(length if config.context == "attention" else None)
+            same(leaf[:, b][:, entries], other[:, b][:, entries])
+
+
+def test_generate_draws_samples_of_a_prompt_that_depend_on_nothing_else(decay_model):
+    several = generate(*decay_model, PROMPTS, num_samples=3, **SAMPLING)
+    assert len({tuple(row) for row in several}) == 9
+    fewer = generate(*decay_model, PROMPTS[:2], num_samples=2, **SAMPLING)
+    assert [row.tolist() for row in fewer] == [several[i].tolist() for i in (0, 1, 3, 4)]
+
+
+def test_generate_with_a_repetition_penalty_repeats_nothing_it_need_not(decay_model):
+    """Greedily, against the logits of the full forward pass with the penalty written out."""
+    config, params = decay_model
+    prompt = [5, 9, 200]
+    (new,) = generate(config, params, [prompt], max_new_tokens=8, repetition_penalty=3.0)
+    ids = np.zeros((3, config.max_seq_len), np.int32)
+    ids[0, :11] = row = [*prompt, *new]
+    logits = np.array(forward(config, params, ids)[0])
+    for i in range(3, 11):
+        now, seen = logits[i - 1], list(set(row[:i]))
+        now[seen] = np.where(now[seen] < 0, now[seen] * 3, now[seen] / 3)
+        assert np.argmax(now) == row[i]
+    (free,) = generate(config, params, [prompt], max_new_tokens=8)
+    assert free.tolist() != new.tolist()

@@ -1,9 +1,11 @@
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of
-from lively import save_run
+from conftest import MODEL, mesh_of
+from lively import lively_params, save_run
 
+from inl_jax.config import ModelConfig
+from inl_jax.model.language_model import apply
 from inl_jax.sampling import LanguageModel, generate
 from inl_jax.tokens.tokenizer import load_tokenizer
 
@@ -20,7 +22,7 @@ def test_language_model_is_read_from_its_run(train_config):
     prompts = [list(b"one"), [tokenizer.end_id], list(b"two")]
     rows = generate(config.model, params, prompts, end_id=tokenizer.end_id, num_ids=257, **SAMPLING)
     assert all((row < 257).all() for row in rows)  # of a model with 300 ids
-    assert texts == [tokenizer.decode(row) for row in rows]
+    assert texts == [tokenizer.decode(row).rstrip("\ufffd") for row in rows]
     assert read.generate("one", **SAMPLING) == texts[0]
 
 
@@ -36,3 +38,39 @@ def test_language_model_generates_the_same_on_a_mesh(train_config, context):
     kernel = model.params["blocks"]["up_kernel"]
     assert kernel.addressable_shards[0].data.nbytes * 4 == kernel.nbytes
     assert model.generate(prompts, max_new_tokens=8) == alone
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    config = ModelConfig(**MODEL)
+    return LanguageModel(config, lively_params(config), load_tokenizer("bytes"))
+
+
+def test_language_model_gives_the_same_text_streamed_alone_and_among_others(language_model):
+    settings = SAMPLING | {"max_new_tokens": 20, "seed": 3}
+    whole = language_model.generate("one", **settings)
+    assert len(whole) > 8  # more than a piece
+    assert "".join(language_model.stream("one", **settings)) == whole
+    assert language_model.generate(["one", "two"], **settings)[0] == whole
+    assert language_model.generate("one", num_samples=2, **settings)[0] == whole
+
+
+def test_language_model_ends_a_text_before_its_stop_string(language_model):
+    settings = SAMPLING | {"max_new_tokens": 20, "seed": 3}
+    whole = language_model.generate("one", **settings)
+    stop = whole[9:11]
+    expected = whole[: whole.index(stop)]
+    assert "".join(language_model.stream("one", stop=[stop], **settings)) == expected
+    (found,) = language_model.continuations("one", stop=stop, **settings)
+    assert (found.text, found.finish_reason) == (expected, "stop")
+    assert found.num_tokens < 20 and found.mean_log_probability < 0
+
+
+def test_mean_log_probability_is_that_of_the_full_forward_pass(language_model):
+    config, params = language_model.config, language_model.params
+    (found,) = language_model.continuations("one", ignore_end=True, **SAMPLING)
+    prompt = list(b"one")
+    (new,) = generate(config, params, [prompt], num_ids=257, **SAMPLING)
+    logits = apply(config, params, np.array([[*prompt, *new]]))[0, 2:10, :257]
+    each = jax.nn.log_softmax(logits)[np.arange(8), new]
+    np.testing.assert_allclose(found.mean_log_probability, each.mean(), rtol=1e-5)
