@@ -33,20 +33,21 @@ class Continuation:
         prompt_ids: Sequence[int],
         *,
         limit: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ):
-        """Takes the prompt as text and as ids, a limit in tokens, and what ends the text.
+        """Takes the prompt as text and as ids, a limit in tokens, and the stop strings.
 
         Raises:
           InputError: a stop string is empty.
         """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         require(all(stop), "a stop string is empty: give at least one character")
         self.prompt = prompt
         self.text = ""
         self.taken = ""
         self.num_tokens = 0
         self.finish_reason: Literal["stop", "end", "length"] | None = None
-        self._tokenizer, self._limit, self._stop = tokenizer, limit, tuple(stop)
+        self._tokenizer, self._limit, self._stop = tokenizer, limit, stop
         self._log_prob = 0.0
         self._prompt_ids, self._tokens = list(prompt_ids), []
         # Tokens before the last whole character, enough of them to decode what follows; what they

@@ -67,7 +67,7 @@ class Conversation:
         self,
         *,
         max_new_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         ignore_end: bool = False,
         **sampling: Any,

@@ -147,7 +147,7 @@ def decode_loop(
 
     Returns:
       Tokens and their log-probabilities, [B, size]; how many of each row count, [B], without the
-      end token; and the rows.
+      end token; which have met it, [B]; and the rows.
     """
     choice = dict(choice)
     penalty = choice.pop("repetition_penalty", None)
@@ -178,7 +178,7 @@ def decode_loop(
 
     new = jnp.zeros((B, size), jnp.int32), jnp.zeros((B, size)), jnp.zeros(B, jnp.int32)
     _, rows, *new = jax.lax.while_loop(unfinished, body, (0, rows, *new))
-    return *new, rows
+    return *new, jnp.copy(rows.done_B), rows  # a copy: the next call takes over the rows
 
 
 def begin(
@@ -204,7 +204,9 @@ def begin(
         seen_BV = np.zeros((len(prompts), num_ids), bool)
         for row, prompt in zip(seen_BV, prompts, strict=True):
             row[[token for token in set(prompt) if token < num_ids]] = True
-    return call_together(start_rows, logits_BV, state, seen_BV, seed, first_row, num_samples)
+    return call_together(
+        start_rows, logits_BV, state, seen_BV, np.uint32(seed), first_row, num_samples
+    )
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -214,12 +216,14 @@ def start_rows(logits_BV, state, seen_BV, seed, first_row, num_samples: int) -> 
     i = jnp.repeat(first_row + jnp.arange(B), num_samples)
     j = jnp.tile(jnp.arange(num_samples), B)
     keys = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), j))
-    logits_BV, position_B, seen_BV = jax.tree.map(
-        lambda a: jnp.repeat(a, num_samples, axis=0), (logits_BV, state.position_B, seen_BV)
-    )
-    layers = jax.tree.map(lambda a: jnp.repeat(a, num_samples, axis=1), state.layers)
+    if num_samples > 1:  # otherwise what was read is passed on without a copy
+        logits_BV, position_B, seen_BV = jax.tree.map(
+            lambda a: jnp.repeat(a, num_samples, axis=0), (logits_BV, state.position_B, seen_BV)
+        )
+        layers = jax.tree.map(lambda a: jnp.repeat(a, num_samples, axis=1), state.layers)
+        state = DecodeState(position_B, layers)
     done_B = jnp.zeros(B * num_samples, bool)
-    return Rows(logits_BV, DecodeState(position_B, layers), keys(i, j), seen_BV, done_B)
+    return Rows(logits_BV, state, keys(i, j), seen_BV, done_B)
 
 
 def pieces(
@@ -255,7 +259,7 @@ def pieces(
                 top_k=sampling.top_k if sampling.temperature > 0 else 0,
                 num_ids=num_ids,
             )
-            return *new, jnp.copy(rows.done_B)  # the next call takes over the rows
+            return new
 
     following = launch(0)
     for first in range(0, max_new_tokens, size):

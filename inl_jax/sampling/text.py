@@ -82,7 +82,7 @@ class LanguageModel:
         prompts: str | Sequence[str],
         *,
         max_new_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         num_samples: int = 1,
         seed: int = 0,
         ignore_end: bool = False,
@@ -96,7 +96,7 @@ class LanguageModel:
         Args:
           prompts: one or several. An empty prompt starts a new document.
           max_new_tokens: limit for each text.
-          stop: a text ends before the first of these strings.
+          stop: a text ends before the first of these strings (that which is complete first).
           num_samples: continuations of each prompt, which is read once.
           seed: decides the draw.
           ignore_end: generate past the token that ends a document.
@@ -108,7 +108,6 @@ class LanguageModel:
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.encode(prompt) for prompt in prompts]
-        stop = (stop,) if isinstance(stop, str) else stop
         how, num_ids = Sampling(**sampling), self.tokenizer.vocab_size
         texts = [
             Continuation(self.tokenizer, prompt, prompt_ids, limit=max_new_tokens, stop=stop)

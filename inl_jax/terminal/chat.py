@@ -24,7 +24,11 @@ an empty line        the model goes on from where it stopped
 /help                shows this
 Ctrl-C               stops the answer; what is shown of it stays in the history
 Ctrl-D               ends the program"""
-EMPTY = "(nothing: the model ended the text at once; --ignore_end goes past its end token)"
+EMPTY = {
+    "end": "(nothing: the model ended the text at once; --ignore_end goes past its end token)",
+    "stop": "(nothing: a stop string came at once)",
+    "length": "(nothing: the tokens made no whole character)",
+}
 
 
 class Chat:
@@ -116,9 +120,11 @@ class Chat:
         length, config = self._conversation.num_tokens, self._conversation.model.config
         longest = f"model.max_seq_len={config.max_seq_len}"
         if not answer.text:
-            complain(EMPTY)
+            complain(EMPTY[answer.finish_reason])
         if config.context == "attention" and length >= config.max_seq_len:
             complain(f"the history fills {longest}: /undo takes back a turn, /reset forgets all")
         elif length > config.max_seq_len and not self._said_beyond:
             self._said_beyond = True
-            complain(f"the history is longer than {longest}, beyond which no one trained the model")
+            complain(
+                f"the history is longer than {longest}, and the model was not trained beyond it"
+            )
