@@ -44,7 +44,4 @@ def say_what_was_made(texts: Sequence[Continuation], seconds: float) -> None:
     empty = [text for text in texts if text.finish_reason == "end" and not text.num_tokens]
     if empty:
         what = "the text is" if len(texts) == 1 else f"{len(empty)} of {len(texts)} texts are"
-        say(
-            f"{what} empty: the model gave its end token at once; another --seed draws anew, and "
-            "--ignore_end goes past it"
-        )
+        say(f"{what} empty: the model gave its end token at once; --ignore_end goes past it")

@@ -17,7 +17,7 @@ FLAGS = ["--max_new_tokens", 5, "--temperature", 0, "--prompt", "the quick", "a"
 
 def test_generate_continues_every_prompt(trained, inl):
     code, out, err = inl("generate", "--checkpoint", trained[1], *FLAGS)
-    assert err.startswith(f"compiled programs are kept in {CACHE}\n15 tokens in ")
+    assert err.startswith(f"compiled programs are kept in {CACHE}\n") and " tokens in " in err
     assert code == 0 and out.startswith("the quick") and out.count("-" * 40) == 3
 
 
