@@ -310,3 +310,11 @@ def test_byte_order_mark_of_a_file_is_ignored(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text("\ufeff" + (tmp_path / "a" / file.name).read_text(encoding="utf-8"), "utf-8")
     assert load_tokenizer(str(file)).fingerprint == ALL["bpe:300"].fingerprint
+
+
+@pytest.mark.parametrize("make", [vocabularies.llama2, vocabularies.metaspace])
+def test_decode_replaces_bytes_that_are_no_character_and_keeps_those_around_them(make):
+    tokenizer = Tokenizer("t", make())
+    bad = tokenizer._backend.token_to_id("<0xFF>")
+    euro = [tokenizer._backend.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    assert tokenizer.decode([*euro, bad, *euro, *euro[:2]]) == "€\ufffd€\ufffd"
