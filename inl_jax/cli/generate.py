@@ -5,12 +5,20 @@ inl generate runs/tiny --prompt "def fibonacci(n):" "import os"
 Prompts of any lengths are continued in one batch.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
 from inl_jax.console import show
 from inl_jax.terminal import signals
-from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.terminal.command_line import (
+    Parser,
+    add_depth_flags,
+    add_mesh_flags,
+    at_depth,
+    lines_on_stderr,
+    mesh_from,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="decides the draw")
     parser.add_argument("--ignore_end", action="store_true", help="generate past the end token")
+    add_depth_flags(parser)
     add_mesh_flags(parser)
     flags = parser.parse_flags(argv)
     from inl_jax.planning.xla import use_compile_cache
@@ -37,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         use_compile_cache()
     with signals.held():
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
+    model = dataclasses.replace(model, config=at_depth(model.config, flags))
     settings = {"end_id": None} if flags.ignore_end else {}
     start = time.perf_counter()
     texts = model.generate(
