@@ -154,6 +154,7 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
         ("context", c.context, "mean"),
         ("kappa", c.kappa, math.inf),
         ("dt", c.dt, 0.1),
+        ("tol", c.tol, 0.0),
         ("excitation_amplitude", c.excitation_amplitude, 0.03),
     ):
         require(
