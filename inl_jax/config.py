@@ -249,6 +249,11 @@ class TrainConfig:
             f"model.max_seq_len={self.model.max_seq_len}",
         )
         require(
+            self.model.tol == 0,
+            f"model.tol={self.model.tol}: training takes all iterations of every token; leave it "
+            "0, and give --tol to inl evaluate or inl generate",
+        )
+        require(
             self.optim.rounding == "masters" or self.model.param_dtype == "bfloat16",
             f"optim.rounding={self.optim.rounding}: only for model.param_dtype=bfloat16, which is "
             f"{self.model.param_dtype}",

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import DataConfig, InputError, ModelConfig
 from inl_jax.data.batches import EvalBatch
-from inl_jax.model.language_model import hidden_states
+from inl_jax.model.language_model import hidden_states_and_steps
 from inl_jax.model.losses import CHUNK, token_losses
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, local_rows, on, place
@@ -38,15 +38,20 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     tokens: int
     seconds: float  # without compilation
+    steps_per_token: float  # of the integrator in a block; the mean over blocks and tokens
     sources: dict[int, Score]  # each source of the corpus alone, by its index
 
 
 @functools.partial(jax.jit, static_argnames=("config", "loss_chunk"))
 def eval_step(config: ModelConfig, params, inputs, targets, weights, *, loss_chunk: int):
-    """Summed loss of the weighted targets of each row, in nats, float32 [B]. Arguments: [B, S]."""
-    hidden_BSD = hidden_states(config, params, inputs)
+    """Sums over the weighted targets of each row, float32 [B, 2]. Arguments: [B, S].
+
+    They are the loss, in nats, and the steps of the integrator in all blocks.
+    """
+    hidden_BSD, steps_LBS = hidden_states_and_steps(config, params, inputs)
     losses_BS = token_losses(params, hidden_BSD, targets, chunk=loss_chunk)
-    return jnp.sum(losses_BS * weights, axis=1)
+    both_BS2 = jnp.stack([losses_BS, steps_LBS.sum(axis=0)], axis=-1)
+    return jnp.sum(both_BS2 * weights[..., None], axis=1)
 
 
 def evaluate(
@@ -76,29 +81,34 @@ def evaluate(
         return place(mesh, array[local_rows(mesh, len(array))])
 
     step = functools.partial(eval_step, config, params, loss_chunk=loss_chunk)
-    # By source: nats, tokens, bytes; in float64, so that the batch size does not show.
-    sums: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(3))
-    seconds, row_losses = 0.0, None
+    # By source: nats, steps, tokens, bytes; in float64, so that the batch size does not show.
+    sums: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(4))
+    seconds, row_sums = 0.0, None
     with on(mesh):
         for batch in batches:
             arrays = [placed(a) for a in (batch.inputs, batch.targets, batch.weights)]
-            if row_losses is None:
+            if row_sums is None:
                 # Outside the time: it compiles.
                 fetch(call_together(eval_step, config, params, *arrays, loss_chunk=loss_chunk))
             start = time.perf_counter()
-            row_losses = fetch(step(*arrays))
+            row_sums = fetch(step(*arrays))
             seconds += time.perf_counter() - start
-            rows = np.stack([row_losses, batch.weights.sum(axis=1), batch.num_bytes], axis=1)
+            rows = np.column_stack([row_sums, batch.weights.sum(axis=1), batch.num_bytes])
             for source in np.unique(batch.source):
                 sums[int(source)] += rows[batch.source == source].sum(axis=0, dtype=np.float64)
-    total = sum(sums.values(), np.zeros(3))
-    if total[1] == 0:
+    nats, steps, tokens, num_bytes = sum(sums.values(), np.zeros(4))
+    if tokens == 0:
         raise InputError(
             "no tokens to evaluate on: raise data.validation_fraction before training, or name "
             "text for inl evaluate by --data"
         )
-    sources = {source: _score(*found) for source, found in sorted(sums.items()) if found[1]}
-    return Evaluation(*_score(*total), seconds, sources)
+    sources = {
+        source: _score(nats, tokens, num_bytes)
+        for source, (nats, _, tokens, num_bytes) in sorted(sums.items())
+        if tokens
+    }
+    steps_per_token = float(steps / tokens / config.num_layers)
+    return Evaluation(*_score(nats, tokens, num_bytes), seconds, steps_per_token, sources)
 
 
 def _score(nats: float, tokens: float, num_bytes: float) -> Score:

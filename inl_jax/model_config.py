@@ -47,6 +47,10 @@ class ModelConfig:
     kappa: float = 1.0
     """How sharply alpha falls to 0 near the equilibrium, per unit of rms(x - mu). With inf it does
     not fall, as in the published model: alpha = sigmoid(o_alpha)."""
+    tol: float = 0.0
+    """Adaptive depth: a token takes no more steps in a block after one whose rms over the channels,
+    rms(x' - x), is below this. With 0 every token takes all num_iterations. For evaluation and
+    generation only: training must have 0."""
     dropout: float = 0.0
     """Probability of dropping a value of the embedding, of the integrator's output or of the
     feed-forward layer's output."""
@@ -77,11 +81,13 @@ class ModelConfig:
             "vocab_size d_model num_layers d_ff max_seq_len controller_width num_heads "
             "num_kv_heads dt kappa integrator_segment",
         )
-        require_not_negative(self, "model.", "num_iterations excitation_amplitude integrator_chunk")
+        require_not_negative(
+            self, "model.", "num_iterations excitation_amplitude tol integrator_chunk"
+        )
         require_at_most(self, "model.", 10**8, "vocab_size max_seq_len integrator_chunk")
         require_at_most(self, "model.", 10**6, "d_model d_ff controller_width integrator_segment")
         require_at_most(self, "model.", 10**4, "num_layers num_iterations num_heads num_kv_heads")
-        require_at_most(self, "model.", 1e30, "dt excitation_amplitude")
+        require_at_most(self, "model.", 1e30, "dt excitation_amplitude tol")
         require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1")
         require(
             self.param_dtype != "auto",
@@ -104,6 +110,10 @@ class ModelConfig:
             not (self.num_iterations == 0 and self.context == "mean"),
             "model.num_iterations=0 with model.context=mean: nothing would read the context; "
             "use model.context decay or attention",
+        )
+        require(
+            not (self.num_iterations == 0 and self.tol > 0),
+            f"model.tol={self.tol} with model.num_iterations=0: no token takes a step; set tol 0",
         )
 
     @property

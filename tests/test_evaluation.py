@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import numpy as np
@@ -101,12 +102,20 @@ def test_evaluate_names_an_empty_split(setting):
         evaluate(config.model, params, [])
 
 
-def test_evaluate_gives_the_same_number_on_a_mesh(setting):
+@pytest.mark.parametrize("tol", [0.0, 0.25])
+def test_evaluate_gives_the_same_number_on_a_mesh(setting, tol):
     config, params, corpus = setting
+    with_tol = types.SimpleNamespace(model=dataclasses.replace(config.model, tol=tol))
     mesh = mesh_of(2, 2, 2)
     sharded = jax.device_put(params, param_shardings(mesh, config.model))
-    found = run((config, sharded, corpus), mesh=mesh)
-    assert found.loss == pytest.approx(run(setting).loss, rel=1e-6)
+    found = run((with_tol, sharded, corpus), mesh=mesh)
+    alone = run((with_tol, params, corpus))
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert found.steps_per_token == alone.steps_per_token
+    if tol == 0:
+        assert alone.steps_per_token == config.model.num_iterations
+    else:
+        assert 1 < alone.steps_per_token < config.model.num_iterations
 
 
 def test_evaluate_holds_the_logits_of_loss_chunk_tokens_at_once(setting):

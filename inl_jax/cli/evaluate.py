@@ -1,6 +1,8 @@
 """Computes loss, perplexity and bits per byte of a run, on its validation split or on any text.
 
 inl evaluate runs/tiny [--data PATH ...] [--column body] [--step best] [--json]
+
+With --iterations or --tol, tokens take fewer steps of the integrator than in training, or more.
 """
 
 import dataclasses
@@ -10,7 +12,14 @@ from inl_jax.config import InputError
 from inl_jax.console import say, show
 from inl_jax.files import json_text
 from inl_jax.terminal import signals
-from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.terminal.command_line import (
+    Parser,
+    add_depth_flags,
+    add_mesh_flags,
+    at_depth,
+    lines_on_stderr,
+    mesh_from,
+)
 
 # Fields of data that other text may need, and what they are.
 OF_DATA = {
@@ -39,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_depth_flags(parser)
     add_mesh_flags(parser)
     flags = parser.parse_flags(argv)
     for name in ("batch_size", "seq_len"):
@@ -47,14 +57,19 @@ def main(argv: Sequence[str]) -> int:
     if flags.column and not flags.data:
         raise InputError(f"--column {flags.column}: of --data, which is not given; give both")
     with lines_on_stderr():
-        result, data = evaluate_run(flags)
+        result, model, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
     if flags.json:
-        show(json_text(result._asdict() | {"tokens_per_second": rate}))
+        depth = {"iterations": model.num_iterations, "tol": model.tol}
+        show(json_text(result._asdict() | depth | {"tokens_per_second": rate}))
         return 0
     text = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
+    depth = ""
+    if (flags.iterations, flags.tol) != (None, None):
+        depth = f", {model.num_iterations} iterations, tol {model.tol:g}"
+        depth += f": {result.steps_per_token:.3f} steps per token and block"
     show(
-        f"{flags.checkpoint} ({flags.step}) on {text}: loss {result.loss:.6f} nats/token, "
+        f"{flags.checkpoint} ({flags.step}) on {text}{depth}: loss {result.loss:.6f} nats/token, "
         f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.6f} bits/byte over "
         f"{result.tokens:,} tokens; {rate:,.0f} tokens/s"
     )
@@ -62,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_run(flags):
-    """The `Evaluation`, and the `DataConfig` it was made on."""
+    """The `Evaluation`, the `ModelConfig` that was evaluated, and the `DataConfig` of its text."""
     # Imported late: a mistake on the command line is answered before JAX starts.
     from inl_jax.data.batches import check, eval_batches
     from inl_jax.data.corpus import prepare
@@ -75,6 +90,7 @@ def evaluate_run(flags):
 
     signals.unwind()
     config = read_config(flags.checkpoint)
+    at = at_depth(config.model, flags)
     use_compile_cache()
     mesh = mesh_from(flags)
     if mesh is not None and flags.batch_size % batch_shards(mesh):
@@ -110,5 +126,5 @@ def evaluate_run(flags):
         corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)
     batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
-    found = evaluate(model.config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
-    return found, data
+    found = evaluate(at, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
+    return found, at, data

@@ -16,7 +16,14 @@ from inl_jax.checks import require
 from inl_jax.console import show
 from inl_jax.files import json_text
 from inl_jax.terminal import signals
-from inl_jax.terminal.command_line import Parser, add_mesh_flags, lines_on_stderr, mesh_from
+from inl_jax.terminal.command_line import (
+    Parser,
+    add_depth_flags,
+    add_mesh_flags,
+    at_depth,
+    lines_on_stderr,
+    mesh_from,
+)
 from inl_jax.terminal.prompts import read_prompts
 
 
@@ -51,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides the draw")
     parser.add_argument("--ignore_end", action="store_true", help="generate past the end token")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_depth_flags(parser)
     add_mesh_flags(parser)
     flags = parser.parse_flags(argv)
     check(flags)
@@ -70,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         use_compile_cache()
         with signals.held():
             model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
+        model = dataclasses.replace(model, config=at_depth(model.config, flags))
         if flags.interactive:
             Chat(model, prompts[0], settings).run()
             return 0

@@ -18,10 +18,20 @@ num_heads num_kv_heads dt excitation_amplitude kappa dropout""".split()
 # Fields that say how it is computed here; transformers chooses anew.
 COMPUTATION = """compute_dtype attention_kernel remat integrator_gradient integrator_segment
 integrator_chunk""".split()
+# Fields that decide what is computed and are not in config.json; they must have their defaults.
+REFUSED = ["tol"]
 
 
 def to_json_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of `config` in config.json."""
+    """The fields of `config` in config.json.
+
+    Raises:
+      InputError: `tol` is not 0.
+    """
+    require(
+        config.tol == 0,
+        f"model.tol={config.tol}: an exported model takes all iterations; set model.tol=0",
+    )
     fields = {name: getattr(config, name) for name in FUNCTION}
     return fields | {"kappa": None if math.isinf(config.kappa) else config.kappa}
 

@@ -3,7 +3,8 @@
 Every token has a state `x` and a velocity `v`. A step pulls the state towards a learned equilibrium
 `mu`. Four controllers, small networks that read the context `h`, `x` and `v`, choose how much
 velocity is kept (`alpha`), how strong the pull is (`beta`), how far the state moves (`gate`) and
-which velocity is blended in (the candidate `c`). A harmonic excites the system.
+which velocity is blended in (the candidate `c`). A harmonic excites the system. All tokens take T
+steps in `run`; in `run_until`, for evaluation and generation, a token stops once it hardly moves.
 
     x_0 = n, v_0 = 0;  for t = 0 .. T-1:                  n: the normalised stream
     r_k    = relu(h Wh_k + x Wx_k + v Wv_k + b_k)         k: alpha, beta, gate, candidate
@@ -140,3 +141,34 @@ def run(params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics) -> jax.Ar
     xv, _ = step(params, from_context_BSQC, x_BSD, None, s_TD[0], dynamics=dynamics)
     (x_BSD, _), _ = jax.lax.scan(body, xv, s_TD[1:])
     return x_BSD
+
+
+def run_until(params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics, tol: float):
+    """`run`, in which a token stops after its first step with `rms(x' - x) < tol`, over D.
+
+    The loop ends when every token has stopped, or after T steps. A token that has stopped keeps its
+    `x`, whatever the others do. There is no gradient: JAX refuses to differentiate the loop.
+
+    Returns:
+      The last states [B, S, D]; and how many steps each token took, 1 to T, int32 [B, S].
+    """
+
+    def take_step(x_BSD, v_BSD, s_D, moving_BS):
+        (new_x, new_v), _ = step(params, from_context_BSQC, x_BSD, v_BSD, s_D, dynamics=dynamics)
+        rms_BS = jnp.sqrt(jnp.mean((new_x - x_BSD) ** 2, axis=-1))
+        new_x = jnp.where(moving_BS[..., None], new_x, x_BSD)
+        return new_x, new_v, moving_BS & ~(rms_BS < tol)
+
+    def unfinished(carry):
+        t, *_, moving_BS, _ = carry
+        return (t < len(s_TD)) & jnp.any(moving_BS)
+
+    def body(carry):
+        t, x_BSD, v_BSD, moving_BS, steps_BS = carry
+        return t + 1, *take_step(x_BSD, v_BSD, s_TD[t], moving_BS), steps_BS + moving_BS
+
+    all_BS = jnp.ones(x_BSD.shape[:2], bool)
+    first = take_step(x_BSD, None, s_TD[0], all_BS)  # outside the loop, as in `run`
+    carry = (1, *first, all_BS.astype(jnp.int32))
+    _, x_BSD, _, _, steps_BS = jax.lax.while_loop(unfinished, body, carry)
+    return x_BSD, steps_BS

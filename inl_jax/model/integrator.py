@@ -6,14 +6,23 @@ positions go through them at a time, what the backward pass keeps, and how devic
 Shapes: B batch, S sequence, D width, C controller width, Q the four controllers, T iterations.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.dynamics import CONTROLLERS, Dynamics, excitation, hidden_from_context, run
+from inl_jax.model.dynamics import (
+    CONTROLLERS,
+    Dynamics,
+    excitation,
+    hidden_from_context,
+    run,
+    run_until,
+)
 from inl_jax.model.dynamics_vjp import run_lean
 from inl_jax.model.layers import at_least_float32
 from inl_jax.model.params import (
@@ -53,6 +62,53 @@ def integrate(
       chunk: positions that go through all iterations together; 0 takes the whole sequence.
       remat: keep only `h` and `x`, and recompute the iterations in the backward pass.
     """
+    arrays_of = _arrays(params, x_BSD, amplitude, num_iterations, dynamics)
+
+    def refine(hx):
+        if gradient == "autodiff":
+            return run(*arrays_of(hx), dynamics=dynamics)
+        return run_lean(*arrays_of(hx), dynamics, segment)
+
+    if remat:
+        refine = jax.checkpoint(refine, prevent_cse=False)
+    refine_in_chunks = functools.partial(_in_chunks, refine, chunk=chunk)
+    N = current_batch_shards(len(x_BSD))
+    if N == 1:
+        return refine_in_chunks(_by_channels((h_BSD, x_BSD), ("batch",)))
+    # The parameters' gradients add up within each part of the rows, and over the parts at the end.
+    # Otherwise devices would exchange them in every iteration.
+    parts = _by_channels(by_row_shard((h_BSD, x_BSD), N), ("batch", None))
+    return jax.vmap(refine_in_chunks)(parts).reshape(x_BSD.shape)
+
+
+def integrate_until(
+    params,
+    h_BSD,
+    x_BSD,
+    *,
+    amplitude,
+    num_iterations: int,
+    dynamics: Dynamics,
+    tol: float,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """`integrate`, in which a token stops after its first step with rms below `tol`.
+
+    The other arguments are those of `integrate`. There is no gradient.
+
+    Returns:
+      The last states [B, S, D]; and how many steps each token took, int32 [B, S].
+    """
+    arrays_of = _arrays(params, x_BSD, amplitude, num_iterations, dynamics)
+
+    def refine(hx):
+        return run_until(*arrays_of(hx), dynamics=dynamics, tol=tol)
+
+    return _in_chunks(refine, _by_channels((h_BSD, x_BSD), ("batch",)), chunk=chunk)
+
+
+def _arrays(params, x_BSD, amplitude, num_iterations: int, dynamics: Dynamics) -> Callable:
+    """A function from (h, x), of all positions or of some, to the arrays that `run` takes."""
     state_dtype = at_least_float32(x_BSD)
     # Cast before the loops, so that gradients add up over iterations and chunks in this type.
     params = jax.tree.map(lambda p: p.astype(state_dtype), params)
@@ -61,31 +117,21 @@ def integrate(
     )
     in_step = {n: params[n] for n in ("mu", "state_kernel", "output_kernel", "output_bias")}
 
-    def refine(hx):
+    def arrays_of(hx):
         h_BSD, x_BSD = hx
         from_context_BSQC = hidden_from_context(params, h_BSD, dtype=dynamics.dtype)
-        arrays = (in_step, from_context_BSQC, x_BSD.astype(state_dtype), s_TD)
-        if gradient == "autodiff":
-            return run(*arrays, dynamics=dynamics)
-        return run_lean(*arrays, dynamics, segment)
+        return in_step, from_context_BSQC, x_BSD.astype(state_dtype), s_TD
 
-    if remat:
-        refine = jax.checkpoint(refine, prevent_cse=False)
+    return arrays_of
 
-    def refine_in_chunks(hx):
-        S = x_BSD.shape[1]
-        if chunk == 0 or chunk >= S:
-            return refine(hx)
-        chunks = jax.tree.map(lambda a: split_positions(a, chunk), hx)
-        return join_positions(jax.lax.map(refine, chunks), S)
 
-    N = current_batch_shards(len(x_BSD))
-    if N == 1:
-        return refine_in_chunks(_by_channels((h_BSD, x_BSD), ("batch",)))
-    # The parameters' gradients add up within each part of the rows, and over the parts at the end.
-    # Otherwise devices would exchange them in every iteration.
-    parts = _by_channels(by_row_shard((h_BSD, x_BSD), N), ("batch", None))
-    return jax.vmap(refine_in_chunks)(parts).reshape(x_BSD.shape)
+def _in_chunks(refine: Callable, hx, *, chunk: int):
+    """`refine((h, x))`, with `chunk` positions at a time; 0 takes all."""
+    S = hx[0].shape[1]
+    if chunk == 0 or chunk >= S:
+        return refine(hx)
+    refined = jax.lax.map(refine, jax.tree.map(lambda a: split_positions(a, chunk), hx))
+    return jax.tree.map(lambda a: join_positions(a, S), refined)
 
 
 def _by_channels(tree, rows):
@@ -121,17 +167,24 @@ class Integrator(nn.Module):
             for name, declaration in declared.items()
         }
         self.sow("intermediates", "inputs", (h_BSD, x_BSD))  # kept only if the caller asks for it
+        settings = {
+            "amplitude": amplitude,
+            "num_iterations": c.num_iterations,
+            "dynamics": Dynamics(c.dt, c.kappa, dtype),
+            "chunk": c.integrator_chunk,
+        }
+        if c.tol > 0:
+            last_BSD, steps_BS = integrate_until(params, h_BSD, x_BSD, tol=c.tol, **settings)
+            self.sow("steps", "taken", steps_BS)  # kept only if the caller asks for it
+            return last_BSD
         return integrate(
             params,
             h_BSD,
             x_BSD,
-            amplitude=amplitude,
-            num_iterations=c.num_iterations,
-            dynamics=Dynamics(c.dt, c.kappa, dtype),
             gradient=c.integrator_gradient,
             segment=c.integrator_segment,
-            chunk=c.integrator_chunk,
             remat=c.remat == "integrator",
+            **settings,
         )
 
 

@@ -129,7 +129,7 @@ class INLModel(Layer):
         blocks = nn.scan(
             block,
             length=c.num_layers,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, "steps": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -203,6 +203,21 @@ def hidden_states(config: ModelConfig, params, input_ids, *, amplitude=None, dro
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     model = INLModel(config, deterministic=dropout_key is None)
     return model.apply({"params": params}, input_ids, None, None, amplitude, rngs=rngs)[0]
+
+
+def hidden_states_and_steps(config: ModelConfig, params, input_ids):
+    """`hidden_states`; and the integrator steps of each token in each layer, int32 [L, B, S].
+
+    Every token takes `num_iterations` steps, or fewer if `tol` is above 0.
+    """
+    (hidden_BSD, _), kept = INLModel(config).apply(
+        {"params": params}, input_ids, None, None, config.excitation_amplitude, mutable="steps"
+    )
+    if config.tol == 0:
+        shape = (config.num_layers, *input_ids.shape)
+        return hidden_BSD, jnp.full(shape, config.num_iterations, jnp.int32)
+    (steps_LBS,) = kept["steps"]["blocks"]["integrator"]["taken"]
+    return hidden_BSD, steps_LBS
 
 
 def logits(params, hidden_D) -> jax.Array:

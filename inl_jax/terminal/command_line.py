@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from inl_jax import console
-from inl_jax.config import InputError, MeshConfig, TrainConfig
+from inl_jax.checks import require
+from inl_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
 from inl_jax.config_file import load_config, presets
 from inl_jax.config_help import HELP, help_text
 from inl_jax.failures import MachineFailure
@@ -185,6 +187,45 @@ def mesh_from(flags: argparse.Namespace):
     from inl_jax.parallel.sharding import make_mesh
 
     return make_mesh(MeshConfig(**given))
+
+
+def add_depth_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--iterations` and `--tol`, for `at_depth`."""
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="integrator steps per block, fewer or more than trained; as trained by default",
+    )
+    parser.add_argument(
+        "--tol",
+        type=float,
+        metavar="X",
+        help="a token takes no more steps in a block after one whose rms(x' - x) is below X",
+    )
+
+
+def at_depth(model: ModelConfig, flags: argparse.Namespace) -> ModelConfig:
+    """The model with the depth that the flags name; its weights fit any.
+
+    Raises:
+      InputError: the model has no integrator, or cannot be computed so.
+    """
+    given = {"num_iterations": flags.iterations, "tol": flags.tol}
+    given = {field: value for field, value in given.items() if value is not None}
+    for field, value in given.items():
+        require(
+            model.num_iterations > 0,
+            f"--{field.removeprefix('num_')} {value}: the model has no integrator "
+            "(model.num_iterations=0); leave it out",
+        )
+    least = 1 if model.context == "mean" else 0
+    require(
+        given.get("num_iterations", least) >= least,
+        f"--iterations {flags.iterations}: must be at least {least} with "
+        f"model.context={model.context}",
+    )
+    return dataclasses.replace(model, **given)
 
 
 def _axis(text: str) -> int | str:

@@ -83,3 +83,13 @@ def test_evaluate_names_what_does_not_fit(trained, inl):
     assert code == 2 and "--batch_size 3: must be a multiple of the 2 devices" in err
     code, _, err = inl("evaluate", "--checkpoint", trained[1], "--mesh.fsdp", "some")
     assert code == 2 and "mesh.fsdp='some'" in err
+
+
+def test_evaluate_takes_other_iterations_and_stops_tokens_early(trained, inl):
+    code, out, err = inl("evaluate", trained[1], "--json", "--iterations", 5, "--tol", 0.02)
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["iterations"], found["tol"]) == (5, 0.02)
+    assert 1 <= found["steps_per_token"] < 5
+    code, out, err = inl("evaluate", trained[1], "--iterations", 1)
+    assert code == 0 and "1 iterations, tol 0: 1.000 steps per token and block" in out, err

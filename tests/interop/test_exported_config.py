@@ -14,8 +14,8 @@ from inl_jax.interop.exported_config import from_json_fields, to_json_fields
 def test_every_field_of_a_model_is_exported_or_free():
     """A new field that changes the function must be carried, or its export refused."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    known = {*exported_config.FUNCTION, *exported_config.COMPUTATION, "param_dtype"}
-    assert fields == known
+    known = {*exported_config.FUNCTION, *exported_config.COMPUTATION, *exported_config.REFUSED}
+    assert fields == known | {"param_dtype"}
 
 
 @pytest.mark.parametrize("kappa", [1.0, math.inf])
@@ -45,3 +45,8 @@ def test_missing_field_is_named(model_config):
     del written["dt"]
     with pytest.raises(InputError, match="lacks dt"):
         from_json_fields(written, param_dtype="float32", of="config.json")
+
+
+def test_model_whose_tokens_stop_early_is_not_exported(model_config):
+    with pytest.raises(InputError, match=r"model.tol=0.01: .*set model.tol=0"):
+        to_json_fields(model_config(tol=0.01))

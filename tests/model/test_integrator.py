@@ -5,11 +5,12 @@ import pytest
 from integrator_cases import F32, F64, inputs, layer_params, reference
 
 from inl_jax.model.dynamics import Dynamics
-from inl_jax.model.integrator import integrate
+from inl_jax.model.integrator import integrate, integrate_until
 
 D, C = 12, 8
 SLOW = pytest.mark.slow
 compiled = jax.jit(integrate, static_argnames=("num_iterations", "dynamics", "chunk"))
+until = jax.jit(integrate_until, static_argnames=("num_iterations", "dynamics", "chunk"))
 
 
 @pytest.fixture
@@ -102,3 +103,51 @@ def test_integrate_takes_another_amplitude_without_recompiling(config):
     )
     assert not jnp.allclose(run(0.03), run(0.3))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_integrate_until_stops_each_token_where_a_plain_loop_does(config, chunk):
+    """Also in chunks of positions, of which the last is padded."""
+    T, tokens, settings = 6, 10, dict(amplitude=0.03, dt=1.0, kappa=1.0)
+    with jax.enable_x64(True):
+        params, h, x = inputs(config, F64, batch=1, positions=tokens)
+        states = np.array(
+            [
+                [reference(params, *token, num_iterations=t, **settings) for t in range(T + 1)]
+                for token in zip(h[0], x[0], strict=True)
+            ]
+        )
+        moves = np.sqrt(np.mean(np.diff(states, axis=1) ** 2, axis=-1))  # [tokens, T]
+        tol = np.quantile(moves, 0.2)
+        small = moves < tol
+        steps = np.where(small.any(axis=1), 1 + small.argmax(axis=1), T)
+        settings = dict(amplitude=0.03, num_iterations=T, dynamics=Dynamics(1.0, 1.0, F64))
+        found, taken = until(params, h, x, tol=tol, chunk=chunk, **settings)
+        assert len(set(steps)) > 2, "the tokens hardly differ, so little was shown"
+        assert taken[0].tolist() == steps.tolist()
+        np.testing.assert_allclose(found[0], states[range(tokens), steps], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [F32, jnp.dtype("bfloat16")])
+def test_integrate_until_takes_all_steps_or_one_at_the_ends_of_tol(config, dtype):
+    params, h, x = inputs(config, dtype)
+    settings = dict(amplitude=0.03, num_iterations=4, dynamics=Dynamics(0.1, 1.0, dtype))
+    every, steps = until(params, h, x, tol=1e-30, **settings)
+    np.testing.assert_array_equal(every, compiled(params, h, x, **settings))
+    assert (steps == 4).all() and every.dtype == F32
+    first, steps = until(params, h, x, tol=1e9, **settings)
+    once = compiled(params, h, x, **settings | {"num_iterations": 1})
+    np.testing.assert_array_equal(first, once)
+    assert (steps == 1).all()
+
+
+def test_integrate_until_gives_a_row_the_same_in_any_batch(config):
+    params, h, x = inputs(config, F32)
+    x = x.at[1].multiply(5.0)  # a neighbour that moves on when the first row has stopped
+    settings = dict(amplitude=0.03, num_iterations=6, dynamics=Dynamics(0.1, 1.0, F32), tol=0.1)
+    (both, steps), (alone, steps_alone) = (
+        until(params, h[:rows], x[:rows], **settings) for rows in (2, 1)
+    )
+    assert steps[0].max() < steps[1].max()
+    assert steps[0].tolist() == steps_alone[0].tolist()
+    np.testing.assert_allclose(both[0], alone[0], rtol=1e-5, atol=1e-6)

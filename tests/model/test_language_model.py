@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from lively import lively_params
 
 import inl_jax
 from inl_jax.config import ModelConfig
@@ -244,3 +245,29 @@ def test_amplitude_is_a_runtime_scalar(model_config):
     )
     assert not jnp.allclose(run(0.0), run(1.0))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("context", ONE_QUICK)
+def test_tokens_stop_by_what_they_have_read_alone(model_config, context):
+    """Decoding gives the logits of the whole pass, and no later token changes an earlier one."""
+    config = model_config(context=context, num_iterations=6, tol=0.2)
+    params = lively_params(config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 12), np.int32)
+    run = jax.jit(model.hidden_states_and_steps, static_argnums=0)
+    hidden, steps = run(config, params, ids)
+    assert len(np.unique(steps)) > 1
+    other, other_steps = run(config, params, np.hstack([ids[:, :6], ids[:, 6:] + 1]))
+    np.testing.assert_array_equal(hidden[:, :6], other[:, :6])
+    np.testing.assert_array_equal(steps[:, :, :6], other_steps[:, :, :6])
+    state, decode = model.init_decode_state(config, 3, 12), jax.jit(model.decode, static_argnums=0)
+    for i in range(12):
+        logits, state = decode(config, params, state, ids[:, i : i + 1])
+        wanted = model.logits(params, hidden[:, i])
+        np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_model_whose_tokens_stop_early_has_no_gradient(model_config):
+    config = model_config(tol=0.1)
+    total = lambda p: model.hidden_states(config, p, np.zeros((1, 4), np.int32)).sum()  # noqa: E731
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.eval_shape(jax.grad(total), model.abstract_params(config))

@@ -5,7 +5,7 @@ import pytest
 
 from inl_jax.cli import main
 from inl_jax.config import InputError
-from inl_jax.terminal.command_line import Parser, with_underscores
+from inl_jax.terminal.command_line import Parser, add_depth_flags, at_depth, with_underscores
 
 REQUIRED = {
     "train": ["--config", "tiny"],
@@ -142,3 +142,35 @@ def test_paths_of_flags_may_begin_with_a_tilde(inl, monkeypatch, tmp_path):
     parser.add_run()
     assert parser.parse_flags(["--checkpoint=~/a"]).checkpoint == tmp_path / "a"
     assert parser.parse_flags(["~/a"]).checkpoint == tmp_path / "a"
+
+
+@pytest.fixture
+def depth():
+    """Reads `--iterations` and `--tol`, and applies them to a model."""
+    parser = Parser("x", None)
+    add_depth_flags(parser)
+    return lambda model, *argv: at_depth(model, parser.parse_flags(argv))
+
+
+def test_depth_flags_change_iterations_and_tol_alone(model_config, depth):
+    model = model_config()
+    assert depth(model) == model
+    assert depth(model, "--iterations", "7") == model_config(num_iterations=7)
+    assert depth(model, "--tol", "0.5") == model_config(tol=0.5)
+    assert depth(model, "--iterations", "0") == model_config(num_iterations=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "argv", "named"),
+    [
+        ({"num_iterations": 0}, "--iterations 3", "--iterations 3: the model has no integrator"),
+        ({"num_iterations": 0}, "--tol 0.1", "--tol 0.1: the model has no integrator"),
+        ({"context": "mean"}, "--iterations 0", "--iterations 0: must be at least 1 with"),
+        ({}, "--iterations -1", "--iterations -1: must be at least 0"),
+        ({}, "--tol -1", "model.tol=-1.0: must be 0 or more"),
+        ({}, "--tol 1 --iterations 0", "model.tol=1.0 with model.num_iterations=0"),
+    ],
+)
+def test_depth_that_a_model_cannot_have_is_named(model_config, depth, fields, argv, named):
+    with pytest.raises(InputError, match=named):
+        depth(model_config(**fields), *argv.split())
