@@ -163,6 +163,39 @@ def test_remat_compares_each_setting_with_the_first(measure, benchmark, monkeypa
     assert all(row["temp_bytes"] > 0 and row["time_over_none"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_depth_measures_iterations_and_tols_of_a_run(measure, trained):
+    small = "--tols 1e-9 99 --sequences 4 --new_tokens 2 --rounds 1".split()
+    rows = measure("depth", str(trained[1]), *small)["rows"]
+    assert [r["iterations"] for r in rows] == [0, 1, 2, 3, 5, 3, 3]
+    assert [r["steps_per_token"] for r in rows] == [0, 1, 2, 3, 5, 3, 1]
+    bits = [r["bits_per_byte"] for r in rows]
+    np.testing.assert_allclose(bits[5:], [bits[3], bits[1]], rtol=1e-6)
+    assert rows[3]["evaluation_time"] == rows[3]["decode_time"] == 1
+    assert rows[1]["steps_saved"] == 1 - 1 / 3
+
+
+def test_depths_of_a_model_that_needs_an_iteration_begin_at_1(benchmark, model_config):
+    models = benchmark("depth").depths(model_config(context="mean"), [0.5])
+    found = [(m.num_iterations, m.tol) for m in models]
+    assert found == [(1, 0), (2, 0), (3, 0), (5, 0), (3, 0.5)]
+
+
+@pytest.mark.slow
+def test_long_context_measures_positions_beyond_the_longest_sequence(measure, trained):
+    rows = measure("long_context", str(trained[1]), "--times", "3", "--sequences", "4")["rows"]
+    assert [r["positions"] for r in rows] == ["0 to 31", "32 to 63", "64 to 95"]
+    assert [r["tokens"] for r in rows] == [128, 128, 128]
+    first, *later = rows
+    np.testing.assert_allclose(first["bits_per_byte"], first["started_afresh"], rtol=1e-5)
+    assert all(abs(r["bits_per_byte"] - r["started_afresh"]) > 1e-3 for r in later)
+
+
+def test_ranges_of_positions_double_up_to_the_end(benchmark):
+    edges = benchmark("long_context").edges
+    assert edges(256, 8) == [0, 256, 512, 1024, 2048] and edges(4, 3) == [0, 4, 8, 12]
+
+
 def test_loss_in_chunks_takes_less_memory(measure):
     sizes = "--d_model 8 --vocab_size 999 --tokens 256 --chunk 8 --rounds 1".split()
     found = measure("loss", *sizes)
