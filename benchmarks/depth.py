@@ -21,7 +21,7 @@ from inl_jax.sampling import LanguageModel, generate
 from inl_jax.storage.run_dir import read_config
 from inl_jax.terminal.command_line import Parser
 
-TOLS = [0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
+TOLS = [0.02, 0.025, 0.03, 0.035, 0.04, 0.05]
 
 
 def depth(parser: Parser, argv: Sequence[str]) -> Report:

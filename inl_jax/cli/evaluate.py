@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from inl_jax.config import InputError
-from inl_jax.console import say, show
+from inl_jax.console import plural, say, show
 from inl_jax.files import json_text
 from inl_jax.terminal import signals
 from inl_jax.terminal.command_line import (
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
     text = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
     depth = ""
     if (flags.iterations, flags.tol) != (None, None):
-        depth = f", {model.num_iterations} iterations, tol {model.tol:g}"
-        depth += f": {result.steps_per_token:.3f} steps per token and block"
+        depth = f", {plural(model.num_iterations, 'iteration')}, tol {model.tol:g}"
+        depth += f" ({result.steps_per_token:.3f} steps per token and block)"
     show(
         f"{flags.checkpoint} ({flags.step}) on {text}{depth}: loss {result.loss:.6f} nats/token, "
         f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.6f} bits/byte over "
@@ -90,7 +90,7 @@ def evaluate_run(flags):
 
     signals.unwind()
     config = read_config(flags.checkpoint)
-    at = at_depth(config.model, flags)
+    model_config = at_depth(config.model, flags)
     use_compile_cache()
     mesh = mesh_from(flags)
     if mesh is not None and flags.batch_size % batch_shards(mesh):
@@ -126,5 +126,5 @@ def evaluate_run(flags):
         corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)
     batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
-    found = evaluate(at, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
-    return found, at, data
+    found = evaluate(model_config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
+    return found, model_config, data
