@@ -100,10 +100,10 @@ def test_lost_machines_are_replaced_and_their_run_resumes(
 
     two = {"SKYPILOT_NUM_NODES": 2, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
     processes = [run(4, rank, **two) for rank in range(2)]
-    outs = [process.communicate(timeout=300)[0] for process in processes]
+    outs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     assert "found 2 x cpu" in outs[0]
     (tmp_path / "bucket/runs/tiny/checkpoints/4/manifest.json").write_text("uploaded in part")
     process = run(6)
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and "resuming" in out and "update 2" in out, out
