@@ -77,7 +77,7 @@ def run(*command):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # on a busy machine too
     )
     return done.returncode, done.stdout, done.stderr
 
