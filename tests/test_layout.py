@@ -1,6 +1,7 @@
 """The rooms of the library, the order of their imports, and their sizes."""
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -65,6 +66,7 @@ def room_of(module: str) -> str:
     return module.split(".")[1]
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """The modules of the library that a file imports, at its top or inside functions."""
     found = set()

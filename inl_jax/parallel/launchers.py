@@ -64,6 +64,12 @@ def _of_slurm(env: Env) -> str:
     return _at(env, host, _port(job + 251 * step))  # no two of 4,096 steps are the same
 
 
+def _of_skypilot(env: Env) -> str:
+    """The first of the nodes' addresses, a line each, which are in the order of their ranks."""
+    addresses = env.get("SKYPILOT_NODE_IPS", "").split()
+    return _at(env, addresses[0], 8476) if addresses else ""
+
+
 def _port(key: int) -> int:
     """A port above those that Linux gives to clients, 32768 to 60999."""
     return 61440 + key % 4096
@@ -128,7 +134,7 @@ LAUNCHERS = (
     ),
     # These start one command on each host.
     Launcher("torchrun's variables, not read by python", "PET_NNODES", "PET_NODE_RANK"),
-    Launcher("SkyPilot", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"),
+    Launcher("SkyPilot", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", coordinator=_of_skypilot),
     Launcher("dstack", "DSTACK_NODES_NUM", "DSTACK_NODE_RANK"),
     Launcher("AWS Batch", "AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX"),
     Launcher("SageMaker", "SM_HOSTS"),

@@ -22,6 +22,11 @@ SLURM = SLURM_JOB | {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
 }
+SKYPILOT = {
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_RANK": "1",
+    "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.7",
+}
 AT = "node01:61517"  # of job 77, step 0
 
 
@@ -56,6 +61,10 @@ def device_files(monkeypatch, tmp_path):
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"}, Launch("a:1", 8, 5, (1,))),
         (SLURM | {"PMI_SIZE": "8", "PMI_RANK": "5"}, Launch(AT, 8, 5, (1,), "Slurm")),  # mpi=pmi2
         (SLURM | {"PMIX_RANK": "5", "PMI_SIZE": ""}, Launch(AT, 8, 5, (1,), "Slurm")),  # mpi=pmix
+        (SKYPILOT, Launch("10.0.0.4:8476", 2, 1, (), "SkyPilot")),
+        (SKYPILOT | {"JAX_COORDINATOR_PORT": "9"}, Launch("10.0.0.4:9", 2, 1, (), "SkyPilot")),
+        (SKYPILOT | TORCH, Launch("host-0:29501", 8, 5, (), "torchrun")),
+        (SKYPILOT | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, None),
         (SLURM_JOB, None),  # a batch script without srun
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # the shell of salloc, or srun -n 1
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "PMIX_RANK": "0"}, None),

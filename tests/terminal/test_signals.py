@@ -58,8 +58,7 @@ def train(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds"),
-    [*((n, s) for n in (signal.SIGTERM, signal.SIGINT) for s in (0, 0.2, 0.7)), (signal.SIGHUP, 0)],
+    ("number", "seconds"), [(signal.SIGTERM, 0), (signal.SIGINT, 0.2), (signal.SIGHUP, 0.7)]
 )
 def test_signal_while_train_imports_ends_it_with_its_code_and_one_line(tmp_path, number, seconds):
     check(signalled(train(tmp_path), number, seconds), number)
