@@ -25,6 +25,7 @@ FLOORS = [
         "start",
         "watch",
         "report",
+        "harness",
     },
     {"interop"},
     {"planning"},
