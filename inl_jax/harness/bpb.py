@@ -20,8 +20,6 @@ def documents(checkpoint: str = "", **others: Any) -> dict[str, Any]:
     Raises:
       InputError: no run is named, or it has no validation text.
     """
-    import datasets
-
     if not checkpoint:
         raise InputError(
             'task bpb: has the text of a run; name it by --metadata \'{"checkpoint": "RUN"}\''
@@ -34,6 +32,8 @@ def documents(checkpoint: str = "", **others: Any) -> dict[str, Any]:
             f"task bpb: {checkpoint} has no validation text; raise data.validation_fraction before "
             "training"
         )
+    import datasets
+
     return {"validation": datasets.Dataset.from_dict({"text": texts})}
 
 

@@ -39,8 +39,6 @@ def questions(
     Raises:
       InputError: there is no tokenizer or no length, or a length is too short for a question.
     """
-    import datasets
-
     if checkpoint:
         encode = read_tokenizer(checkpoint).encode
         lengths = max_seq_lengths or [read_config(checkpoint).model.max_seq_len]
@@ -57,6 +55,8 @@ def questions(
         for length in lengths
         for question in make_questions(lambda text: len(encode(text)), length)
     ]
+    import datasets
+
     return {"test": datasets.Dataset.from_list(made)}
 
 
