@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from conftest import MODEL
 from lively import lively_params
@@ -93,3 +94,54 @@ def test_settings_of_generation_are_read_as_lm_eval_gives_them():
 def test_a_task_that_asks_for_too_many_tokens_is_one_line(adapter):
     with pytest.raises(InputError, match="max_gen_toks=256: leaves no room for a context"):
         adapter.generate_until([Request("a", {})])
+
+
+@pytest.fixture(scope="module")
+def requests(trained):
+    """Requests of our tasks on a run, by their type."""
+    from lm_eval.api.instance import Instance
+
+    from inl_jax.harness.tasks import load_tasks
+
+    found = load_tasks(trained[1], ["bpb", "stdlib_choice"])
+    for task in found["tasks"].values():
+        task.build_all_requests(limit=4)
+    made = {name: task.instances for name, task in found["tasks"].items()}
+    settings = {"max_gen_toks": 8, "until": ["\n"], "do_sample": False}
+    prompts = ("the quick", "fox", "a prompt that is longer than the model can read at once")
+    made["generated"] = [
+        Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)
+    ]
+    return made
+
+
+def test_an_exported_model_has_the_same_numbers_in_the_adapter_of_transformers(
+    trained, requests, tmp_path
+):
+    """And both have those of full passes by `apply`: test_scoring.py."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    from lm_eval.models.huggingface import HFLM
+
+    from inl_jax.harness.adapter import RunLM
+    from inl_jax.interop.export import export
+    from inl_jax.interop.exported.modeling_inl import InlForCausalLM
+
+    export(trained[1], tmp_path / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    theirs = HFLM(
+        InlForCausalLM.from_pretrained(tmp_path / "exported").eval(),
+        tokenizer=tokenizer,
+        batch_size=4,
+    )
+    ours = RunLM(str(trained[1]), batch_size=4)
+    assert theirs.max_length == ours.max_length
+    assert theirs.prefix_token_id == ours.prefix_token_id
+
+    found, expected = (lm.loglikelihood(requests["stdlib_choice"]) for lm in (ours, theirs))
+    np.testing.assert_allclose([a[0] for a in found], [b[0] for b in expected], rtol=1e-4)
+    assert [a[1] for a in found] == [b[1] for b in expected]
+    found, expected = (lm.loglikelihood_rolling(requests["bpb"]) for lm in (ours, theirs))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    found, expected = (lm.generate_until(requests["generated"]) for lm in (ours, theirs))
+    assert found == expected
