@@ -133,6 +133,7 @@ def test_an_exported_model_has_the_same_numbers_in_the_adapter_of_transformers(
         InlForCausalLM.from_pretrained(tmp_path / "exported").eval(),
         tokenizer=tokenizer,
         batch_size=4,
+        logits_cache=False,  # with it the same tokens, cut at other places, have wrong numbers
     )
     ours = RunLM(str(trained[1]), batch_size=4)
     assert theirs.max_length == ours.max_length
