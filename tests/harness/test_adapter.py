@@ -98,15 +98,20 @@ def test_a_task_that_asks_for_too_many_tokens_is_one_line(adapter):
 
 @pytest.fixture(scope="module")
 def requests(trained):
-    """Requests of our tasks on a run, by their type."""
+    """Requests on a run, by their type."""
     from lm_eval.api.instance import Instance
 
     from inl_jax.harness.tasks import load_tasks
 
-    found = load_tasks(trained[1], ["bpb", "stdlib_choice"])
-    for task in found["tasks"].values():
-        task.build_all_requests(limit=4)
-    made = {name: task.instances for name, task in found["tasks"].items()}
+    (task,) = load_tasks(trained[1], ["bpb"])["tasks"].values()
+    task.build_all_requests()
+    contexts = ("", "the quick brown ", "a context that is longer than the model can read")
+    choices = (" fox", "dog", " lazy wizards")
+    pairs = [(context, choice) for context in contexts for choice in choices]
+    made = {
+        "rolling": task.instances,
+        "choices": [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)],
+    }
     settings = {"max_gen_toks": 8, "until": ["\n"], "do_sample": False}
     prompts = ("the quick", "fox", "a prompt that is longer than the model can read at once")
     made["generated"] = [
@@ -139,10 +144,10 @@ def test_an_exported_model_has_the_same_numbers_in_the_adapter_of_transformers(
     assert theirs.max_length == ours.max_length
     assert theirs.prefix_token_id == ours.prefix_token_id
 
-    found, expected = (lm.loglikelihood(requests["stdlib_choice"]) for lm in (ours, theirs))
+    found, expected = (lm.loglikelihood(requests["choices"]) for lm in (ours, theirs))
     np.testing.assert_allclose([a[0] for a in found], [b[0] for b in expected], rtol=1e-4)
     assert [a[1] for a in found] == [b[1] for b in expected]
-    found, expected = (lm.loglikelihood_rolling(requests["bpb"]) for lm in (ours, theirs))
+    found, expected = (lm.loglikelihood_rolling(requests["rolling"]) for lm in (ours, theirs))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     found, expected = (lm.generate_until(requests["generated"]) for lm in (ours, theirs))
     assert found == expected

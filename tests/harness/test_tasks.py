@@ -41,16 +41,14 @@ def test_a_missing_lm_eval_is_one_line(trained, inl, monkeypatch):
 def test_results_are_a_table_or_json_alone_on_stdout(trained, inl, folder, tmp_path):
     saved = tmp_path / "results.json"
     run = ("evaluate", trained[1], "--include_path", folder, "--num_fewshot", 1, "--limit", 4)
-    code, out, err = inl(*run, "--tasks", "plain,stdlib_choice", "bpb", "--output", saved)
+    code, out, err = inl(*run, "--tasks", "plain,bpb", "--output", saved)
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0].split("|")[1].strip() == "Tasks" and all(line[0] == "|" for line in lines)
-    assert {line.split("|")[1].strip() for line in lines[2:]} == {
-        *("bpb", "plain", "stdlib_choice", "")
-    }
+    assert {line.split("|")[1].strip() for line in lines[2:]} == {"bpb", "plain", ""}
     found = json.loads(saved.read_text())
     assert found["checkpoint"] == str(trained[1]) and found["lm_eval"]
-    assert found["n-shot"] == {"bpb": 0, "plain": 1, "stdlib_choice": 1}
+    assert found["n-shot"] == {"bpb": 0, "plain": 1}
     assert found["n-samples"]["plain"]["effective"] == 4
     assert found["results"]["plain"]["acc_stderr,none"] >= 0
 
