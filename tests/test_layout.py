@@ -26,6 +26,7 @@ FLOORS = [
         "start",
         "watch",
         "report",
+        "harness",
     },
     {"interop"},
     {"planning"},

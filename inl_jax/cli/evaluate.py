@@ -1,13 +1,21 @@
 """Computes loss, perplexity and bits per byte of a run, on its validation split or on any text.
 
 inl evaluate runs/tiny [--data PATH ...] [--column body] [--step best] [--json]
+inl evaluate runs/tiny --tasks hellaswag,arc_easy [--num_fewshot 5] [--limit 100] [--json]
 
 With --iterations or --tol, tokens take fewer steps of the integrator than in training, or more.
+Tasks are those of lm-evaluation-harness; bpb, needle and stdlib_choice need no network.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+from inl_jax.cli.evaluate_tasks import (
+    add_task_flags,
+    are_tasks_named,
+    show_results,
+    tasks_from,
+)
 from inl_jax.config import InputError
 from inl_jax.console import plural, say, show
 from inl_jax.files import json_text
@@ -50,12 +58,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     add_depth_flags(parser)
     add_mesh_flags(parser)
+    add_task_flags(parser)
     flags = parser.parse_flags(argv)
     for name in ("batch_size", "seq_len"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise InputError(f"--{name} {value}: must be positive")
     if flags.column and not flags.data:
         raise InputError(f"--column {flags.column}: of --data, which is not given; give both")
+    if are_tasks_named(flags):
+        with lines_on_stderr():
+            results = run_tasks(flags)
+        show_results(flags, results)
+        return 0
     with lines_on_stderr():
         result, model, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
@@ -82,24 +96,12 @@ def evaluate_run(flags):
     from inl_jax.data.batches import check, eval_batches
     from inl_jax.data.corpus import prepare
     from inl_jax.evaluation import evaluate
-    from inl_jax.parallel.sharding import batch_shards
-    from inl_jax.planning.xla import use_compile_cache
-    from inl_jax.sampling import LanguageModel
     from inl_jax.storage.run_dir import read_config
     from inl_jax.text.columns import MissingColumn
 
     signals.unwind()
     config = read_config(flags.checkpoint)
-    model_config = at_depth(config.model, flags)
-    use_compile_cache()
-    mesh = mesh_from(flags)
-    if mesh is not None and flags.batch_size % batch_shards(mesh):
-        raise InputError(
-            f"--batch_size {flags.batch_size}: must be a multiple of the {batch_shards(mesh)} "
-            "devices that split the rows (--mesh.data x --mesh.fsdp)"
-        )
-    with signals.held():
-        model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
+    model = read_model(flags)
     given = {field: getattr(flags, f"data.{field}") for field in OF_DATA}
     given = {field: value for field, value in given.items() if value is not None}
     data = dataclasses.replace(config.data, **given)
@@ -126,5 +128,45 @@ def evaluate_run(flags):
         corpus = prepare(data, tokenizer=model.tokenizer)
     check(corpus, model.config.vocab_size)
     batches = eval_batches(corpus, seq_len=data.seq_len, batch_size=flags.batch_size)
-    found = evaluate(model_config, model.params, batches, mesh=mesh, loss_chunk=config.loss_chunk)
-    return found, model_config, data
+    found = evaluate(
+        model.config, model.params, batches, mesh=model.mesh, loss_chunk=config.loss_chunk
+    )
+    return found, model.config, data
+
+
+def run_tasks(flags):
+    """The results of the tasks that the flags name."""
+    from inl_jax.harness.tasks import evaluate_tasks
+    from inl_jax.storage.run_dir import read_config
+
+    signals.unwind()
+    tasks = tasks_from(flags)
+    model = read_model(flags)
+    results = evaluate_tasks(
+        model,
+        tasks,
+        batch_size=flags.batch_size,
+        loss_chunk=read_config(flags.checkpoint).loss_chunk,
+        limit=flags.limit,
+    )
+    return {"iterations": model.config.num_iterations, "tol": model.config.tol} | results
+
+
+def read_model(flags):
+    """The run's `LanguageModel`, at the depth and on the mesh that the flags name."""
+    from inl_jax.parallel.sharding import batch_shards
+    from inl_jax.planning.xla import use_compile_cache
+    from inl_jax.sampling import LanguageModel
+    from inl_jax.storage.run_dir import read_config
+
+    config = at_depth(read_config(flags.checkpoint).model, flags)
+    use_compile_cache()
+    mesh = mesh_from(flags)
+    if mesh is not None and flags.batch_size % batch_shards(mesh):
+        raise InputError(
+            f"--batch_size {flags.batch_size}: must be a multiple of the {batch_shards(mesh)} "
+            "devices that split the rows (--mesh.data x --mesh.fsdp)"
+        )
+    with signals.held():
+        model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
+    return dataclasses.replace(model, config=config)
