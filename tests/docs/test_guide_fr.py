@@ -7,13 +7,16 @@ import sys
 from typing import NamedTuple
 
 import pytest
+from inl_process import ROOT, run, run_inl
 
 from inl_jax.failures import EXIT_MISTAKE
-from inl_process import ROOT, run, run_inl
 
 PAGE = (ROOT / "docs" / "guide.fr.md").read_text()
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TESTED = re.compile(r"^<!-- testé -->$\n(?:```(\w+)\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+TESTED = re.compile(
+    r"^<!-- testé(?:, code (?P<code>\d+))? -->\n```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 # What differs between the page and its test: the size, and how long and how often. Nothing else.
 SUBSTITUTIONS = {
@@ -45,19 +48,24 @@ config = TrainConfig(
 
 
 class Block(NamedTuple):
-    """A block of code of the page, and where it stands."""
+    """A block of code of the page, where it stands, and the exit code that it ends with."""
 
     line: int
     language: str
     text: str
+    code: int
 
 
 def marked_blocks() -> list[Block]:
     """The blocks below a mark, in order."""
     return [
-        Block(PAGE.count("\n", 0, mark.start(2)) + 1, mark[1], mark[2])
+        Block(
+            PAGE.count("\n", 0, mark.start("text")) + 1,
+            mark["language"],
+            mark["text"],
+            int(mark["code"] or 0),
+        )
         for mark in TESTED.finditer(PAGE)
-        if mark[2]
     ]
 
 
@@ -68,8 +76,8 @@ def substituted(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The same with ordinary spaces."""
-    return re.sub("[\u00a0\u202f]", " ", text)
+    """The same in one line, with ordinary spaces."""
+    return " ".join(text.split())
 
 
 def estimate(*flags) -> dict:
@@ -106,15 +114,15 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_tested_blocks_run_in_the_order_of_the_page(reader):
-    for line, language, text in marked_blocks():
-        program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": ["python3", "-c"]}
-        code, out, err, _ = run(*program[language], substituted(text), cwd=reader)
-        assert code == 0, f"docs/guide.fr.md:{line} ends with {code}\n{text}\n{out}\n{err}"
+    programs = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": ["python3", "-c"]}
+    for line, language, text, wanted in marked_blocks():
+        code, out, err, _ = run(*programs[language], substituted(text), cwd=reader)
+        assert code == wanted, f"docs/guide.fr.md:{line} ends with {code}\n{text}\n{out}\n{err}"
     assert (reader / "compare.html").exists()
 
 
 def test_each_mark_stands_over_a_block_and_each_other_block_is_called_untested():
-    assert len(marked_blocks()) == PAGE.count("<!-- testé -->") >= 20
+    assert len(marked_blocks()) == PAGE.count("<!-- testé") >= 20
     tested = {block.text for block in marked_blocks()}
     for block in FENCED.finditer(PAGE):
         before = PAGE[: block.start()].rstrip().rpartition("\n\n")[2]
@@ -141,7 +149,7 @@ def test_each_substitution_matches_a_tested_block():
     }.items(),
 )
 def test_costs_of_the_page_are_those_of_estimate(start, flags):
-    (row,) = [line for line in plain(PAGE).splitlines() if line.startswith(f"| {start}")]
+    (row,) = [line for line in map(plain, PAGE.splitlines()) if line.startswith(f"| {start}")]
     for mfu in (0.4, 0.1):
         found = estimate(*flags.split(), "--mfu", mfu)
         price = f"{found['price']:,.0f}".replace(",", " ")
