@@ -126,7 +126,7 @@ def test_each_mark_stands_over_a_block_and_each_other_block_is_called_untested()
     tested = {block.text for block in marked_blocks()}
     for block in FENCED.finditer(PAGE):
         before = PAGE[: block.start()].rstrip().rpartition("\n\n")[2]
-        assert block[2] in tested or re.search("non testé", before, re.IGNORECASE), block[0]
+        assert block[2] in tested or "non testé" in plain(before).lower(), block[0]
 
 
 def test_each_substitution_matches_a_tested_block():

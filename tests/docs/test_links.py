@@ -47,7 +47,7 @@ def mistake(page: Path, link: str) -> str:
     return "" if anchor in known else f"{link}: there is no such heading"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_each_page_lead_somewhere(page):
     local = [link for link in links(page.read_text()) if not re.match(r"[a-z]+:", link)]
     assert not list(filter(None, (mistake(page, link) for link in local)))

@@ -16,6 +16,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES.remove(ROOT / "docs" / "LOG.md")  # what was true on its day
 FENCED = re.compile(r"^( *)(```+)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+# Flags of sbatch, of tensorboard and of benchmarks/scaling.py, and one that stands for all.
+OF_OTHERS = {"--signal", "--logdir", "--tokens_per_second", "--section.field"}
 # A verb, under each of its names, and the words up to the next command.
 COMMAND = re.compile(
     r"(?:^|(?<=[\s(\[]))(?:(?:inl|python3? -m inl_jax) |python3? scripts/(?=\w+\.py))"
@@ -73,7 +75,7 @@ def mistakes(command: re.Match, flags_of) -> list[str]:
     return [f"inl {verb} {name}" for name in sorted(unknown)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_each_page_have_verbs_and_flags_that_exist(page, flags_of):
     blocks, inline = code(page.read_text())
     commands = [match for block in blocks for match in COMMAND.finditer(block)]
@@ -81,7 +83,15 @@ def test_commands_of_each_page_have_verbs_and_flags_that_exist(page, flags_of):
     assert not [mistake for command in commands for mistake in mistakes(command, flags_of)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_that_a_page_names_alone_are_those_of_a_verb(page, flags_of):
+    known = set().union(*flags_of.values()) | OF_OTHERS
+    _, inline = code(page.read_text())
+    named = {re.split("[ =]", one)[0] for one in inline if one.startswith("--")}
+    assert not [name for name in named if not any(flag.startswith(name) for flag in known)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_scripts_and_tests_that_a_page_names_exist(page):
     text = "\n".join(sum(code(page.read_text()), []))
     named = re.findall(
