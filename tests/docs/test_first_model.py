@@ -26,7 +26,7 @@ def test_notebook_runs_and_transformers_writes_the_same(tmp_path, text_file, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     notebook = nbformat.read(PATH, as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    parameters.source = f"num_steps = 20\ntext = {str(text_file)!r}\ntokenizer = 'bytes'"
+    parameters.source = f"num_steps = 20\ntext = {str(text_file)!r}\ntokenizer_spec = 'bytes'"
     place = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=place).execute()
     outputs = outputs_of(notebook.cells)
