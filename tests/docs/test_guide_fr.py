@@ -186,6 +186,12 @@ def test_memory_of_the_page_is_that_of_estimate(flags, sentence):
     assert sentence.format(**shown) in plain(PAGE)
 
 
+def test_code_of_the_page_has_ordinary_spaces():
+    assert not [
+        block[2] for block in FENCED.finditer(PAGE) if re.search("[\u00a0\u202f]", block[2])
+    ]
+
+
 def test_spaces_before_french_punctuation_do_not_break():
     prose = re.sub(r"^```.*?^```$|`[^`\n]+`", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     broken = re.findall(r".{0,20}(?: [:;!?»%]|« ).{0,10}", prose)
