@@ -19,6 +19,7 @@ REQUIRED = {
     "verify": ["nowhere"],
     "inspect": ["nowhere", "--prompt", "x"],
     "import": ["--weights", "w.pt", "--num_iterations", "3", "--out", "nowhere"],
+    "export": ["--checkpoint", "x", "--out", "y"],
 }
 
 
@@ -97,7 +98,7 @@ def test_dashes_in_a_flag_are_underscores_and_values_stay():
         (["generate", "--checkpoint", "x", "--top-k", "many"], "--top_k: invalid int value"),
         (["plot"], "required: run_dir"),
         (["report"], "required: RUN"),
-        (["import", "--weights", "w"], "required: --num_iterations, --out"),
+        (["import", "--weights", "w"], "required: --out"),
         (["estimate", "--config", "tiny", "--devices", "0"], "--devices 0: must be from 1"),
     ],
 )
