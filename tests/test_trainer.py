@@ -763,7 +763,7 @@ def test_train_marks_the_branch_that_it_abandons(train_config):
 
 
 def test_train_reads_a_dataset_of_the_hub_at_one_commit(train_config, monkeypatch, tmp_path):
-    def prepare_data(config):
+    def prepare_data(config, kept):
         raise InputError(config.data.paths[0])
 
     Hub(monkeypatch, tmp_path)
