@@ -86,5 +86,5 @@ def main(argv: Sequence[str]) -> int:
     checkpoints.save(0, params, position={})
     checkpoints.close()
     say(describe_model(config))
-    say(f"{flags.out}: saved; its validation text is not known: inl evaluate {flags.out} --data TEXT")
+    say(f"{flags.out}: its validation text is not known: inl evaluate {flags.out} --data TEXT")
     return 0
