@@ -70,12 +70,15 @@ def main(argv: Sequence[str]) -> int:
             results = run_tasks(flags)
         show_results(flags, results)
         return 0
+    from inl_jax.evaluation import scores_by_name
+
     with lines_on_stderr():
         result, model, data = evaluate_run(flags)
     rate = result.tokens / result.seconds
     if flags.json:
         depth = {"iterations": model.num_iterations, "tol": model.tol}
-        show(json_text(result._asdict() | depth | {"tokens_per_second": rate}))
+        sources = {"sources": scores_by_name(result, data)}
+        show(json_text(result._asdict() | sources | depth | {"tokens_per_second": rate}))
         return 0
     text = ", ".join(flags.data) if flags.data else f"validation split of {', '.join(data.paths)}"
     depth = ""
@@ -114,6 +117,11 @@ def evaluate_run(flags):
             validation_fraction=1.0,
             column=flags.column or data.column,
             max_documents=0,
+        )
+    elif not (flags.checkpoint / "metrics.jsonl").exists():  # as `inl import` leaves it
+        say(
+            f"WARNING: {flags.checkpoint} has no records of a training: its weights may have been "
+            f"trained on the validation split of {', '.join(data.paths)}; name text by --data"
         )
     phases = tuple(dataclasses.replace(phase, seq_len=0) for phase in data.phases)
     data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len, phases=phases)

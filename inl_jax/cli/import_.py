@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--out {flags.out}: not empty; name a new directory")
     from inl_jax.initial_weights import find_weights, kind_of
     from inl_jax.parallel.sharding import make_mesh, param_shardings
+    from inl_jax.planning.preflight import describe_model
     from inl_jax.storage.checkpoint import Checkpoints
     from inl_jax.storage.identity import Identity
     from inl_jax.storage.run_dir import record_run
@@ -84,6 +85,6 @@ def main(argv: Sequence[str]) -> int:
     checkpoints = Checkpoints(flags.out, keep_last=1, identity=Identity(config, tokenizer))
     checkpoints.save(0, params, position={})
     checkpoints.close()
-    say(f"{flags.out}: {dataclasses.asdict(model)}")
-    say(f"its validation text is not known: inl evaluate {flags.out} --data TEXT")
+    say(describe_model(config))
+    say(f"{flags.out}: its validation text is not known: inl evaluate {flags.out} --data TEXT")
     return 0

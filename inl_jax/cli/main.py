@@ -24,14 +24,14 @@ VERBS = {
     "train": "trains a model, or resumes its run",
     "prepare": "turns text into cached tokens, before training does",
     "preflight": "checks machine, data and config before a run",
-    "evaluate": "computes loss, perplexity and bits per byte of a run",
+    "evaluate": "computes loss and bits per byte of a run, or runs tasks on it",
     "generate": "continues prompts with a trained model",
     "estimate": "predicts memory, time and price of a run, without a device",
     "verify": "checks that a run directory holds what was saved in it",
     "plot": "draws the loss of a run",
     "report": "writes a page about a run, or several compared",
     "inspect": "draws what the integrator does with a text",
-    "import": "makes a run directory from published PyTorch weights",
+    "import": "makes a run directory from an exported model or published weights",
     "export": "writes a model for Hugging Face transformers",
 }
 SPELLINGS = {"prepare_data": "prepare", "import_torch": "import", "inspect_run": "inspect"}

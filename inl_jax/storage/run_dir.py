@@ -185,6 +185,11 @@ def read_config(run_dir: str | Path) -> TrainConfig:
         config = read_config_file(path)
     except InputError:
         if saved is None:
+            if any(Path(run_dir).glob("*.safetensors")):
+                raise InputError(
+                    f"{run_dir}: exported weights, not a run directory; make a run of them: "
+                    f"inl import --weights {run_dir} --out NEW"
+                ) from None
             raise
         _say_once(f"{path} is missing or damaged: taken from {saved / CONFIG_NAME}")
         return read_config_file(saved / CONFIG_NAME)

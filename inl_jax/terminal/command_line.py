@@ -22,7 +22,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """The description as it is written, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        useless = action.default in (None, False, "") or "default" in action.help
+        useless = action.default is False or action.default in (None, "", [])
+        useless = useless or "default" in action.help
         return action.help if useless else super()._get_help_string(action)
 
 

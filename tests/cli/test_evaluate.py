@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -93,3 +94,23 @@ def test_evaluate_takes_other_iterations_and_stops_tokens_early(trained, inl):
     code, out, err = inl("evaluate", trained[1], "--iterations", 1)
     wanted = f"1 iteration, tol 0 (1.000 steps per token and block): loss {found['loss']:.5f}"
     assert code == 0 and wanted in out, err
+
+
+def test_evaluate_names_the_sources_that_it_scores(trained, inl, tmp_path):
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for path, text in zip(paths, ("aa bb " * 60, "some other text " * 20), strict=True):
+        pathlib.Path(path).write_text(text)
+    changed = {"paths": tuple(paths), "weights": (1.0, 1.0), "validation_fraction": 0.5}
+    changed = {f"data.{name}": value for name, value in changed.items()}
+    config = with_fields(read_config(run_dir), changed | {"run_dir": str(run_dir)})
+    record_run(config, load_tokenizer("bytes"))
+    code, out, err = inl("evaluate", run_dir, "--json")
+    assert code == 0 and "WARNING" not in err, err
+    found = json.loads(out)
+    assert list(found["sources"]) == paths
+    assert sum(score["tokens"] for score in found["sources"].values()) == found["tokens"]
+    (run_dir / "metrics.jsonl").unlink()  # an imported model was trained on an unknown text
+    _, again, err = inl("evaluate", run_dir, "--json")
+    assert json.loads(again)["loss"] == found["loss"]
+    assert f"WARNING: {run_dir} has no records of a training" in err

@@ -25,6 +25,7 @@ def test_exported_model_becomes_the_run_it_was(inl, tmp_path, model_config):
     code, out, err = inl("import", *args)
     assert code == 0, err
     assert f"{weights}: an exported model (57 arrays of type BF16 in 1 file)" in out
+    assert "\na model: " in out and " 3 iterations, width " in out and "parameters bfloat16" in out
     found = read_config(tmp_path / "run")
     assert found.name == "a model" and found.data.tokenizer == "bpe:260"
     assert found.model == dataclasses.replace(config, remat=found.model.remat)

@@ -108,6 +108,13 @@ def test_read_config_names_what_is_no_run_directory(tmp_path):
         read_config(tmp_path)
 
 
+def test_read_config_says_how_an_exported_model_becomes_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "inl"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=f"inl import --weights {tmp_path} --out NEW"):
+        read_config(tmp_path)
+
+
 def test_locked_keeps_a_second_trainer_out(tmp_path):
     with locked(tmp_path), pytest.raises(InputError, match="another process trains there"):
         with locked(tmp_path):
