@@ -1,5 +1,6 @@
 """The French guide: its blocks run, its figures are those of `inl estimate`, its spaces hold."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,9 +13,11 @@ from inl_process import ROOT, run, run_inl
 from inl_jax.failures import EXIT_MISTAKE
 
 PAGE = (ROOT / "docs" / "guide.fr.md").read_text()
+PROSE = re.sub(r"^```.*?^```$|`[^`]+`", "", PAGE, flags=re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TESTED = re.compile(
-    r"^<!-- testé(?:, code (?P<code>\d+))? -->\n```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"^<!-- testé(?:, code (?P<code>\d+)|, avec (?P<package>\w+))? -->\n"
+    r"```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -48,12 +51,13 @@ config = TrainConfig(
 
 
 class Block(NamedTuple):
-    """A block of code of the page, where it stands, and the exit code that it ends with."""
+    """A block of the page, where it stands, its exit code, and the optional package it needs."""
 
     line: int
     language: str
     text: str
     code: int
+    package: str | None
 
 
 def marked_blocks() -> list[Block]:
@@ -64,6 +68,7 @@ def marked_blocks() -> list[Block]:
             mark["language"],
             mark["text"],
             int(mark["code"] or 0),
+            mark["package"],
         )
         for mark in TESTED.finditer(PAGE)
     ]
@@ -115,7 +120,9 @@ def reader(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_tested_blocks_run_in_the_order_of_the_page(reader):
     programs = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": ["python3", "-c"]}
-    for line, language, text, wanted in marked_blocks():
+    for line, language, text, wanted, package in marked_blocks():
+        if package and importlib.util.find_spec(package) is None:
+            continue
         code, out, err, _ = run(*programs[language], substituted(text), cwd=reader)
         assert code == wanted, f"docs/guide.fr.md:{line} ends with {code}\n{text}\n{out}\n{err}"
     assert (reader / "compare.html").exists()
@@ -142,6 +149,8 @@ def test_each_substitution_matches_a_tested_block():
         "3b, 50 milliards | A100 40 Go": "--config 3b --tokens 50e9 --device a100-40gb",
         "3b, 50 milliards | A100 80 Go": "--config 3b --tokens 50e9 --device a100-80gb",
         "3b, 50 milliards | H100": "--config 3b --tokens 50e9 --device h100",
+        "4b, 100 milliards | RTX 4090": "--config 4b --tokens 100e9 --device rtx4090 "
+        "--optim.state_memory pinned_host --optim.accumulator_dtype bfloat16",
         "4b, 100 milliards | A100 40 Go": "--config 4b --tokens 100e9 --device a100-40gb "
         "--optim.state_memory pinned_host",
         "4b, 100 milliards | A100 80 Go": "--config 4b --tokens 100e9 --device a100-80gb",
@@ -152,8 +161,8 @@ def test_costs_of_the_page_are_those_of_estimate(start, flags):
     (row,) = [line for line in map(plain, PAGE.splitlines()) if line.startswith(f"| {start}")]
     for mfu in (0.4, 0.1):
         found = estimate(*flags.split(), "--mfu", mfu)
-        price = f"{found['price']:,.0f}".replace(",", " ")
-        assert f"{found['hours'] / 24:.0f} jours, {price} $" in row
+        cell = f"{found['hours'] / 24:_.0f} jours, {found['price']:_.0f} $"
+        assert cell.replace("_", " ") in row
 
 
 @pytest.mark.slow
@@ -177,6 +186,12 @@ def test_costs_of_the_page_are_those_of_estimate(start, flags):
             "--config 3b --model.param_dtype float32 --model.compute_dtype float32",
             "34,3 Gio en précision mixte, {device} Gio tout en float32",
         ),
+        ("--config 3b --batch_size 16 --accumulate_steps 1", "passe de {device} à 36,5 Gio"),
+        ("--config 3b --batch_size 16 --accumulate_steps 8", "passe de 59,8 à {device} Gio"),
+        (
+            "--config 4b --optim.state_memory pinned_host --optim.accumulator_dtype bfloat16",
+            "`--optim.accumulator_dtype bfloat16` : {device} Gio sur la carte et {host} Gio de RAM",
+        ),
     ],
 )
 def test_memory_of_the_page_is_that_of_estimate(flags, sentence):
@@ -193,6 +208,8 @@ def test_code_of_the_page_has_ordinary_spaces():
 
 
 def test_spaces_before_french_punctuation_do_not_break():
-    prose = re.sub(r"^```.*?^```$|`[^`\n]+`", "", PAGE, flags=re.MULTILINE | re.DOTALL)
-    broken = re.findall(r".{0,20}(?: [:;!?»%]|« ).{0,10}", prose)
-    assert not broken
+    assert not re.findall(r".{0,20}(?: [:;!?»%]|« ).{0,10}", PROSE)
+
+
+def test_apostrophes_of_the_prose_are_typographic():
+    assert not re.findall(".{0,20}'.{0,10}", PROSE)
