@@ -39,7 +39,7 @@ from inl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 config = TrainConfig(
     name="petit",
     model=ModelConfig(
-        vocab_size=257, d_model=16, num_layers=1, num_iterations=2, d_ff=32, max_seq_len=64,
+        vocab_size=257, d_model=16, num_layers=1, num_iterations=2, d_ff=32, max_seq_len=512,
         controller_width=8, num_heads=2, num_kv_heads=1, remat="none",
     ),
     data=DataConfig(tokenizer="bytes", seq_len=32, validation_fraction=0.2),
