@@ -47,11 +47,27 @@ def are_tasks_named(flags: argparse.Namespace) -> bool:
             raise InputError(f"--{name} {getattr(flags, name)}: {what}")
     if flags.num_fewshot is not None and flags.num_fewshot < 0:
         raise InputError(f"--num_fewshot {flags.num_fewshot}: must be 0 or more")
-    if flags.limit is not None and not flags.limit > 0:
-        raise InputError(f"--limit {flags.limit:g}: must be positive")
+    limit = flags.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise InputError(
+            f"--limit {limit:g}: must be a whole number, or a fraction between 0 and 1"
+        )
     if flags.output and not flags.output.parent.is_dir():
         raise InputError(f"--output {flags.output}: there is no folder {flags.output.parent}")
+    if flags.output and flags.output.is_dir():
+        raise InputError(f"--output {flags.output}: is a folder; name a file")
+    if flags.include_path and not flags.include_path.is_dir():
+        raise InputError(f"--include_path {flags.include_path}: there is no such folder")
+    for setting in (flags.gen_kwargs or "").split(","):
+        if flags.gen_kwargs is not None and "=" not in setting:
+            raise InputError(f"--gen_kwargs {setting}: must be NAME=VALUE")
+    if flags.tasks and not _names(flags):
+        raise InputError("--tasks: names no task")
     return bool(flags.tasks)
+
+
+def _names(flags: argparse.Namespace) -> list[str]:
+    return [name for word in flags.tasks for name in word.split(",") if name]
 
 
 def tasks_from(flags: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def tasks_from(flags: argparse.Namespace) -> dict[str, Any]:
 
     return load_tasks(
         flags.checkpoint,
-        [name for word in flags.tasks for name in word.split(",") if name],
+        _names(flags),
         num_fewshot=flags.num_fewshot,
         gen_kwargs=flags.gen_kwargs,
         include_path=flags.include_path,

@@ -15,14 +15,17 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from inl_jax.config import InputError
-from inl_jax.console import progress_bar
+from inl_jax.console import plural, progress_bar, say
 from inl_jax.harness.scoring import Scorer
 from inl_jax.model.losses import CHUNK
-from inl_jax.sampling import LanguageModel, generate
+from inl_jax.sampling import LanguageModel, Sampling
+from inl_jax.sampling.continuation import INCOMPLETE
+from inl_jax.sampling.decoding import pieces, read_prompts
+from inl_jax.sampling.text import PIECE
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as in HFLM
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_SAMPLING = ("top_k", "top_p")
+_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model("inl_jax")
@@ -98,7 +101,7 @@ class RunLM(TemplateLM):
         """The continuation of every context, up to a stop string or the end token.
 
         Raises:
-          InputError: a task asks for a setting that is not there, or for too many tokens.
+          InputError: as `generation_settings`.
         """
         by_settings = defaultdict(list)
         for index, request in enumerate(requests):
@@ -107,68 +110,122 @@ class RunLM(TemplateLM):
         with progress_bar(len(requests), unit="request") as bar:
             for indices in by_settings.values():
                 settings = requests[indices[0]].args[1]
-                until, max_new_tokens, sampling = generation_settings(settings)
-                if max_new_tokens >= self.max_length:
-                    raise InputError(
-                        f"max_gen_toks={max_new_tokens}: leaves no room for a context in "
-                        f"model.max_seq_len={self.max_length}; lower it by --gen_kwargs "
-                        f"max_gen_toks={max(1, self.max_length // 4)}"
-                    )
+                until, max_new_tokens, sampling = generation_settings(settings, self.max_length)
                 room = self.max_length - max_new_tokens
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in indices}
+                whole = {i: self.tok_encode(requests[i].args[0]) for i in indices}
+                if cut_off := sum(len(ids) > room for ids in whole.values()):
+                    say(
+                        f"{cut_off:,} of {plural(len(indices), 'context')} cut on the left to fit "
+                        f"model.max_seq_len={self.max_length} with {max_new_tokens:,} new tokens"
+                    )
+                prompts = {i: ids[-room:] for i, ids in whole.items()}
                 order = sorted(indices, key=lambda index: -len(prompts[index]))
                 for start in range(0, len(order), self._batch_size):
                     batch = order[start : start + self._batch_size]
-                    rows = generate(
-                        self._model.config,
-                        self._model.params,
+                    found = self._continue(
                         [prompts[index] or [self.prefix_token_id] for index in batch],
+                        until,
+                        sampling,
                         max_new_tokens=max_new_tokens,
                         seed=start,
-                        end_id=self.eot_token_id,
-                        num_ids=self._model.tokenizer.vocab_size,
-                        mesh=self._model.mesh,
-                        **sampling,
                     )
-                    for index, row in zip(batch, rows, strict=True):
-                        texts[index] = cut(self._model.tokenizer.decode(row), until)
-                        self.cache_hook.add_partial(
-                            "generate_until", requests[index].args, texts[index]
-                        )
+                    for index, text in zip(batch, found, strict=True):
+                        texts[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update(len(batch))
         return texts
 
+    def _continue(
+        self,
+        prompts: Sequence[Sequence[int]],
+        until: Sequence[str],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[str]:
+        """What the model adds to prompts of ids, until no text can change any more."""
+        model = self._model
+        shared = {
+            "max_new_tokens": max_new_tokens,
+            "num_ids": model.tokenizer.vocab_size,
+            "mesh": model.mesh,
+        }
+        rows = read_prompts(
+            model.config, model.params, prompts, sampling, num_samples=1, seed=seed, **shared
+        )
+        new = pieces(
+            model.config,
+            model.params,
+            rows,
+            sampling,
+            size=PIECE,
+            end_id=self.eot_token_id,
+            **shared,
+        )
+        ids = [[] for _ in prompts]
+        for piece in new:
+            for row, tokens, length in zip(ids, piece.tokens_Bn, piece.length_B, strict=True):
+                row += tokens[:length].tolist()
+            # As HFLM, without the prompt: a decoder may drop the space before the first word.
+            texts = list(map(model.tokenizer.decode, ids))
+            ended = zip(piece.done_B, texts, strict=True)
+            if all(done or is_settled(text, until) for done, text in ended):
+                break
+        return [cut(text, until) for text in texts]
 
-def generation_settings(given: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """Stop strings, the most new tokens, and settings of `sampling.generate`, from a task's.
+
+def generation_settings(
+    given: Mapping[str, Any], max_length: int
+) -> tuple[list[str], int, Sampling]:
+    """Stop strings, the most new tokens, and how tokens are chosen, from a task's settings.
 
     Without `do_sample` the temperature decides whether tokens are drawn.
 
+    Args:
+      given: the settings, by the names of lm_eval.
+      max_length: `model.max_seq_len`.
+
     Raises:
-      InputError: there is no such setting.
+      InputError: there is no such setting, its value is impossible, or there are too many tokens.
     """
     left = dict(given)
     until = left.pop("until", None) or []
-    lengths = [left.pop(name) for name in _LENGTHS if name in left]
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list) or not all(isinstance(stop, str) for stop in until):
+        raise InputError(f"until={until!r}: must be a text or a list of texts")
+    lengths = {name: left.pop(name) for name in _LENGTHS if left.get(name) is not None}
+    name, length = next(iter(lengths.items()), (_LENGTHS[0], MAX_NEW_TOKENS))
+    if not str(length).isdecimal() or int(length) == 0:
+        raise InputError(f"{name}={length}: must be a positive whole number")
+    if int(length) >= max_length:
+        raise InputError(
+            f"{name}={length}: leaves no room for a context in model.max_seq_len={max_length}; "
+            f"lower it by --gen_kwargs {_LENGTHS[0]}={max(1, max_length // 4)}"
+        )
     drawn, temperature = left.pop("do_sample", None), left.pop("temperature", None)
     if drawn is None:
         drawn = bool(temperature)
-    sampling = {name: left.pop(name) for name in _SAMPLING if name in left}
+    sampling = {name: left.pop(name) for name in _SAMPLING if left.get(name) is not None}
     if left:
         name, value = next(iter(left.items()))
         raise InputError(
             f"{name}={value}: a setting of generation that is not there; there are until, "
             f"{_LENGTHS[0]}, do_sample, temperature, {', '.join(_SAMPLING)}"
         )
-    sampling = {"temperature": 1.0 if temperature is None else float(temperature)} | sampling
-    return (
-        [until] if isinstance(until, str) else list(until),
-        int(lengths[0]) if lengths else MAX_NEW_TOKENS,
-        sampling if drawn else {},
-    )
+    if drawn:
+        sampling["temperature"] = 1.0 if temperature is None else temperature
+    return until, int(length), Sampling(**sampling)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
     """`text` up to the first of the stop strings, without it."""
     ends = [text.find(stop) for stop in until if stop and stop in text]
     return text[: min(ends)] if ends else text
+
+
+def is_settled(text: str, until: Sequence[str]) -> bool:
+    """Whether `cut` gives the same for all longer texts: no stop string can begin earlier."""
+    text = text.rstrip(INCOMPLETE)
+    end = len(cut(text, until))
+    return end < len(text) and end + max(map(len, until)) - 1 <= len(text)

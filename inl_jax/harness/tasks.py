@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from inl_jax.config import InputError
-from inl_jax.console import first_line, say
+from inl_jax.console import first_line, plural, say
 from inl_jax.guest import own_logging, own_random
 from inl_jax.model.losses import CHUNK
 from inl_jax.other_names import closest
@@ -61,16 +61,18 @@ def load_tasks(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks: needs lm_eval; pip install 'inl_jax[harness]'")
+    max_seq_len = read_config(run_dir).model.max_seq_len
     known = {
         "checkpoint": str(run_dir),
         "tokenizer": str(run_dir),
-        "max_seq_lengths": [read_config(run_dir).model.max_seq_len],
+        "max_seq_lengths": [max_seq_len],
     }
     with _apart():
         found = _load(tasks, include_path, known | dict(metadata or {}))
         for name, task in found["tasks"].items():
             _check(name, task, run_unsafe_code)
             _configure(task, num_fewshot, gen_kwargs)
+            _try(name, task, max_seq_len)
     return found
 
 
@@ -154,6 +156,8 @@ def _load(tasks: Sequence[str], include_path, metadata: dict[str, Any]) -> dict[
     found = {"tasks": {}, "groups": {}, "group_map": {}}
     for task in tasks:
         names = _named(manager, task)
+        if Path(task).suffix == ".yaml" and not Path(task).is_file():
+            raise InputError(f"--tasks {task}: there is no such file")
         if not names:
             raise InputError(f"--tasks {task}: no such task{closest(task, manager.all_tasks)}")
         with _one_line(task):
@@ -187,7 +191,7 @@ def _one_line(task: str) -> Iterator[None]:
     except Exception as error:
         raise InputError(
             f"--tasks {task}: lm_eval cannot load it ({type(error).__name__}: "
-            f"{first_line(error)}); leave it out"
+            f"{first_line(error)}); mend it, or leave it out"
         ) from error
 
 
@@ -213,3 +217,26 @@ def _configure(task: Any, num_fewshot: int | None, gen_kwargs: str | None) -> No
     given = simple_parse_args_string(gen_kwargs)
     if given and task.get_config("output_type") == "generate_until":
         task.set_config(key="generation_kwargs", value=given, update=True)
+
+
+def _try(name: str, task: Any, max_seq_len: int) -> None:
+    """Makes the requests of one question, and reads the task's settings of generation.
+
+    So what a task lacks is said before the model is read.
+    """
+    from inl_jax.harness.adapter import generation_settings
+
+    if task.OUTPUT_TYPE == "generate_until":
+        generation_settings(task.config.generation_kwargs or {}, max_seq_len)
+    with _one_line(name):
+        try:
+            task.build_all_requests(limit=1)
+        except Exception as error:
+            shots, documents = task.config.num_fewshot, len(list(task.fewshot_docs()))
+            if shots and shots >= documents:
+                raise InputError(
+                    f"--num_fewshot {shots}: --tasks {name} has {plural(documents, 'document')} "
+                    f"to take examples from; lower it to {max(0, documents - 1)}"
+                ) from error
+            raise
+    task.set_fewshot_seed(seed=1234)  # as before: the try has drawn from it

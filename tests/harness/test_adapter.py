@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 from conftest import MODEL
+from hypothesis import given
+from hypothesis import strategies as st
 from lively import lively_params
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.sampling import LanguageModel, generate
+from inl_jax.sampling import LanguageModel, Sampling, decoding, generate
 from inl_jax.tokens.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow  # lm_eval takes seconds to import
@@ -71,29 +73,84 @@ def test_generation_ends_before_the_first_stop_string(adapter):
     assert found[1] == whole[1][: min(ends, default=None)]
 
 
-def test_generation_keeps_the_end_of_a_context_that_is_too_long(adapter):
+def test_generation_keeps_the_end_of_a_context_that_is_too_long(adapter, said):
     settings = {"max_gen_toks": 8}
     text = bytes(range(40, 110)).decode()
     long, short = adapter.generate_until([Request(text, settings), Request(text[-24:], settings)])
     assert long == short
+    assert said == ["1 of 2 contexts cut on the left to fit model.max_seq_len=32 with 8 new tokens"]
+
+
+@pytest.mark.parametrize("length, made", [(1, 1), (9, 2), (99, 3)])
+def test_generation_goes_on_until_all_texts_of_a_batch_have_ended(
+    adapter, monkeypatch, length, made
+):
+    import inl_jax.harness.adapter as module
+
+    counted = []
+
+    def pieces(*arguments, **settings):
+        for piece in decoding.pieces(*arguments, **settings):
+            counted.append(piece)
+            yield piece
+
+    monkeypatch.setattr(module, "pieces", pieces)
+    monkeypatch.setattr(
+        module, "is_settled", lambda text, until: len(text) >= length and until == ["\n\n"]
+    )
+    settings = {"max_gen_toks": 24, "until": ["\n\n"]}
+    adapter.generate_until([Request(prompt, settings) for prompt in ("ab", "cd")])
+    assert len(counted) == made
+
+
+@given(
+    text=st.text("ab€", max_size=9),
+    more=st.text("ab€", max_size=9),
+    until=st.lists(st.text("ab€", max_size=4), max_size=3),
+)
+def test_a_settled_text_is_cut_where_all_longer_ones_are(text, more, until):
+    from inl_jax.harness.adapter import cut, is_settled
+
+    if is_settled(text, until):
+        assert cut(text + more, until) == cut(text, until)
+    longest = max(map(len, until), default=0)
+    assert is_settled(text + "." * longest, until) == (cut(text, until) != text)
+
+
+def settings_of(given):
+    from inl_jax.harness.adapter import generation_settings
+
+    return generation_settings(given, 300)
 
 
 def test_settings_of_generation_are_read_as_lm_eval_gives_them():
-    from inl_jax.harness.adapter import generation_settings
-
-    assert generation_settings({}) == ([], 256, {})
+    assert settings_of({}) == ([], 256, Sampling())
     greedy = {"until": "x", "max_new_tokens": 4, "do_sample": False, "temperature": 0.7}
-    assert generation_settings(greedy) == (["x"], 4, {})
+    assert settings_of(greedy) == (["x"], 4, Sampling())
     drawn = {"do_sample": True, "top_k": 3, "max_gen_toks": "7"}
-    assert generation_settings(drawn) == ([], 7, {"temperature": 1.0, "top_k": 3})
-    assert generation_settings({"temperature": 0.5})[2] == {"temperature": 0.5}
-    with pytest.raises(InputError, match="num_beams=4: a setting of generation that is not there"):
-        generation_settings({"num_beams": 4})
+    assert settings_of(drawn) == ([], 7, Sampling(temperature=1.0, top_k=3))
+    assert settings_of({"temperature": 0.5, "min_p": 0.1})[2] == (
+        Sampling(temperature=0.5, min_p=0.1)
+    )
+    penalized = settings_of({"do_sample": False, "repetition_penalty": 1.2})
+    assert penalized[2] == Sampling(repetition_penalty=1.2)
 
 
-def test_a_task_that_asks_for_too_many_tokens_is_one_line(adapter):
-    with pytest.raises(InputError, match="max_gen_toks=256: leaves no room for a context"):
-        adapter.generate_until([Request("a", {})])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num_beams": 4}, "num_beams=4: a setting of generation that is not there"),
+        ({"until": 5}, "until=5: must be a text or a list of texts"),
+        ({"max_tokens": "many"}, "max_tokens=many: must be a positive whole number"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0: must be a positive whole number"),
+        ({"max_gen_toks": 300}, "max_gen_toks=300: leaves no room for a context"),
+        ({"top_p": 2.0}, "top_p=2.0: must be above 0 and at most 1"),
+        ({"temperature": "hot"}, "temperature=.hot.: must be of type float"),
+    ],
+)
+def test_settings_of_generation_that_are_impossible_are_one_line(given, message):
+    with pytest.raises(InputError, match=message):
+        settings_of(given)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ metric_list: [{{metric: acc}}]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of tasks: `plain`, `unsafe`, and `far`, whose data is nowhere."""
+    """A folder of tasks: `far` has its data nowhere, and `wrong` an answer that is no choice."""
     pytest.importorskip("lm_eval")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Is {i} a number?"}) + "\n" for i in range(5)))
@@ -27,6 +27,10 @@ def folder(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(QUESTION.format(name=name, rows=rows) + end)
     far = QUESTION.format(name="far", rows=rows).replace("path: json", "path: nobody/nothing")
     (tmp_path / "far.yaml").write_text(far)
+    wrong = QUESTION.format(name="wrong", rows=rows).replace("target: 0", "target: 7")
+    (tmp_path / "wrong.yaml").write_text(wrong)
+    talks = QUESTION.format(name="talks", rows=rows).replace("multiple_choice", "generate_until")
+    (tmp_path / "talks.yaml").write_text(talks.replace("metric: acc", "metric: exact_match"))
     return tmp_path
 
 
@@ -62,12 +66,18 @@ def test_a_task_that_cannot_run_is_one_line(trained, inl, folder, monkeypatch):
     import datasets
 
     def refused(task):
-        code, out, err = inl("evaluate", trained[1], "--tasks", task, "--include_path", folder)
+        named = task.split(" ")
+        code, out, err = inl("evaluate", trained[1], "--include_path", folder, "--tasks", *named)
         assert (code, out) == (2, "")
         return err.splitlines()[-1]
 
     assert refused("plian").endswith("--tasks plian: no such task; the closest is plain")
     assert "--tasks unsafe: runs code that the model writes; add --confirm_run" in refused("unsafe")
+    assert refused("plain --num_fewshot 6").endswith(
+        "--num_fewshot 6: --tasks plain has 5 documents to take examples from; lower it to 4"
+    )
+    assert "--tasks wrong: lm_eval cannot load it (IndexError" in refused("wrong")
+    assert "max_gen_toks=256: leaves no room for a context" in refused("talks")
     assert "task needle: a question has more than 32 tokens" in refused("needle")
 
     def load_dataset(**_):
