@@ -6,8 +6,8 @@ import pytest
     [
         (("--tasks", "bpb", "--data", "a.txt"), "--data ['a.txt']: is not for --tasks; leave"),
         (("--limit", "4"), "--limit 4.0: is of --tasks; give both"),
-        (("--tasks", "bpb", "--limit", "0"), "--limit 0: must be a whole number, or"),
-        (("--tasks", "bpb", "--limit", "1.5"), "--limit 1.5: must be a whole number, or"),
+        (("--tasks", "bpb", "--limit", "0"), "--limit 0: must be a whole number"),
+        (("--tasks", "bpb", "--limit", "1.5"), "--limit 1.5: must be a whole number"),
         (("--tasks", "bpb", "--num_fewshot", "-1"), "--num_fewshot -1: must be 0 or more"),
         (("--tasks", "bpb", "--metadata", "[1]"), "[1]: must be a JSON object, as"),
         (("--tasks", "bpb", "--output", "no/a.json"), "--output no/a.json: there is no folder no"),
