@@ -49,9 +49,7 @@ def are_tasks_named(flags: argparse.Namespace) -> bool:
         raise InputError(f"--num_fewshot {flags.num_fewshot}: must be 0 or more")
     limit = flags.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
-        raise InputError(
-            f"--limit {limit:g}: must be a whole number, or between 0 and 1"
-        )
+        raise InputError(f"--limit {limit:g}: must be a whole number, or between 0 and 1")
     if flags.output and not flags.output.parent.is_dir():
         raise InputError(f"--output {flags.output}: there is no folder {flags.output.parent}")
     if flags.output and flags.output.is_dir():
