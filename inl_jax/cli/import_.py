@@ -8,6 +8,7 @@ named. The text that the weights were validated on is not known: name some to `i
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from inl_jax.config import DataConfig, InputError, MeshConfig, ModelConfig, TrainConfig
@@ -29,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
         "--param_dtype", choices=["float32", "bfloat16"], help="the exported one, or float32"
     )
     flags = parser.parse_flags(argv)
-    if flags.out.is_file() or (flags.out.exists() and any(flags.out.iterdir())):
-        raise InputError(f"--out {flags.out}: not empty; name a new directory")
+    if os.path.lexists(flags.out) and not (flags.out.is_dir() and not any(flags.out.iterdir())):
+        raise InputError(f"--out {flags.out}: is there and no empty directory; name a new one")
     from inl_jax.initial_weights import find_weights, kind_of
     from inl_jax.parallel.sharding import make_mesh, param_shardings
     from inl_jax.planning.preflight import describe_model

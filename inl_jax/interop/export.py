@@ -185,6 +185,7 @@ def _config(saved: Saved, dtype: str) -> dict[str, Any]:
         "architectures": ["InlForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_inl.InlConfig",
+            "AutoModel": "modeling_inl.InlModel",
             "AutoModelForCausalLM": "modeling_inl.InlForCausalLM",
         },
         "dtype": dtype,

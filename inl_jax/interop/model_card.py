@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ text = tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0])
 ```
 
 A text becomes the same ids as in training: no token is added, and a special token that is spelled
-in it is plain text. `{end}` ends a document; it is also the token to start and to pad with.
+in it is plain text. {end} ends a document; it is also the token to start and to pad with.
 
 With inl_jax, from this directory:
 
@@ -79,12 +80,14 @@ def model_card(run_dir: Path, config: TrainConfig, *, step: int, dtype: str, end
         datasets=_datasets(config) if records else None,
     )
     rows = [*_model(config, dtype), *_training(config, records, step), *_environment(run_dir)]
-    cells = [f"| {label} | {one_line(value).replace('|', '&#124;')} |" for label, value in rows]
+    cells = [(label, one_line(value).replace("|", r"\|")) for label, value in rows]
     return _CARD.format(
         front=front.to_yaml(),
-        title=one_line(run_dir.resolve().name),
-        facts="\n".join(["| | |", "|---|---|", *cells]),
-        end=end,
+        title=_escaped(run_dir.resolve().name),
+        facts="\n".join(
+            ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in cells)]
+        ),
+        end=_code(end),
     )
 
 
@@ -100,16 +103,20 @@ def _model(config: TrainConfig, dtype: str) -> Iterator[tuple[str, str]]:
         f"{steps}, feed-forward width {c.d_ff:,}",
     )
     yield "Sequences", f"at most {plural(c.max_seq_len, 'token')}"
-    yield "Vocabulary", f"{c.vocab_size:,} ids, tokenizer `{_shown(config.data.tokenizer)}`"
+    tokenizer = config.data.tokenizer
+    if tokenizer.startswith(("/", ".", "~")):  # else it may be a name on the hub
+        tokenizer = _last_part(tokenizer)
+    yield "Vocabulary", f"{c.vocab_size:,} ids, tokenizer {_code(tokenizer)}"
 
 
 def _training(config: TrainConfig, records: list[Record], step: int) -> Iterator[tuple[str, str]]:
     if not records:
         yield "Training", f"not known: the run has no records up to update {step:,}"
         return
-    yield "Data", ", ".join(f"`{_shown(path)}`" for path in config.data.paths)
+    yield "Data", ", ".join(_code(_source(path)) for path in config.data.paths)
     if config.init_from:
-        yield "Began from", f"the weights of `{_shown(config.init_from)}`, whose data come on top"
+        weights = _code(_last_part(config.init_from))
+        yield "Began from", f"the weights of {weights}, whose data come on top"
     here: Record = {}
     for record in records:
         here |= record if record["step"] == step else {}
@@ -146,7 +153,7 @@ def _environment(run_dir: Path) -> Iterator[tuple[str, str]]:
                 place += f" at commit {str(commit)[:12]}"
         except (KeyError, TypeError, AttributeError):  # damaged
             continue
-        rows[place] = "Trained on", _shown(place)
+        rows[place] = "Trained on", redact(place)
     yield from rows.values()
 
 
@@ -156,9 +163,28 @@ def _datasets(config: TrainConfig) -> list[str] | None:
     return list(dict.fromkeys(found.name for found in names if not found.is_local())) or None
 
 
-def _shown(name: str) -> str:
-    """A path or a name without secrets; of an absolute path only its end, which names no user."""
-    return redact(os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name)
+def _source(path: str) -> str:
+    """An entry of `data.paths`: a dataset of the hub in full, of a path only its end."""
+    on_hub = path.startswith("hf:") and not hub.parse(path).is_local()
+    return path if on_hub else _last_part(path)
+
+
+def _last_part(path: str) -> str:
+    """The end of a path without secrets; what comes before may name a user."""
+    return os.path.basename(redact(path).rstrip("/"))
+
+
+def _code(text: str) -> str:
+    """Markdown that shows `text`, without secrets, as it is; backticks in it too."""
+    text = redact(text)
+    runs = {len(run) for run in re.findall("`+", text)}
+    fence = "`" * min(n for n in range(1, len(runs) + 2) if n not in runs)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _escaped(text: str) -> str:
+    """Markdown that shows `text`, without secrets, on one line as plain text."""
+    return re.sub(r"([\\`*\[\]<&])", r"\\\1", one_line(redact(text)))
 
 
 def _finite(value: Any) -> bool:

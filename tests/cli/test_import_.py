@@ -22,6 +22,10 @@ def test_exported_model_becomes_the_run_it_was(inl, tmp_path, model_config):
     code, _, err = inl("import", *args, "--num_iterations", 5)
     assert code == 2 and f"--num_iterations 5: {weights} has 3; leave it out" in err
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").symlink_to("nowhere")
+    code, _, err = inl("import", *args)
+    assert code == 2 and "run: is there and no empty directory; name a new one" in err
+    (tmp_path / "run").unlink()
     code, out, err = inl("import", *args)
     assert code == 0, err
     assert f"{weights}: an exported model (57 arrays of type BF16 in 1 file)" in out

@@ -65,7 +65,7 @@ def test_config_of_an_export_is_that_of_the_run(exported, trained):
     found = read_object(exported / "config.json")
     fields = from_json_fields(found, param_dtype=found["dtype"], of="config.json")
     assert fields == type(model)(**vars(model) | {"remat": fields.remat})
-    assert set(found["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert set(found["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for place in found["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (exported / f"{module}.py").read_text()
@@ -195,7 +195,16 @@ def test_code_of_the_card_continues_a_text_as_we_do(exported, trained, tmp_path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     code = (exported / "README.md").read_text().split("```")[1].removeprefix("python\n")
-    code = code.replace("=50", "=10") + "import sys; sys.stdout.write(text)"
+    code = (
+        code.replace("=50", "=10")
+        + """
+import sys
+from transformers import AutoModel
+body = AutoModel.from_pretrained(name, trust_remote_code=True)
+assert body(**inputs)[0].equal(model.model(**inputs)[0])
+sys.stdout.write(text)
+"""
+    )
     status, text, err, _ = run(sys.executable, "-c", code, cwd=exported)
     assert status == 0, err
     model = LanguageModel.from_run(trained[1])

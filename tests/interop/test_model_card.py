@@ -83,6 +83,13 @@ def test_card_names_no_machine_no_user_and_no_secret(card):
         assert secret not in text
 
 
+@pytest.mark.parametrize("path", ["../someone/x", "~/someone/x", "hf:/home/someone/x"])
+def test_card_names_of_every_local_path_the_end_alone(card, path):
+    text = card(data={"paths": (path,)}, init_from="someone/base")
+    assert "| Data | `x` |" in text and "`base`" in text
+    assert "someone" not in text
+
+
 @pytest.mark.parametrize("starts", [(), [None], ["text"], [START | {"devices": 3}]])
 def test_card_of_weights_without_records_claims_no_training(card, starts):
     text = card(records=(), starts=starts)
@@ -92,4 +99,12 @@ def test_card_of_weights_without_records_claims_no_training(card, starts):
 
 def test_card_keeps_its_table_whatever_a_path_holds(card):
     text = card(data={"paths": ("a|b\nc.txt",)})
-    assert "| Data | `a&#124;b\\nc.txt` |" in text.splitlines()
+    assert r"| Data | `a\|b\nc.txt` |" in text.splitlines()
+    assert "| Data | `` a`b `` |" in card(data={"paths": ("a`b",)}).splitlines()
+
+
+def test_title_of_a_card_is_plain_text(tmp_path, train_config):
+    folder = tmp_path / "a\n<b> `c` [d](e)"
+    folder.mkdir()
+    text = model_card(folder, train_config(), step=8, dtype="float32", end="<end>")
+    assert r"# a\\n\<b> \`c\` \[d\](e)" in text.splitlines()

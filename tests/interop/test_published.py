@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from lively import published_params
 
 import inl_jax
 from inl_jax.config import InputError
@@ -135,6 +137,15 @@ def test_weights_that_do_not_fit_are_named(change, message):
 def test_sizes_that_cannot_be_read_off_are_named(name, value, message):
     with pytest.raises(InputError, match=message):
         interop.config_from_torch(WEIGHTS | {name: value}, num_iterations=3)
+
+
+def test_width_with_a_rounded_root_comes_back_to_the_last_bit_but_one(model_config):
+    config = model_config(context="mean", kappa=math.inf, d_model=48)
+    params = published_params(config)
+    again = interop.params_from_torch(interop.params_to_torch(params, config), config)
+    for name in ("embedding", "final_norm_scale", "final_norm_bias"):
+        np.testing.assert_array_max_ulp(again.pop(name), params.pop(name), maxulp=1)
+    assert_same(again, params)
 
 
 def test_exports_of_bfloat16_are_float32_arrays_that_torch_takes():

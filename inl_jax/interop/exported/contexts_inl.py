@@ -110,9 +110,11 @@ def find_tokens(config, attention_mask, inputs, num_past):
     """The `TokenSpan` of `inputs` [B, S, D] after `num_past` tokens in the cache.
 
     Raises:
-      ValueError: the mask is not [B, N + S].
+      ValueError: there are no tokens, or the mask is not [B, N + S].
     """
     batch_size, length = inputs.shape[:2]
+    if length == 0:
+        raise ValueError("no tokens given: start a text with the bos token")
     total = num_past + length
     if attention_mask is None:
         positions = torch.arange(num_past, total, device=inputs.device)[None]

@@ -301,10 +301,13 @@ class InlForCausalLM(InlPreTrainedModel, GenerationMixin):
         Raises:
           ValueError: an argument that this model cannot follow.
         """
-        for name in ("position_ids", "output_attentions"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: not returned by this model")
+        for name in ("position_ids", "cu_seq_lens_q", "seq_idx"):
+            if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{name}: not taken by this model; positions follow attention_mask"
+                    f"{name}: not taken by this model; positions follow attention_mask, and a row "
+                    "holds one sequence"
                 )
         outputs = self.model(
             input_ids=input_ids,

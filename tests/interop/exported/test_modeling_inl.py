@@ -345,6 +345,8 @@ def test_inputs_that_cannot_be_followed_are_named(torch, model_config):
         ({}, "either input_ids or inputs_embeds"),
         ({"input_ids": ids, "position_ids": positions}, "position_ids"),
         ({"input_ids": ids, "output_attentions": True}, "output_attentions"),
+        ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 24])}, "cu_seq_lens_q"),
+        ({"input_ids": ids[:, :0]}, "no tokens"),
         ({"input_ids": ids, "attention_mask": torch.ones(3, 23)}, r"\(3, 23\).*\(3, 24\)"),
         ({"input_ids": ids, "past_key_values": DynamicCache()}, "DynamicCache"),
     ]:
