@@ -106,7 +106,11 @@ def check(flags) -> None:
     """Raises `InputError` for what can be seen before anything heavy is imported."""
     run = flags.checkpoint
     require(run.is_dir(), f"{run}: not a run directory (there is no such directory)")
-    require(flags.num_samples > 0, f"--num_samples {flags.num_samples}: must be positive")
+    for name in ("num_samples", "max_new_tokens"):
+        number = getattr(flags, name)
+        require(number > 0, f"--{name} {number}: must be positive")
+    require(0 <= flags.seed < 2**32, f"--seed {flags.seed}: must lie between 0 and 2**32 - 1")
+    require(all(flags.stop), "--stop: a string is empty; give at least one character")
     if flags.interactive:
         require(
             not flags.json and flags.num_samples == 1,

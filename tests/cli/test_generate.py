@@ -64,6 +64,9 @@ def test_generate_gives_the_same_text_on_any_mesh(trained, inl):
     [
         (["nowhere"], "nowhere: not a run directory"),
         ([".", "--num_samples", 0], "--num_samples 0"),
+        ([".", "--max_new_tokens", -1], "--max_new_tokens -1"),
+        ([".", "--seed", -1], "--seed -1"),
+        ([".", "--stop", "a", ""], "--stop: a string is empty"),
         ([".", "--interactive", "--json"], "one line at a time"),
         ([".", "--interactive", "--prompt", "-"], "reads lines from stdin"),
         ([".", "--prompt_file", "nowhere"], "--prompt_file nowhere: cannot be read"),
