@@ -9,6 +9,7 @@ continued in one batch.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 
@@ -112,6 +113,7 @@ def check(flags) -> None:
     require(0 <= flags.seed < 2**32, f"--seed {flags.seed}: must lie between 0 and 2**32 - 1")
     require(all(flags.stop), "--stop: a string is empty; give at least one character")
     if flags.interactive:
+        require(sys.stdin is not None, "--interactive reads lines from stdin, which is closed")
         require(
             not flags.json and flags.num_samples == 1,
             "--interactive answers one line at a time: leave out --json and --num_samples",

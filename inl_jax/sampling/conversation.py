@@ -11,7 +11,7 @@ from inl_jax.checks import require
 from inl_jax.console import plural
 from inl_jax.parallel.sharding import on
 from inl_jax.sampling.choice import Sampling
-from inl_jax.sampling.continuation import Continuation, grown
+from inl_jax.sampling.continuation import Continuation, encode_after, grown
 from inl_jax.sampling.decoding import begin, pieces, prefill, read_more
 from inl_jax.sampling.text import PIECE, LanguageModel
 
@@ -58,7 +58,8 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Begins a turn with this text, which may be empty: the history then goes on."""
-        ids = self.model.tokenizer.encode(text).tolist()
+        tokenizer = self.model.tokenizer
+        ids = encode_after(tokenizer, text) if self.text else tokenizer.encode(text).tolist()
         self._turns.append((self.text, len(self._ids)))
         self.text += text
         self._ids += ids

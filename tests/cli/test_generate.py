@@ -78,6 +78,12 @@ def test_generate_names_a_mistake(inl, tmp_path, monkeypatch, flags, named):
     assert code == 2 and named in err
 
 
+def test_generate_names_a_closed_stdin_that_a_conversation_would_read(inl, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    code, _, err = inl("generate", ".", "--interactive")
+    assert code == 2 and "reads lines from stdin, which is closed" in err
+
+
 @pytest.mark.slow
 def test_generate_reads_a_pipe_and_ends_quietly_when_its_reader_goes(trained):
     flags = ["generate", trained[1], "--max_new_tokens", 9, "--temperature", 0]
