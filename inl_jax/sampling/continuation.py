@@ -139,7 +139,7 @@ def grown(texts: list[Continuation], pieces: Iterable[Piece]) -> Iterator[list[C
 def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that follows another: many tokenizers begin a text with a space."""
     for other in ("\n", "."):  # one of them shares no token with the text
-        before, ids = tokenizer.encode_batch([other, other + text])
+        before, ids = tokenizer.encode(other), tokenizer.encode(other + text)
         if ids[: len(before)].tolist() == before.tolist():
             return ids[len(before) :].tolist()
     return tokenizer.encode(text).tolist()

@@ -97,7 +97,10 @@ class Conversation:
                 f"the history would have {plural(len(self._ids), 'token')}, and "
                 f"model.max_seq_len={longest} leaves no room for an answer: undo turns, or reset",
             )
-        require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens}: must be positive")
+        require(
+            0 < max_new_tokens < 2**31,
+            f"max_new_tokens={max_new_tokens}: must be from 1 to 2**31 - 1",
+        )
         with on(model.mesh, split_rows=False):
             self._read_all()
             # Copies: the loop takes over what it is given, and the answer may be cut.

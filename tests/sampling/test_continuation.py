@@ -94,6 +94,8 @@ def test_encode_after_puts_no_space_between_two_texts(name):
         ids = [*tokenizer.encode("ab."), *encode_after(tokenizer, text)]
         assert tokenizer.decode(ids) == f"ab.{text}"
     assert encode_after(tokenizer, "") == []
+    with pytest.raises(InputError, match="not text that UTF-8 can hold"):
+        encode_after(tokenizer, "\udcff")
 
 
 def test_continuation_says_why_it_ends_and_how_likely_it_was():
