@@ -9,6 +9,7 @@ continued in one batch.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 
@@ -106,8 +107,13 @@ def check(flags) -> None:
     """Raises `InputError` for what can be seen before anything heavy is imported."""
     run = flags.checkpoint
     require(run.is_dir(), f"{run}: not a run directory (there is no such directory)")
-    require(flags.num_samples > 0, f"--num_samples {flags.num_samples}: must be positive")
+    for name in ("num_samples", "max_new_tokens"):
+        number = getattr(flags, name)
+        require(number > 0, f"--{name} {number}: must be positive")
+    require(0 <= flags.seed < 2**32, f"--seed {flags.seed}: must lie between 0 and 2**32 - 1")
+    require(all(flags.stop), "--stop: a string is empty; give at least one character")
     if flags.interactive:
+        require(sys.stdin is not None, "--interactive reads lines from stdin, which is closed")
         require(
             not flags.json and flags.num_samples == 1,
             "--interactive answers one line at a time: leave out --json and --num_samples",

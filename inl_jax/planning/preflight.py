@@ -343,7 +343,7 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Checks that every sample prompt can be continued by this model.
 
     Raises:
-      InputError: a prompt is no text, or it and its sample are too long for the model.
+      InputError: a prompt is no text, or it and its sample do not fit the cache of attention.
     """
     for prompt in config.sample_prompts if config.sample_every else ():
         try:
@@ -353,7 +353,7 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
                 f"sample_prompts: {prompt!r} cannot be encoded ({first_line(error)}); write it in "
                 "UTF-8"
             ) from None
-        if length > config.model.max_seq_len:
+        if config.model.context == "attention" and length > config.model.max_seq_len:
             raise InputError(
                 f"sample_tokens={config.sample_tokens}: with the prompt {prompt[:40]!r} that is "
                 f"{length} tokens, beyond model.max_seq_len={config.model.max_seq_len}; lower "

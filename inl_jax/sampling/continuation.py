@@ -122,7 +122,7 @@ class Continuation:
             text = self._tokenizer.decode_after(self.prompt, self._prompt_ids, self._tokens[:n])
             if self.taken.startswith(text):
                 break
-        return [*self._tokens[:n], *self._tokenizer.encode(self.taken[len(text) :]).tolist()]
+        return [*self._tokens[:n], *encode_after(self._tokenizer, self.taken[len(text) :])]
 
 
 def grown(texts: list[Continuation], pieces: Iterable[Piece]) -> Iterator[list[Continuation]]:
@@ -134,6 +134,15 @@ def grown(texts: list[Continuation], pieces: Iterable[Piece]) -> Iterator[list[C
         yield texts
         if all(text.finish_reason for text in texts):
             return
+
+
+def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that follows another: many tokenizers begin a text with a space."""
+    for other in ("\n", "."):  # one of them shares no token with the text
+        before, ids = tokenizer.encode(other), tokenizer.encode(other + text)
+        if ids[: len(before)].tolist() == before.tolist():
+            return ids[len(before) :].tolist()
+    return tokenizer.encode(text).tolist()
 
 
 def _begun(text: str, stop: str) -> int:

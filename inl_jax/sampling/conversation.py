@@ -11,7 +11,7 @@ from inl_jax.checks import require
 from inl_jax.console import plural
 from inl_jax.parallel.sharding import on
 from inl_jax.sampling.choice import Sampling
-from inl_jax.sampling.continuation import Continuation, grown
+from inl_jax.sampling.continuation import Continuation, encode_after, grown
 from inl_jax.sampling.decoding import begin, pieces, prefill, read_more
 from inl_jax.sampling.text import PIECE, LanguageModel
 
@@ -58,7 +58,8 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Begins a turn with this text, which may be empty: the history then goes on."""
-        ids = self.model.tokenizer.encode(text).tolist()
+        tokenizer = self.model.tokenizer
+        ids = encode_after(tokenizer, text) if self.text else tokenizer.encode(text).tolist()
         self._turns.append((self.text, len(self._ids)))
         self.text += text
         self._ids += ids
@@ -96,7 +97,10 @@ class Conversation:
                 f"the history would have {plural(len(self._ids), 'token')}, and "
                 f"model.max_seq_len={longest} leaves no room for an answer: undo turns, or reset",
             )
-        require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens}: must be positive")
+        require(
+            0 < max_new_tokens < 2**31,
+            f"max_new_tokens={max_new_tokens}: must be from 1 to 2**31 - 1",
+        )
         with on(model.mesh, split_rows=False):
             self._read_all()
             # Copies: the loop takes over what it is given, and the answer may be cut.

@@ -22,6 +22,7 @@ from inl_jax.sampling.choice import Sampling, choose, penalize
 PROMPT_PIECE = 512
 """Tokens of each prompt that are read at once: memory does not grow with the prompts."""
 SHORTEST_PIECE = 32
+MOST_ROWS = 2**16
 
 
 class Rows(NamedTuple):
@@ -368,8 +369,14 @@ def _check(config, prompts, max_new_tokens, num_samples) -> None:
     lengths = [len(prompt) for prompt in prompts]
     require(len(prompts) > 0, "prompts is empty: give at least one")
     require(min(lengths, default=1) > 0, "a prompt has no tokens: give at least one token")
-    require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens}: must be positive")
-    require(num_samples > 0, f"num_samples={num_samples}: must be positive")
+    require(
+        0 < max_new_tokens < 2**31, f"max_new_tokens={max_new_tokens}: must be from 1 to 2**31 - 1"
+    )
+    require(
+        0 < len(prompts) * num_samples <= MOST_ROWS,
+        f"num_samples={num_samples}: must be positive, and with {plural(len(prompts), 'prompt')} "
+        f"give at most {MOST_ROWS:,} texts; draw more with other seeds",
+    )
     for prompt in prompts:
         low, high = min(prompt), max(prompt)
         require(

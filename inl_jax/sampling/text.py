@@ -19,6 +19,8 @@ from inl_jax.tokens.tokenizer import Tokenizer
 
 PIECE = 8
 """Tokens that come at once if the text is streamed, or may end at a stop string."""
+LONGEST_PIECE = 1024
+"""Tokens that come at once otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class LanguageModel:
 
         Takes the settings of `grow`, and `num_samples` of each prompt, which is read once.
         """
-        piece = PIECE if settings.get("stop") else None
+        piece = PIECE if settings.get("stop") else LONGEST_PIECE
         *_, texts = self.grow(prompts, piece=piece, **settings)
         return texts
 
@@ -86,7 +88,7 @@ class LanguageModel:
         num_samples: int = 1,
         seed: int = 0,
         ignore_end: bool = False,
-        piece: int | None = PIECE,
+        piece: int = PIECE,
         **sampling: Any,
     ) -> Iterator[list[Continuation]]:
         """Yields the continuations of all prompts each time that they have grown.
@@ -100,7 +102,7 @@ class LanguageModel:
           num_samples: continuations of each prompt, which is read once.
           seed: decides the draw.
           ignore_end: generate past the token that ends a document.
-          piece: tokens that come at once; None: all.
+          piece: tokens that come at once.
           **sampling: the fields of `Sampling`.
 
         Raises:
@@ -109,11 +111,6 @@ class LanguageModel:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.encode(prompt) for prompt in prompts]
         how, num_ids = Sampling(**sampling), self.tokenizer.vocab_size
-        texts = [
-            Continuation(self.tokenizer, prompt, prompt_ids, limit=max_new_tokens, stop=stop)
-            for prompt, prompt_ids in zip(prompts, ids, strict=True)
-            for _ in range(num_samples)
-        ]
         rows = read_prompts(
             self.config,
             self.params,
@@ -125,12 +122,17 @@ class LanguageModel:
             num_ids=num_ids,
             mesh=self.mesh,
         )
+        texts = [
+            Continuation(self.tokenizer, prompt, prompt_ids, limit=max_new_tokens, stop=stop)
+            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            for _ in range(num_samples)
+        ]
         new = pieces(
             self.config,
             self.params,
             rows,
             how,
-            size=piece or max_new_tokens,
+            size=min(piece, max_new_tokens),
             max_new_tokens=max_new_tokens,
             end_id=None if ignore_end else self.tokenizer.end_id,
             num_ids=num_ids,

@@ -21,6 +21,8 @@ def read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
         prompts = ["-"] if _is_piped() else [""]
     if sum(prompt == "-" for prompt in prompts) > 1:
         raise InputError("--prompt - -: stdin can be read once; name it once")
+    if "-" in prompts and sys.stdin is None:
+        raise InputError("--prompt -: stdin is closed; pipe a text in, or give it as --prompt TEXT")
     found = [_text("stdin", sys.stdin.buffer.read()) if p == "-" else p for p in prompts]
     for file in files:
         try:
@@ -40,7 +42,7 @@ def _is_piped() -> bool:
 
 def _text(name: str, data: bytes) -> str:
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")  # a byte order mark, as `inl train` drops it
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name}: is not UTF-8 (byte {error.start:,}); convert it, as with iconv -t UTF-8"

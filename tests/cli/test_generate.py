@@ -64,6 +64,9 @@ def test_generate_gives_the_same_text_on_any_mesh(trained, inl):
     [
         (["nowhere"], "nowhere: not a run directory"),
         ([".", "--num_samples", 0], "--num_samples 0"),
+        ([".", "--max_new_tokens", -1], "--max_new_tokens -1"),
+        ([".", "--seed", -1], "--seed -1"),
+        ([".", "--stop", "a", ""], "--stop: a string is empty"),
         ([".", "--interactive", "--json"], "one line at a time"),
         ([".", "--interactive", "--prompt", "-"], "reads lines from stdin"),
         ([".", "--prompt_file", "nowhere"], "--prompt_file nowhere: cannot be read"),
@@ -73,6 +76,12 @@ def test_generate_names_a_mistake(inl, tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     code, _, err = inl("generate", *flags)
     assert code == 2 and named in err
+
+
+def test_generate_names_a_closed_stdin_that_a_conversation_would_read(inl, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    code, _, err = inl("generate", ".", "--interactive")
+    assert code == 2 and "reads lines from stdin, which is closed" in err
 
 
 @pytest.mark.slow

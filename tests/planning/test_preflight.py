@@ -12,6 +12,7 @@ from inl_jax.failures import DiskFull
 from inl_jax.model import layers
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
+from inl_jax.tokens.tokenizer import load_tokenizer
 from inl_jax.training.state import make_layout
 
 
@@ -68,9 +69,14 @@ def test_train_checks_the_attention_kernel_before_it_allocates(train_config, mon
     assert "attention context (cudnn kernel)" in preflight.describe_model(config)
 
 
-def test_train_refuses_samples_too_long_for_the_model(train_config):
+def test_check_samples_refuses_what_the_cache_of_attention_cannot_hold(train_config):
+    def check(context):
+        config = train_config(model={"context": context}, sample_every=4, sample_tokens=31)
+        preflight.check_samples(config, load_tokenizer("bytes"))
+
+    check("decay")
     with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
-        train(train_config(sample_every=4, sample_tokens=31))
+        check("attention")
 
 
 def test_train_checks_the_disk_before_it_allocates(train_config, monkeypatch):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inl_jax.config import InputError
-from inl_jax.sampling.continuation import Continuation
+from inl_jax.sampling.continuation import Continuation, encode_after
 from inl_jax.tokens.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 BYTES = load_tokenizer("bytes")
@@ -85,6 +85,17 @@ def test_continuation_ends_at_a_stop_string_inside_a_token():
     assert "".join(taken) == text.text == " the f" and text.num_tokens < len(ids)
     # What a conversation keeps: the whole tokens, and the rest of the one that was cut.
     assert tokenizer.decode(text.taken_ids()) == " the f"
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "llama2", "metaspace"])
+def test_encode_after_puts_no_space_between_two_texts(name):
+    tokenizer = TOKENIZERS[name]
+    for text in ("aba", " ab\n", "\n€"):
+        ids = [*tokenizer.encode("ab."), *encode_after(tokenizer, text)]
+        assert tokenizer.decode(ids) == f"ab.{text}"
+    assert encode_after(tokenizer, "") == []
+    with pytest.raises(InputError, match="not text that UTF-8 can hold"):
+        encode_after(tokenizer, "\udcff")
 
 
 def test_continuation_says_why_it_ends_and_how_likely_it_was():

@@ -65,6 +65,17 @@ def test_conversation_keeps_what_was_taken_of_an_answer_that_was_cut(model):
     assert talk(conversation, "") == model.tokenizer.decode(new).rstrip("\ufffd")
 
 
+def test_conversation_goes_on_after_a_stop_string_as_if_it_had_read_the_history_anew(model):
+    conversation = Conversation(model)
+    drawn = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    stop = model.generate("one", **GREEDY | drawn)[2]
+    cut = talk(conversation, "one", stop=[stop], **drawn)
+    assert stop not in cut and conversation.text == f"one{cut}"
+    ids = [*conversation._ids, *b"x"]
+    (new,) = generate(model.config, model.params, [ids], max_new_tokens=4, num_ids=257)
+    assert talk(conversation, "x") == model.tokenizer.decode(new).rstrip("\ufffd")
+
+
 def test_conversation_of_attention_ends_where_its_context_does(model):
     conversation = Conversation(model)
     talk(conversation, "a" * 30)

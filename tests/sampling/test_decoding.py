@@ -147,7 +147,9 @@ def test_generate_may_fill_the_model_to_its_last_position(decay_model):
         ({"prompts": [[1, 300]]}, "token id 300"),
         ({"prompts": [[-1]]}, "token id -1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens=2147483648: must be from 1"),
         ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 10**9}, "num_samples=1000000000: .* at most 65,536 texts"),
         ({"seed": -1}, "seed=-1"),
     ],
 )

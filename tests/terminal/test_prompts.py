@@ -22,7 +22,7 @@ def piped(monkeypatch):
 
 def test_read_prompts_takes_texts_then_whole_files(tmp_path):
     (tmp_path / "a").write_text("one\ntwo\n")
-    (tmp_path / "b").write_text("é")
+    (tmp_path / "b").write_bytes("\ufeffé".encode())  # with a byte order mark
     found = read_prompts(["x", ""], [tmp_path / "a", tmp_path / "b"])
     assert found == ["x", "", "one\ntwo\n", "é"]
 
@@ -42,6 +42,12 @@ def test_read_prompts_reads_a_pipe_once(piped):
 def test_read_prompts_begins_a_document_if_nothing_is_piped_in(monkeypatch, stdin):
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_prompts([], []) == [""]
+
+
+def test_read_prompts_names_a_closed_stdin(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="--prompt -: stdin is closed"):
+        read_prompts(["-"], [])
 
 
 def test_read_prompts_names_what_cannot_be_read(tmp_path, piped):
