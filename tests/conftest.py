@@ -1,17 +1,24 @@
 import atexit
+import dataclasses
+import fcntl
+import gc
 import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Tests spend their time compiling: one cache for the run and the processes it starts.
-_cache = tempfile.mkdtemp(prefix="inl_jax_xla_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+# Tests spend their time compiling: one cache for the run, its workers and what they start.
+_IN_A_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _IN_A_WORKER:
+    _cache = tempfile.mkdtemp(prefix="inl_jax_xla_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Halves the compile time; JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and little garbage
 
 import jax  # noqa: E402
 
@@ -20,11 +27,13 @@ jax.config.update("jax_num_cpu_devices", 8)  # before any other use of JAX
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from inl_jax import trainer  # noqa: E402
 from inl_jax.cli.main import run as run_inl  # noqa: E402
 from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from inl_jax.data.corpus import prepare  # noqa: E402
 from inl_jax.parallel.sharding import make_mesh  # noqa: E402
 from inl_jax.report.run import Run  # noqa: E402
+from inl_jax.training import step  # noqa: E402
 
 MODEL = {
     "vocab_size": 300,
@@ -38,6 +47,31 @@ MODEL = {
     "num_kv_heads": 1,
     "remat": "none",
 }
+
+
+# What a training step does not depend on.
+NOT_COMPILED = """name run_dir init_from num_steps num_epochs log_every eval_every eval_sequences
+save_every keep_last patience sample_every sample_prompts sample_tokens max_nonfinite_steps
+stall_limit""".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _step_compiled_once():
+    """Runs with the same training step share the compiled program."""
+    programs, compile_step = {}, trainer.compile_step
+
+    def compile_once(config, mesh, layout):
+        fields = dataclasses.asdict(config)
+        seq_len = fields.pop("data")["seq_len"]
+        fields = {name: value for name, value in fields.items() if name not in NOT_COMPILED}
+        key = step.loss_fn, mesh, seq_len, repr(fields)
+        if key not in programs:
+            programs[key] = compile_step(config, mesh, layout)
+        return programs[key]
+
+    trainer.compile_step = compile_once
+    yield
+    trainer.compile_step = compile_step
 
 
 def assert_same(a, b):
@@ -169,10 +203,8 @@ config = TrainConfig(
 """
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """A config file of a run of seconds, and its run directory, which is not there yet."""
-    folder = tmp_path_factory.mktemp("trained")
+def write_tiny_run(folder):
+    """Writes a text and the config file of a run of seconds on it; returns that and its run_dir."""
     words = "the quick brown fox jumps over the lazy dog while seven wizards brew potions".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(700)]
     (folder / "text.txt").write_text("\n".join(lines))
@@ -186,10 +218,24 @@ def tiny_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_run):
-    """`tiny_run`, trained by `inl train`."""
-    assert run_inl(["train", "--config", str(tiny_run[0])]) == 0
-    return tiny_run
+def tiny_run(tmp_path_factory):
+    """A config file of a run of seconds, and its run directory, which nobody has trained."""
+    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """As `tiny_run`, trained by `inl train`: once for all workers, so no test may change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if _IN_A_WORKER else base) / "trained"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder / "config.py", folder / "run"
+        folder.mkdir()
+        config, run_dir = write_tiny_run(folder)
+        assert run_inl(["train", "--config", str(config)]) == 0
+        return config, run_dir
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from inl_jax.storage.run_dir import locked, read_config
 from inl_jax.training import state
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.reader import Reader
-from inl_jax.training.step import loss_fn
+from inl_jax.training.step import compile_step, loss_fn
 from inl_jax.training.stop import Stopped
 from inl_jax.watch import step_timer
 
@@ -54,7 +54,10 @@ def stop_at(step, number=signal.SIGTERM):
     return on_record
 
 
-def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, capsys):
+def test_train_lowers_the_loss_and_returns_a_model_that_generates(
+    train_config, monkeypatch, capsys
+):
+    monkeypatch.setattr(trainer, "compile_step", compile_step)  # and not one of another test
     config = train_config(
         num_steps=40,
         sample_every=40,
@@ -102,7 +105,7 @@ def test_train_lowers_the_loss_and_returns_a_model_that_generates(train_config, 
                     "context": "attention",
                     "dropout": 0.1,
                     "num_layers": 1,
-                    "num_iterations": 2,
+                    "num_iterations": 1,
                 },
                 "accumulate_steps": 2,
             },
@@ -290,16 +293,13 @@ def test_train_stopped_in_one_phase_and_resumed_into_another_is_bit_identical(
         save_every=0,
     )
     parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
-    asked, compiled, compile_step = [], {}, trainer.compile_step
+    asked, compile_step = [], trainer.compile_step
 
-    def compile_once(config, *args):
-        seq_len = config.data.seq_len
-        asked.append((seq_len, any(line.startswith("update") for line in said)))
-        if seq_len not in compiled:
-            compiled[seq_len] = compile_step(config, *args)
-        return compiled[seq_len]
+    def spying_compile(config, *args):
+        asked.append((config.data.seq_len, any(line.startswith("update") for line in said)))
+        return compile_step(config, *args)
 
-    monkeypatch.setattr(trainer, "compile_step", compile_once)
+    monkeypatch.setattr(trainer, "compile_step", spying_compile)
     expected = trainer.train(whole)
     assert asked == [(16, False), (32, False)], "before the first update"
     assert [r["tokens"] for r in expected.history] == [128, 256, 384, 512, 768, 1024, 1280, 1536]
@@ -469,7 +469,9 @@ def test_train_saves_and_ends_when_input_does_not_come_within_the_limit(
 
 
 def test_train_ends_a_diverging_run_with_a_message_and_good_weights(train_config, monkeypatch):
-    config = train_config(max_nonfinite_steps=3, num_steps=20)
+    config = train_config(
+        model={"num_layers": 1, "num_iterations": 1}, max_nonfinite_steps=3, num_steps=20
+    )
 
     def break_after(params, batch, key, *, config):
         loss = loss_fn(params, batch, key, config=config)

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -64,8 +65,9 @@ def test_train_names_text_that_is_not_there(tiny_run, inl, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_command_again_finds_the_run_complete(trained, inl):
-    code, out, err = inl("train", "--config", trained[0])
+def test_the_same_command_again_finds_the_run_complete(trained, inl, tmp_path):
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
+    code, out, err = inl("train", "--config", trained[0], "--run_dir", run_dir)
     assert code == 0 and "complete at update 4" in out, err
 
 
