@@ -22,6 +22,7 @@ def test_train_inl_llm_trains_as_the_guide_says(text_file, tmp_path, monkeypatch
             "model.d_model=16",
             "model.d_ff=32",
             "model.num_layers=1",
+            "model.num_iterations=1",
             "data.seq_len=16",
             "data.tokenizer=bytes",
             "model.num_heads=1",

@@ -43,7 +43,7 @@ def check(model, scores, pairs):
 @pytest.fixture
 def make_model(model_config):
     def make(mesh=None, **fields):
-        config = model_config(**fields)
+        config = model_config(num_iterations=1, **fields)
         params = lively_params(config)
         if mesh is not None:
             params = jax.device_put(params, param_shardings(mesh, config))

@@ -39,7 +39,7 @@ def test_published_logits_loss_and_gradients(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         config = golden_config(param_dtype=dtype)
         params = interop.params_from_torch(WEIGHTS, config)
-        found = inl_jax.apply(config, params, IDS)
+        found = jax.jit(inl_jax.apply, static_argnums=0)(config, params, IDS)
         assert found.dtype == dtype
         np.testing.assert_allclose(found, GOLDEN["logits"], atol=tolerance)
 
@@ -47,7 +47,7 @@ def test_published_logits_loss_and_gradients(dtype, tolerance):
             hidden = hidden_states(config, params, IDS[:, :-1])
             return token_losses(params, hidden, jnp.asarray(IDS[:, 1:])).mean()
 
-        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
         np.testing.assert_allclose(value, GOLDEN["loss"], atol=tolerance)
         compared = compare_gradients(grads, config, tolerance)
     in_golden = {k.removeprefix("grad/") for k in GOLDEN if k.startswith("grad/")}

@@ -169,7 +169,7 @@ def test_train_step_of_a_config_for_one_device_computes_the_same_on_many(train_c
 
 def test_train_step_moves_every_parameter(train_config):
     """Without this the comparison above would show nothing."""
-    config = small_run(train_config, context="decay")
+    config = small_run(train_config, context="decay", accumulate_steps=2)
     mesh = mesh_of(1, 1, 1)
     start = make_state(make_layout(config, mesh)).params
     end, _ = on_one_device(config)

@@ -23,7 +23,7 @@ def talk(conversation, text, **settings):
 
 @pytest.fixture(scope="module", params=["decay", "attention"])
 def model(request):
-    config = ModelConfig(**MODEL | {"context": request.param})
+    config = ModelConfig(**MODEL | {"context": request.param, "num_iterations": 1})
     return LanguageModel(config, lively_params(config), load_tokenizer("bytes"))
 
 

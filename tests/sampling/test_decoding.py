@@ -10,7 +10,10 @@ from inl_jax.model import language_model as model
 from inl_jax.sampling import decoding, generate
 from inl_jax.sampling.decoding import decode_loop, prefill, read_first
 
-MODELS = [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)]
+MODELS = [
+    *[("mean", 3), ("decay", 0), ("decay", 3), ("attention", 3)],
+    pytest.param(("attention", 0), marks=pytest.mark.slow),
+]
 
 
 PROMPTS = [[5, 9, 200, 31], [7], [250, 3, 3, 17, 90, 41, 8, 1, 64]]
@@ -34,7 +37,7 @@ def language_model(request, model_config):
 
 @pytest.fixture
 def decay_model(model_config):
-    config = model_config(context="decay")
+    config = model_config(context="decay", num_iterations=1)
     return config, lively_params(config)
 
 
@@ -171,7 +174,7 @@ def test_generate_goes_beyond_the_longest_trained_sequence(
 ):
     """As the full forward pass of the longer sequence does, and with one line that says so."""
     monkeypatch.setattr(decoding, "PROMPT_PIECE", 32)  # two pieces and a part of one
-    config = model_config(context=context)
+    config = model_config(context=context, num_iterations=1)
     params = lively_params(config)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, 70).tolist()
     (new,) = generate(config, params, [prompt], max_new_tokens=8)

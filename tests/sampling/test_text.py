@@ -13,7 +13,7 @@ SAMPLING = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 50, "top_p": 0.95}
 
 
 def test_language_model_is_read_from_its_run(train_config):
-    config = train_config()
+    config = train_config(model={"num_iterations": 1})
     params, tokenizer = save_run(config), load_tokenizer("bytes")
     read = LanguageModel.from_run(config.run_dir)
     assert read.config == config.model
@@ -29,7 +29,7 @@ def test_language_model_is_read_from_its_run(train_config):
 @pytest.mark.parametrize("context", ["decay", pytest.param("attention", marks=pytest.mark.slow)])
 def test_language_model_generates_the_same_on_a_mesh(train_config, context):
     """A run that is trained under fsdp and tensor can be sampled there, whatever the prompts."""
-    config = train_config(model={"context": context, "num_kv_heads": 2})
+    config = train_config(model={"context": context, "num_iterations": 1, "num_kv_heads": 2})
     save_run(config)
     prompts = ["one", "", "two"]  # three rows, which four batch shards would not divide
     alone = LanguageModel.from_run(config.run_dir).generate(prompts, max_new_tokens=8)
@@ -42,7 +42,7 @@ def test_language_model_generates_the_same_on_a_mesh(train_config, context):
 
 @pytest.fixture(scope="module")
 def language_model():
-    config = ModelConfig(**MODEL)
+    config = ModelConfig(**MODEL | {"num_iterations": 1})
     return LanguageModel(config, lively_params(config), load_tokenizer("bytes"))
 
 
@@ -71,6 +71,7 @@ def test_mean_log_probability_is_that_of_the_full_forward_pass(language_model):
     (found,) = language_model.continuations("one", ignore_end=True, **SAMPLING)
     prompt = list(b"one")
     (new,) = generate(config, params, [prompt], num_ids=257, **SAMPLING)
-    logits = apply(config, params, np.array([[*prompt, *new]]))[0, 2:10, :257]
+    ids = np.array([[*prompt, *new]])
+    logits = jax.jit(apply, static_argnums=0)(config, params, ids)[0, 2:10, :257]
     each = jax.nn.log_softmax(logits)[np.arange(8), new]
     np.testing.assert_allclose(found.mean_log_probability, each.mean(), rtol=1e-5)

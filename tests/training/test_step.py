@@ -19,6 +19,7 @@ from inl_jax.training.step import (
 )
 
 RATE = np.float32(1e-2)
+SMALL = {"num_layers": 1, "num_iterations": 1}  # compiles faster
 
 
 def stepper(config):
@@ -56,7 +57,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(train_config, param_dt
     with jax.enable_x64(param_dtype == "float64"):
         ends = []
         for k in (1, 4):
-            config = train_config(model={"param_dtype": param_dtype}, accumulate_steps=k)
+            config = train_config(model=SMALL | {"param_dtype": param_dtype}, accumulate_steps=k)
             step, state = stepper(config)
             for batch in batches(3):
                 state, results = step(state, batch)
@@ -72,7 +73,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(train_config, param_dt
 
 @pytest.mark.parametrize("accumulate_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_train_step_skips_a_nonfinite_update_bit_for_bit(train_config, accumulate_steps):
-    config = train_config(accumulate_steps=accumulate_steps)
+    config = train_config(model=SMALL, accumulate_steps=accumulate_steps)
     step, state = stepper(config)
     state, good = step(state, batches(1)[0])
     params = dict(state.params)
@@ -90,7 +91,7 @@ def test_train_step_skips_a_nonfinite_update_bit_for_bit(train_config, accumulat
 
 
 def test_train_step_skips_a_spike_bit_for_bit_and_says_why(train_config):
-    config = train_config(optim={"skip_spikes": 3.0})
+    config = train_config(model=SMALL, optim={"skip_spikes": 3.0})
     step, state = stepper(config)
     batch = batches(1)[0]
     window = spikes.Window(jnp.full(spikes.WINDOW, 0.1), jnp.int32(spikes.WINDOW), jnp.int32(0))
@@ -133,7 +134,7 @@ def test_compile_step_updates_all_of_the_state_in_place(
     train_config, said, param_dtype, accumulate_steps, mesh
 ):
     config = train_config(
-        model={"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
+        model=SMALL | {"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
     )
     program, layout = compiled(config)
     held = sum(
@@ -151,15 +152,12 @@ def test_compile_step_says_if_the_state_is_held_twice(train_config, monkeypatch,
         return jit(*args, **kwargs)
 
     monkeypatch.setattr(jax, "jit", without_donation)
-    config = train_config()
-    compiled(config)
+    compiled(train_config(model=SMALL))
     assert "WARNING: only 0 bytes of the state's" in said[-1]
 
 
-@pytest.mark.parametrize(
-    "context",
-    ["decay", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mean", "attention"))],
-)
+@pytest.mark.slow  # by default test_language_model.py, of the loss and its gradient
+@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
 def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
     def size(**fields):
         config = train_config(model={"context": context, "remat": "block"} | fields)
@@ -203,16 +201,15 @@ def test_check_fused_attention_names_the_missing_direction():
 def test_compile_step_looks_for_the_kernel_that_was_asked_for(train_config, monkeypatch):
     # The step's checks alone: the model itself uses XLA's.
     monkeypatch.setattr("inl_jax.training.step.attention_kernel", lambda _: "cudnn")
-    config = train_config(model={"context": "attention"})
+    config = train_config(model=SMALL | {"context": "attention"})
     with pytest.raises(RuntimeError, match="lacks cuDNN"):
         compiled(config)
 
 
 def test_train_step_compiles_once_for_any_length_of_run_and_learning_rate(train_config):
     """The learning rate is data: another num_steps compiles nothing."""
-    texts = [traced(train_config(num_steps=n)).lower().as_text() for n in (8, 80)]
-    assert texts[0] == texts[1]
-    config = train_config()
+    config, longer = (train_config(model=SMALL, num_steps=n) for n in (8, 80))
+    assert traced(config).lower().as_text() == traced(longer).lower().as_text()
     program, _ = compiled(config)
     rates = []
     for rate in (1e-2, 3e-3):
