@@ -26,7 +26,7 @@ def run(*command, **settings):
     """Runs a process; returns (exit code, stdout, stderr, seconds of CPU time)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start(command, **settings)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)  # on a busy machine too
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return process.returncode, out, err, cpu

@@ -66,13 +66,13 @@ def sdist(tmp_path_factory):
     return archive
 
 
-def run(*command):
-    """Runs a command at / with nothing of this repository on the path."""
+def run(*command, at="/"):
+    """Runs a command in the folder `at`, with nothing of this repository on the path."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(
         command,
-        cwd="/",
+        cwd=at,
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -196,6 +196,18 @@ def test_ranges_of_positions_double_up_to_the_end(benchmark):
     assert edges(256, 8) == [0, 256, 512, 1024, 2048] and edges(4, 3) == [0, 4, 8, 12]
 
 
+@pytest.mark.slow
+def test_exported_decoding_times_a_token_at_two_positions(measure):
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    small = "--positions 4 16 --new_tokens 2 --rounds 1".split()
+    rows = measure("exported_decoding", *TINY, *small)["rows"]
+    assert [row["context"] for row in rows] == ["decay", "attention"]
+    assert all(row["ms_at_4"] > 0 for row in rows)
+    later = [row["ratio"] * row["ms_at_4"] for row in rows]
+    np.testing.assert_allclose(later, [row["ms_at_16"] for row in rows])
+
+
 def test_loss_in_chunks_takes_less_memory(measure):
     sizes = "--d_model 8 --vocab_size 999 --tokens 256 --chunk 8 --rounds 1".split()
     found = measure("loss", *sizes)

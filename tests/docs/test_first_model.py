@@ -28,7 +28,7 @@ def test_notebook_runs_and_transformers_writes_the_same(tmp_path, text_file, mon
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     parameters.source = f"num_steps = 20\ntext = {str(text_file)!r}\ntokenizer_spec = 'bytes'"
     place = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=place).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources=place).execute()
     outputs = outputs_of(notebook.cells)
     assert "the same in transformers: True" in printed(outputs)
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
