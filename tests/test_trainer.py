@@ -269,7 +269,12 @@ def test_train_warns_of_patience_that_cannot_act(train_config, monkeypatch, said
 
 
 def test_train_refuses_a_prompt_that_cannot_be_continued_before_it_computes(train_config):
-    config = train_config(sample_every=2, sample_tokens=8, sample_prompts=("fine", "x" * 30))
+    config = train_config(
+        model={"context": "attention"},
+        sample_every=2,
+        sample_tokens=8,
+        sample_prompts=("fine", "x" * 30),
+    )
     with pytest.raises(
         InputError, match=r"sample_tokens=8.*38 tokens, beyond model.max_seq_len=32"
     ):
