@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = read_prompts(given, flags.prompt_file)
     from inl_jax.planning.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel, Sampling
+    from inl_jax.storage.run_dir import read_config
     from inl_jax.terminal.chat import Chat
     from inl_jax.terminal.texts import say_what_was_made, show_finished, show_growing
 
@@ -74,12 +75,13 @@ def main(argv: Sequence[str]) -> int:
     Sampling(**{name: getattr(flags, name) for name in names})  # checks them
     names += ["max_new_tokens", "stop", "seed", "ignore_end"]
     settings = {name: getattr(flags, name) for name in names}
+    depth = at_depth(read_config(flags.checkpoint).model, flags)
     signals.unwind(patience=None if flags.interactive else signals.PATIENCE)
     with lines_on_stderr():
         use_compile_cache()
         with signals.held():
             model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
-        model = dataclasses.replace(model, config=at_depth(model.config, flags))
+        model = dataclasses.replace(model, config=depth)
         if flags.interactive:
             Chat(model, prompts[0], settings).run()
             return 0

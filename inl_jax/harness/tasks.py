@@ -186,7 +186,8 @@ def _one_line(task: str) -> Iterator[None]:
         raise InputError(
             f"--tasks {task}: its data is not on this machine and cannot be fetched "
             f"({first_line(error)}); run lm_eval once where there is a network, and copy "
-            "~/.cache/huggingface from there, or name its copy by HF_HOME"
+            "~/.cache/huggingface from there, or name its copy by HF_HOME; HF_HUB_OFFLINE=1 saves "
+            "the attempts to reach the hub"
         ) from error
     except Exception as error:
         raise InputError(

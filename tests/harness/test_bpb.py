@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from inl_jax.evaluation import evaluate
 from inl_jax.harness.bpb import documents, validation_texts
 from inl_jax.model import language_model
 from inl_jax.sampling import LanguageModel
+from inl_jax.storage.run_dir import record_run
+from inl_jax.tokens.tokenizer import load_tokenizer
 
 forward = jax.jit(language_model.apply, static_argnums=0)
 
@@ -35,6 +38,17 @@ def test_validation_texts_are_the_documents_that_were_held_out(texts):
 def test_the_task_needs_a_run():
     with pytest.raises(InputError, match="task bpb: has the text of a run; name it by --metadata"):
         documents(version=1.0)
+
+
+def test_a_run_without_records_is_said_to_know_its_text(train_config, said):
+    pytest.importorskip("datasets")
+    config = train_config()
+    record_run(config, load_tokenizer("bytes"))
+    for lines, warned in (("", True), ('{"step": 1, "loss": 5.0}\n', False)):
+        said.clear()
+        Path(config.run_dir, "metrics.jsonl").write_text(lines)
+        documents(config.run_dir)
+        assert any("has no records of a training" in line for line in said) == warned
 
 
 @pytest.mark.slow
