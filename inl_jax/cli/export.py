@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported late: a mistake on the command line is answered before JAX starts.
     import jax
 
-    from inl_jax.interop.export import PUBLISHED, check_out, read_saved, write_saved
+    from inl_jax.interop.exporter import PUBLISHED, check_out, read_saved, write_saved
     from inl_jax.interop.push import check_name, push
 
     if flags.push is not None:

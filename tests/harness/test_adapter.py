@@ -186,8 +186,8 @@ def test_an_exported_model_has_the_same_numbers_in_the_adapter_of_transformers(
     from lm_eval.models.huggingface import HFLM
 
     from inl_jax.harness.adapter import RunLM
-    from inl_jax.interop.export import export
     from inl_jax.interop.exported.modeling_inl import InlForCausalLM
+    from inl_jax.interop.exporter import export
 
     export(trained[1], tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
