@@ -1,7 +1,6 @@
 import atexit
 import dataclasses
 import fcntl
-import gc
 import math
 import os
 import shutil
@@ -17,8 +16,6 @@ if not _IN_A_WORKER:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Halves the compile time; JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
-gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and little garbage
 
 import jax  # noqa: E402
 
