@@ -11,9 +11,10 @@ import numpy as np
 from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import differences
 from inl_jax.console import say
-from inl_jax.interop.exported_weights import is_exported, open_exported, put, refuse_pointer
+from inl_jax.interop.exported_weights import is_exported, open_exported, refuse_pointer
 from inl_jax.interop.published import POSITIONS, config_from_torch, params_from_torch
 from inl_jax.interop.torch_file import read_state_dict
+from inl_jax.parallel.sharding import put
 from inl_jax.storage.identity import FREE_FIELDS, steps_on_disk
 from inl_jax.storage.run_dir import (
     check_run,

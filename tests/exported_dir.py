@@ -2,12 +2,25 @@
 
 import json
 
+import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from inl_jax.interop.exported_config import to_json_fields
-from inl_jax.interop.named_weights import to_named
+from inl_jax.interop.named_weights import named_leaves, named_views
+from inl_jax.model.language_model import abstract_params
 from inl_jax.tokens.tokenizer import load_tokenizer
+
+
+def to_named(params, config):
+    """The parameters by their exported names, each a contiguous copy."""
+    views = named_views(params, config)
+    return {name: np.ascontiguousarray(view) for name, view in views.items()}
+
+
+def from_named(get, config):
+    """The inverse of `to_named`, from a function of a name."""
+    structure = jax.tree.structure(abstract_params(config))
+    return jax.tree.unflatten(structure, named_leaves(get, config))
 
 
 def write_exported(directory, params, config, *, shards=1, head=False, tokenizer=None):
@@ -27,6 +40,8 @@ def write_config(directory, fields):
 
 def write_arrays(directory, named, shards=1):
     """Writes one file, or shards with their index."""
+    from safetensors.numpy import save_file  # late: other tests here need no safetensors
+
     if shards == 1:
         save_file(named, directory / "model.safetensors")
         return

@@ -10,12 +10,6 @@ Tasks are those of lm-evaluation-harness; bpb, needle and stdlib_choice need no 
 import dataclasses
 from collections.abc import Sequence
 
-from inl_jax.cli.evaluate_tasks import (
-    add_task_flags,
-    are_tasks_named,
-    show_results,
-    tasks_from,
-)
 from inl_jax.config import InputError
 from inl_jax.console import plural, say, show
 from inl_jax.files import json_text
@@ -27,6 +21,12 @@ from inl_jax.terminal.command_line import (
     at_depth,
     lines_on_stderr,
     mesh_from,
+)
+from inl_jax.terminal.task_flags import (
+    add_task_flags,
+    are_tasks_named,
+    show_results,
+    tasks_from,
 )
 
 # Fields of data that other text may need, and what they are.
@@ -99,7 +99,7 @@ def evaluate_run(flags):
     from inl_jax.data.batches import check, eval_batches
     from inl_jax.data.corpus import prepare
     from inl_jax.evaluation import evaluate
-    from inl_jax.storage.run_dir import read_config
+    from inl_jax.storage.run_dir import read_config, warn_without_records
     from inl_jax.text.columns import MissingColumn
 
     signals.unwind()
@@ -118,11 +118,9 @@ def evaluate_run(flags):
             column=flags.column or data.column,
             max_documents=0,
         )
-    elif not (flags.checkpoint / "metrics.jsonl").exists():  # as `inl import` leaves it
-        say(
-            f"WARNING: {flags.checkpoint} has no records of a training: its weights may have been "
-            f"trained on the validation split of {', '.join(data.paths)}; name text by --data"
-        )
+    else:
+        split = f"the validation split of {', '.join(data.paths)}"
+        warn_without_records(flags.checkpoint, f"{split}; name text by --data")
     phases = tuple(dataclasses.replace(phase, seq_len=0) for phase in data.phases)
     data = dataclasses.replace(data, seq_len=flags.seq_len or data.seq_len, phases=phases)
     dataclasses.replace(config, data=data)  # checks the length against the model

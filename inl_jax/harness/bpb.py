@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 from inl_jax.config import InputError
-from inl_jax.console import say
 from inl_jax.data.corpus import Corpus, prepare
-from inl_jax.storage.run_dir import read_config, read_tokenizer
-from inl_jax.training.metrics import read_metrics
+from inl_jax.storage.run_dir import read_config, read_tokenizer, warn_without_records
 
 
 def documents(checkpoint: str = "", **others: Any) -> dict[str, Any]:
@@ -34,11 +32,7 @@ def documents(checkpoint: str = "", **others: Any) -> dict[str, Any]:
             f"task bpb: {checkpoint} has no validation text; raise data.validation_fraction before "
             "training"
         )
-    if not read_metrics(checkpoint):
-        say(
-            f"WARNING: {checkpoint} has no records of a training, as after inl import: its weights "
-            "may have been trained on the text of task bpb"
-        )
+    warn_without_records(checkpoint, "the text of task bpb")
     import datasets
 
     return {"validation": datasets.Dataset.from_dict({"text": texts})}

@@ -18,6 +18,7 @@ from inl_jax.config import ModelConfig
 from inl_jax.console import first_line, plural
 from inl_jax.interop.exported_config import from_json_fields
 from inl_jax.interop.named_weights import named_leaves, weights_of
+from inl_jax.parallel.sharding import put
 from inl_jax.storage.identity import steps_on_disk
 
 CONFIG_NAME = "config.json"
@@ -85,11 +86,6 @@ class ExportedWeights:
             leaves = named_leaves(get, self.model)
             placed = map(put, leaves, jax.tree.leaves(shardings))
             return jax.tree.unflatten(jax.tree.structure(shardings), placed)
-
-
-def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, in its shards: each process keeps those of its devices."""
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def is_exported(path: Path) -> bool:

@@ -127,25 +127,13 @@ def named_views(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     return {w.name: w.exported(leaves[w.path][w.index]) for w in weights_of(config)}
 
 
-def to_named(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """As `named_views`, each a contiguous copy."""
-    views = named_views(params, config)
-    return {name: np.ascontiguousarray(view) for name, view in views.items()}
-
-
-def from_named(get: Callable[[str], np.ndarray], config: ModelConfig) -> Any:
-    """The inverse of `to_named`, as NumPy arrays in the types that `get` gives.
+def named_leaves(get: Callable[[str], np.ndarray], config: ModelConfig) -> Iterator[np.ndarray]:
+    """The inverse of `named_views`: the leaves of the tree in their order, one at a time.
 
     Args:
       get: the array of a name, of its `Weight.exported_shape`; called once for each.
       config: the architecture.
     """
-    structure = jax.tree.structure(abstract_params(config))
-    return jax.tree.unflatten(structure, named_leaves(get, config))
-
-
-def named_leaves(get: Callable[[str], np.ndarray], config: ModelConfig) -> Iterator[np.ndarray]:
-    """The leaves that `from_named` gives, in their order, one at a time."""
     shapes = {path: leaf.shape for path, leaf in _by_path(abstract_params(config)).items()}
     for path, weights in itertools.groupby(weights_of(config), key=lambda weight: weight.path):
         leaf = None

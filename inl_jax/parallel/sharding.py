@@ -243,6 +243,11 @@ def place(mesh: Mesh, local: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(shape, rows(mesh), part)
 
 
+def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, in its shards: each process keeps those of its devices."""
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole array on the host of every process. All processes call it together."""
     if not (array.is_fully_addressable or array.is_fully_replicated):

@@ -198,6 +198,18 @@ def read_config(run_dir: str | Path) -> TrainConfig:
     return config
 
 
+def warn_without_records(run_dir: str | Path, text: str) -> None:
+    """Warns of an evaluation on `text` if it is not known what the weights were trained on.
+
+    `inl import` leaves a run so.
+    """
+    if not read_metrics(run_dir):
+        say(
+            f"WARNING: {run_dir} has no records of a training: its weights may have been trained "
+            f"on {text}"
+        )
+
+
 def read_tokenizer(run_dir: str | Path) -> Tokenizer:
     """The tokenizer of a run; that of its newest checkpoint if it is lost.
 

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import assert_same
+from exported_dir import to_named
 from inl_process import run
 from lively import lively_params, save_run
 
@@ -12,7 +13,6 @@ from inl_jax.config import InputError
 from inl_jax.failures import DiskFull
 from inl_jax.interop import export
 from inl_jax.interop.exported_config import from_json_fields
-from inl_jax.interop.named_weights import to_named
 from inl_jax.sampling import LanguageModel
 from inl_jax.storage.weights import read_params
 

@@ -2,9 +2,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_same
+from exported_dir import from_named, to_named
 from lively import lively_params
 
-from inl_jax.interop.named_weights import from_named, named_leaves, to_named, weights_of
+from inl_jax.interop.named_weights import named_leaves, weights_of
 from inl_jax.model.language_model import abstract_params, param_count
 
 

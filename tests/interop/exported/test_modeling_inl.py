@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exported_dir import from_named, to_named
 from lively import lively_params
 
 import inl_jax
 from inl_jax.interop import exported
 from inl_jax.interop.exported_config import to_json_fields
-from inl_jax.interop.named_weights import from_named, to_named, weights_of
+from inl_jax.interop.named_weights import weights_of
 from inl_jax.model.language_model import init_params
 
 CONTEXTS = pytest.mark.parametrize("context", ["mean", "decay", "attention"])
