@@ -23,8 +23,8 @@ from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.model.integrator import Integrator
 from inl_jax.model.language_model import Block
 from inl_jax.model.layers import compute_dtype
-from inl_jax.model.mixers import TokenSpan
-from inl_jax.planning.xla import apply_flags
+from inl_jax.model.mixers.span import TokenSpan
+from inl_jax.planning.programs.xla import apply_flags
 from inl_jax.terminal.command_line import (
     Parser,
     exit_on_input_error,

@@ -24,9 +24,9 @@ from harness import check_positive, make_parser, markdown
 
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.planning.collectives import find_collectives, least_bytes
 from inl_jax.planning.hardware import GPUS_PER_NODE, find_gpu
-from inl_jax.planning.xla import compile_abstractly, use_no_device
+from inl_jax.planning.programs.collectives import find_collectives, least_bytes
+from inl_jax.planning.programs.xla import compile_abstractly, use_no_device
 from inl_jax.terminal.command_line import exit_on_input_error, from_command_line
 from inl_jax.training.state import make_layout
 

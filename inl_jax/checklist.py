@@ -19,7 +19,8 @@ from inl_jax.data.corpus import Corpus
 from inl_jax.environment import versions
 from inl_jax.failures import MachineFailure
 from inl_jax.initial_weights import check_start, kept_tokenizer
-from inl_jax.model.layers import attention_kernel, compute_dtype
+from inl_jax.model.layers import compute_dtype
+from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import on

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
     from inl_jax.planning import memory
     from inl_jax.planning.hardware import find_gpu
-    from inl_jax.planning.xla import use_no_device
+    from inl_jax.planning.programs.xla import use_no_device
     from inl_jax.training.state import make_layout
 
     signals.unwind()
@@ -113,8 +113,8 @@ def check(flags) -> None:
 def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
     """All that was found, in bytes, as `--json` prints it."""
     from inl_jax.planning import memory
-    from inl_jax.planning.collectives import find_collectives, least_bytes, summed
-    from inl_jax.planning.xla import compile_abstractly
+    from inl_jax.planning.programs.collectives import find_collectives, least_bytes, summed
+    from inl_jax.planning.programs.xla import compile_abstractly
 
     device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
     record = {"parts": needed.device, "host_parts": needed.host, "estimated_bytes": device_bytes}

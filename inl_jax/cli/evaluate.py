@@ -161,7 +161,7 @@ def run_tasks(flags):
 def read_model(flags):
     """The run's `LanguageModel`, at the depth and on the mesh that the flags name."""
     from inl_jax.parallel.sharding import batch_shards
-    from inl_jax.planning.xla import use_compile_cache
+    from inl_jax.planning.programs.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel
     from inl_jax.storage.run_dir import read_config
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     check(flags)
     given = [""] if flags.interactive and not (flags.prompt or flags.prompt_file) else flags.prompt
     prompts = read_prompts(given, flags.prompt_file)
-    from inl_jax.planning.xla import use_compile_cache
+    from inl_jax.planning.programs.xla import use_compile_cache
     from inl_jax.sampling import LanguageModel, Sampling
     from inl_jax.storage.run_dir import read_config
     from inl_jax.terminal.chat import Chat

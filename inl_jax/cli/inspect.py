@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     except ImportError:
         raise InputError("inl inspect needs plotly: pip install 'inl_jax[report]'") from None
     # Imported late: a mistake on the command line is answered before JAX starts.
-    from inl_jax.planning.xla import use_compile_cache
+    from inl_jax.planning.programs.xla import use_compile_cache
     from inl_jax.report.inspect_page import inspect_page
     from inl_jax.sampling import LanguageModel
     from inl_jax.storage.run_dir import read_config

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def run(config, flags):
     """The checks."""
     from inl_jax.checklist import checklist
-    from inl_jax.planning.xla import apply_flags, use_compile_cache
+    from inl_jax.planning.programs.xla import apply_flags, use_compile_cache
 
     join_processes(flags)
     apply_flags(config.xla_flags)

@@ -81,7 +81,7 @@ def run(config, flags) -> int:
     from inl_jax.curriculum import describe, make_curriculum
     from inl_jax.initial_weights import check_start
     from inl_jax.planning.preflight import plan_run
-    from inl_jax.planning.xla import apply_flags, use_compile_cache
+    from inl_jax.planning.programs.xla import apply_flags, use_compile_cache
     from inl_jax.trainer import train
 
     join_processes(flags)

@@ -11,7 +11,7 @@
     logits = LN_f(x) E^T
 
 `x` is the residual stream; `x_T` is the last state of the integrator. The contexts are in
-`mixers.py` (decay and attention begin with a norm of their own), the steps in `dynamics.py`.
+`mixers/` (decay and attention begin with a norm of their own), the steps in `dynamics.py`.
 Dropout acts on the embedding, on what the integrator adds and on what the feed-forward adds.
 
 Training and decoding are one path. A block takes a span of tokens and, when decoding, the state
@@ -42,9 +42,14 @@ from inl_jax.model.layers import (
     sinusoid,
     whole,
 )
-from inl_jax.model.mixers import MIXERS, TokenSpan, last_real
+from inl_jax.model.mixers.attention import AttentionContext
+from inl_jax.model.mixers.decay import DecayContext
+from inl_jax.model.mixers.mean import MeanContext
+from inl_jax.model.mixers.span import TokenSpan, last_real
 
 init = nn.initializers
+
+MIXERS = {"mean": MeanContext, "decay": DecayContext, "attention": AttentionContext}
 
 
 class DecodeState(NamedTuple):

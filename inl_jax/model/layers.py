@@ -1,7 +1,6 @@
-"""What blocks are built from: types, norms, positions, attention, feed-forward, embedding.
+"""What blocks are built from: types, norms, positions, feed-forward, embedding.
 
-Shapes: B batch, S tokens, D width, F feed-forward width, H query heads, G key-value heads, K head
-width, N entries of a key-value cache, V vocabulary.
+Shapes: B batch, S tokens, D width, F feed-forward width, K head width, V vocabulary.
 """
 
 import math
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import InputError, ModelConfig
+from inl_jax.model.device import current_device
 from inl_jax.model.params import declare, gathered
 
 # --- types
@@ -31,7 +31,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
         return jnp.dtype("float64")
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype("float32" if current_device().platform == "cpu" else "bfloat16")
 
 
 def at_least_float32(x_or_dtype) -> jnp.dtype:
@@ -66,75 +66,6 @@ def sinusoid(position_BS, d_model: int, dtype) -> jax.Array:
     frequency = jnp.exp(jnp.arange(0, d_model, 2, dtype=dtype) * (-math.log(10000.0) / d_model))
     angle = position_BS[..., None].astype(dtype) * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position_BS.shape, d_model)
-
-
-def rotate(x_BSHK, position_BS) -> jax.Array:
-    """Rotary positions, base 10000, pairing column i with column i + K/2 (Su et al., 2021)."""
-    half = x_BSHK.shape[-1] // 2
-    dtype = at_least_float32(x_BSHK)
-    frequency = jnp.exp(jnp.arange(half, dtype=dtype) * (-math.log(10000.0) / half))
-    angle = position_BS[..., None, None].astype(dtype) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x_BSHK.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHK.dtype)
-
-
-# --- attention
-
-
-def cuda_capability() -> tuple[int, ...] | None:
-    """The compute capability of the CUDA devices that JAX runs on; None on other devices."""
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return None
-    return tuple(map(int, device.compute_capability.split(".")))
-
-
-def attention_kernel(config: ModelConfig) -> str:
-    """The kernel for attention over whole sequences: "cudnn" or "xla".
-
-    Raises:
-      InputError: cuDNN is wanted, but not available on this device, in this type or at this head
-        width.
-    """
-    capability = cuda_capability()
-    if config.attention_kernel == "xla" or (config.attention_kernel == "auto" and not capability):
-        return "xla"
-    if not capability:
-        raise InputError(
-            f"model.attention_kernel=cudnn: JAX runs on {jax.default_backend()} here, without "
-            "CUDA; use auto or xla, or install inl_jax[cuda]"
-        )
-    dtype, widest = compute_dtype(config), 256 if capability >= (9, 0) else 128
-    if dtype != jnp.bfloat16:
-        raise InputError(
-            f"model.compute_dtype={dtype}: cuDNN attention takes bfloat16; set "
-            "model.compute_dtype=bfloat16 or model.attention_kernel=xla"
-        )
-    if config.head_dim % 8 != 0 or config.head_dim > widest:
-        raise InputError(
-            f"model.num_heads={config.num_heads} makes heads of width {config.head_dim}: cuDNN "
-            f"attention takes multiples of 8 up to {widest} on this GPU; change model.num_heads "
-            "or set model.attention_kernel=xla"
-        )
-    return "cudnn"
-
-
-def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None, kernel: str = "xla") -> jax.Array:
-    """Causal softmax attention over grouped key-value heads, [B, S, H, K].
-
-    Without `position_BS`, queries and keys are of the same tokens. JAX is asked for `kernel` (from
-    `attention_kernel`) by name, so that it raises if the kernel is missing. With `position_BS`, the
-    keys are a cache: token i of row b sees the entries up to `position_BS[b, i]`, in XLA.
-    """
-    if position_BS is None:
-        return jax.nn.dot_product_attention(
-            q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation=kernel
-        )
-    seen_B1SN = jnp.arange(k_BNGK.shape[1]) <= position_BS[:, None, :, None]
-    return jax.nn.dot_product_attention(
-        q_BSHK, k_BNGK, v_BNGK, mask=seen_B1SN, implementation="xla"
-    )
 
 
 # --- feed-forward

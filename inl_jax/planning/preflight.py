@@ -27,7 +27,8 @@ from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.failures import DiskFull
 from inl_jax.limits import host_memory
 from inl_jax.model.language_model import param_count
-from inl_jax.model.layers import attention_kernel, compute_dtype
+from inl_jax.model.layers import compute_dtype
+from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum

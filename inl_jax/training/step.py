@@ -19,8 +19,9 @@ from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
 from inl_jax.failures import MachineFailure
 from inl_jax.model.language_model import hidden_states
-from inl_jax.model.layers import at_least_float32, attention_kernel
+from inl_jax.model.layers import at_least_float32
 from inl_jax.model.losses import mean_loss
+from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.parallel.processes import meeting_first
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
 from inl_jax.training import spikes

@@ -11,7 +11,7 @@ COSTS = {"hours", "price", "kwh", "flops", "tokens_per_second", "mfu", "mfu_sour
 @pytest.fixture
 def estimate(inl, monkeypatch):
     """Runs `inl estimate` in this process, where JAX has its devices already."""
-    monkeypatch.setattr("inl_jax.planning.xla.use_no_device", lambda _: None)
+    monkeypatch.setattr("inl_jax.planning.programs.xla.use_no_device", lambda _: None)
     monkeypatch.setattr("jax.config.update", lambda *_: None)
     return lambda *argv: inl("estimate", *argv, "--mesh.data", 1)
 

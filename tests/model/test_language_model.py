@@ -14,14 +14,16 @@ import inl_jax
 from inl_jax.config import ModelConfig
 from inl_jax.config_file import load_config
 from inl_jax.model import language_model as model
-from inl_jax.model import layers
+from inl_jax.model.device import H100, made_for
+from inl_jax.model.layers import layer_norm
 from inl_jax.model.losses import token_losses
+from inl_jax.model.mixers.span import TokenSpan
 
 CONTEXTS = ("mean", "decay", "attention")
 SLOW = pytest.mark.slow
 ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
-MIXERS = [(c, t) for c, t in itertools.product(CONTEXTS, (0, 1, 3)) if (c, t) != ("mean", 0)]
-QUICK_MIXERS = [("mean", 1), ("decay", 3), ("attention", 1)]
+CASES = [(c, t) for c, t in itertools.product(CONTEXTS, (0, 1, 3)) if (c, t) != ("mean", 0)]
+QUICK_CASES = [("mean", 1), ("decay", 3), ("attention", 1)]
 
 PUBLISHED = {
     "small": 43_087_872,
@@ -87,7 +89,7 @@ def test_init_params_has_the_documented_scales():
 
 @pytest.mark.parametrize(
     ("context", "num_iterations"),
-    [case if case in QUICK_MIXERS else pytest.param(*case, marks=SLOW) for case in MIXERS],
+    [case if case in QUICK_CASES else pytest.param(*case, marks=SLOW) for case in CASES],
 )
 def test_hidden_states_read_no_later_token_and_no_other_row(model_config, context, num_iterations):
     """Logits at (row 0, i) have gradient 0 for every embedding after i and in any other row."""
@@ -106,14 +108,14 @@ def test_hidden_states_read_no_later_token_and_no_other_row(model_config, contex
     assert (reads[i + 1 :] == 0).all(), "a later token, or another row, is read"
 
 
-def test_decode_never_needs_cudnn(model_config, monkeypatch):
+def test_decode_never_needs_cudnn(model_config):
     """On CUDA in float32, which cuDNN attention does not take."""
-    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
-    config = model_config(context="attention", compute_dtype="float32")
-    params = inl_jax.init_params(config, jax.random.key(0))
-    state = model.init_decode_state(config, 1, 8)
-    decode = jax.jit(functools.partial(model.decode, config))
-    assert jnp.isfinite(decode(params, state, jnp.ones((1, 3), int))[0]).all()
+    with made_for(H100):
+        config = model_config(context="attention", compute_dtype="float32")
+        params = inl_jax.init_params(config, jax.random.key(0))
+        state = model.init_decode_state(config, 1, 8)
+        decode = jax.jit(functools.partial(model.decode, config))
+        assert jnp.isfinite(decode(params, state, jnp.ones((1, 3), int))[0]).all()
 
 
 def loss_and_grad(config, params, ids, dropout_key=None):
@@ -271,3 +273,50 @@ def test_model_whose_tokens_stop_early_has_no_gradient(model_config):
     total = lambda p: model.hidden_states(config, p, np.zeros((1, 4), np.int32)).sum()  # noqa: E731
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.eval_shape(jax.grad(total), model.abstract_params(config))
+
+
+def reference_context(config, params, x):
+    """The mixers by their definitions, position by position, in numpy."""
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    u = x @ p["kernel"] + p["bias"]
+    if config.context == "mean":
+        return np.stack([u[: i + 1].mean(axis=0) for i in range(len(u))])
+    h, lam, out = np.zeros(u.shape[1]), 1 / (1 + np.exp(-p["decay_logit"])), []
+    for u_i in u:
+        h = lam * h + (1 - lam) * u_i
+        out.append(h)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("context", ["mean", "decay"])
+def test_mixers_follow_their_definitions(model_config, context):
+    with jax.enable_x64(True):
+        config = model_config(context=context, param_dtype="float64")
+        mixer, tokens = model.MIXERS[context](config), TokenSpan(jnp.arange(20)[None], None)
+        x = jax.random.normal(jax.random.key(1), (1, 20, config.d_model), jnp.float64)
+
+        @jax.jit
+        def both(x):
+            boxed = mixer.init(jax.random.key(0), x, None, tokens)["params"]
+            params = model.unbox(boxed)
+            n = layer_norm(x, 1.0, 0.0) if context == "decay" else x
+            return mixer.apply({"params": params}, x, None, tokens)[0], params, n
+
+        found, params, n = both(x)
+        np.testing.assert_allclose(found[0], reference_context(config, params, n[0]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("context", model.MIXERS)
+def test_mixers_return_a_state_of_the_shapes_they_announce(model_config, context):
+    config = model_config(context=context)
+    mixer = model.MIXERS[context](config)
+    x, tokens = jnp.ones((2, 3, config.d_model)), TokenSpan(jnp.arange(6).reshape(2, 3), None)
+    announced = model.MIXERS[context].state_shapes(config, 2, 9)
+    layer = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype),
+        {"params": model.abstract_params(config)["blocks"]["context"]},
+    )
+    h, found = jax.eval_shape(mixer.apply, layer, x, announced, tokens)
+    assert h.shape == x.shape
+    assert found == announced
+    assert jax.eval_shape(mixer.apply, layer, x, None, tokens)[1] is None

@@ -9,7 +9,7 @@ from inl_jax import train
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.data.corpus import prepare
 from inl_jax.failures import DiskFull
-from inl_jax.model import layers
+from inl_jax.model.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
 from inl_jax.tokens.tokenizer import load_tokenizer
@@ -62,11 +62,14 @@ def test_train_checks_the_attention_kernel_before_it_allocates(train_config, mon
     cudnn = {"context": "attention", "attention_kernel": "cudnn"}
     with pytest.raises(InputError, match="model.attention_kernel=cudnn: JAX runs on cpu"):
         train(train_config(model=cudnn))
-    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
-    with pytest.raises(InputError, match="model.compute_dtype=float32"):
-        train(train_config(model={"context": "attention"}))
-    config = train_config(model={"context": "attention", "compute_dtype": "bfloat16"})
-    assert "attention context (cudnn kernel)" in preflight.describe_model(config)
+    narrow, wide = (
+        train_config(model={"context": "attention", "compute_dtype": dtype})
+        for dtype in ("bfloat16", "float32")
+    )
+    with made_for(H100):
+        with pytest.raises(InputError, match="model.compute_dtype=float32"):
+            train(wide)
+        assert "attention context (cudnn kernel)" in preflight.describe_model(narrow)
 
 
 def test_check_samples_refuses_what_the_cache_of_attention_cannot_hold(train_config):

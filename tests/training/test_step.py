@@ -5,7 +5,7 @@ import pytest
 from conftest import assert_same
 
 from inl_jax.config import MeshConfig
-from inl_jax.model import layers
+from inl_jax.model.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.training import spikes
 from inl_jax.training.optim import make_optimizer
@@ -176,12 +176,12 @@ def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(layers, "cuda_capability", lambda: (9, 0))
 
     def program(**fields):
         fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
         config = train_config(model=fields)
-        return traced(config).lower(lowering_platforms=("cuda",)).as_text()
+        with made_for(H100):
+            return traced(config).lower(lowering_platforms=("cuda",)).as_text()
 
     check_fused_attention(program())
     with pytest.raises(RuntimeError, match="in its forward and backward pass .found: none"):

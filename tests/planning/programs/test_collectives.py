@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from inl_jax.config import MeshConfig
 from inl_jax.model.language_model import abstract_params
 from inl_jax.parallel.sharding import make_mesh
-from inl_jax.planning.collectives import find_collectives, least_bytes, summed
-from inl_jax.planning.xla import compile_abstractly
+from inl_jax.planning.programs.collectives import find_collectives, least_bytes, summed
+from inl_jax.planning.programs.xla import compile_abstractly
 from inl_jax.training.state import make_layout
 
 

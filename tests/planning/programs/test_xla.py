@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from inl_jax.config import InputError
-from inl_jax.planning import xla
+from inl_jax.planning.programs import xla
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REAL, ALSO_REAL = "--xla_gpu_enable_latency_hiding_scheduler=true", "--xla_cpu_use_onednn=false"
 
 
@@ -26,7 +26,7 @@ def start(code, home, **env):
 COMPILE = """
 import json, jax
 from inl_jax import console
-from inl_jax.planning.xla import use_compile_cache
+from inl_jax.planning.programs.xla import use_compile_cache
 hits, said = [], []
 console.tqdm.write = lambda line, **_: said.append(line)
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
@@ -73,7 +73,7 @@ def test_library_alone_sets_no_compile_cache(tmp_path):
 APPLY = """
 import json, os, sys, jax
 from inl_jax import console
-from inl_jax.planning.xla import apply_flags
+from inl_jax.planning.programs.xla import apply_flags
 said = []
 console.tqdm.write = lambda line, **_: said.append(line)
 apply_flags({flags!r})

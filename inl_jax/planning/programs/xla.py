@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line, say
 from inl_jax.internals import backends_are_initialized, compile_for_topology
+from inl_jax.model.device import H100, made_for
 from inl_jax.parallel import sharding
 from inl_jax.planning.hardware import XLA_H100
 from inl_jax.training.state import Layout
@@ -125,7 +126,7 @@ def compile_abstractly(config: TrainConfig, mesh: Mesh, layout: Layout, compiler
     Raises:
       InputError: as `compile_for_cuda`.
     """
-    with sharding.on(mesh):
+    with sharding.on(mesh), made_for(H100 if compiler == "cuda" else None):
         traced = trace_step(config, mesh, layout)
         if compiler == "cuda":
             return compile_for_cuda(traced, mesh.size)

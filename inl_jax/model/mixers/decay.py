@@ -1,0 +1,86 @@
+"""Exponential decay with a learned rate per channel.
+
+Shapes: B batch, S tokens given, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from inl_jax.config import ModelConfig
+from inl_jax.model.layers import Layer, at_least_float32, compute_dtype
+from inl_jax.model.mixers.mean import projection
+from inl_jax.model.mixers.span import TokenSpan, last_real
+
+
+@jax.custom_vjp
+def decay_scan(u_BSD, decay_D, h0_BD) -> jax.Array:
+    """`h_i = decay h_(i-1) + (1 - decay) u_i` from `h_(-1) = h0`, in parallel over S: [B, S, D].
+
+    The three arguments must have one type, in which `h` is carried.
+    """
+    drive_BSD = ((1 - decay_D) * u_BSD).at[:, 0].add(decay_D * h0_BD)
+    return _linear_scan(decay_D, drive_BSD)
+
+
+def _linear_scan(decay_D, drive_BSD, *, reverse: bool = False):
+    """`h_i = decay h_(i-1) + drive_i` from 0, or from the end if `reverse`."""
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    decay_BSD = jnp.broadcast_to(decay_D, drive_BSD.shape)
+    return jax.lax.associative_scan(combine, (decay_BSD, drive_BSD), reverse=reverse, axis=1)[1]
+
+
+def _decay_scan_forward(u_BSD, decay_D, h0_BD):
+    h_BSD = decay_scan(u_BSD, decay_D, h0_BD)
+    return h_BSD, (u_BSD, decay_D, h0_BD, h_BSD)
+
+
+def _decay_scan_backward(residuals, dh_BSD):
+    # The adjoint is the same recurrence run backwards, g_i = dh_i + decay g_(i+1). Automatic
+    # differentiation of the associative scan takes more time and memory (docs/LOG.md).
+    u_BSD, decay_D, h0_BD, h_BSD = residuals
+    g_BSD = _linear_scan(decay_D, dh_BSD, reverse=True)
+    earlier_BSD = jnp.concatenate([h0_BD[:, None], h_BSD[:, :-1]], axis=1)
+    d_decay_D = jnp.sum(g_BSD * (earlier_BSD - u_BSD), axis=(0, 1))
+    return (1 - decay_D) * g_BSD, d_decay_D, decay_D * g_BSD[:, 0]
+
+
+decay_scan.defvjp(_decay_scan_forward, _decay_scan_backward)
+
+
+class DecayContext(Layer):
+    """Exponential decay of a projection, by channel. State: the last context, [B, D]."""
+
+    @nn.compact
+    def __call__(self, x_BSD, state, tokens: TokenSpan):
+        """Maps the stream to (context, new state)."""
+        u_BSD = projection(self, self.norm("norm", x_BSD))
+        dtype = at_least_float32(u_BSD)
+        logit_D = self.declare(
+            "decay_logit", _decay_logit_init(self.config), u_BSD.shape[-1:], ("channels",), dtype
+        )
+        h0_BD = jnp.zeros_like(u_BSD[:, 0], dtype) if state is None else state["h"]
+        h_BSD = decay_scan(u_BSD.astype(dtype), jax.nn.sigmoid(logit_D), h0_BD)
+        new_state = None if state is None else {"h": last_real(h_BSD, tokens)}
+        return h_BSD.astype(u_BSD.dtype), new_state
+
+    @staticmethod
+    def state_shapes(config: ModelConfig, batch_size: int, max_len: int):
+        """Shapes and types of the state."""
+        del max_len
+        dtype = at_least_float32(compute_dtype(config))
+        return {"h": jax.ShapeDtypeStruct((batch_size, config.d_model), dtype)}
+
+
+def _decay_logit_init(config: ModelConfig):
+    """Time constants `tau = -1 / ln(lam)`, spread geometrically from 1 to `max_seq_len` tokens."""
+
+    def initializer(key, shape, dtype):
+        del key
+        tau = jnp.geomspace(1.0, config.max_seq_len, shape[0])
+        return -jnp.log(jnp.expm1(1 / tau)).astype(dtype)  # logit(exp(-1 / tau))
+
+    return initializer
