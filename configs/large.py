@@ -5,9 +5,12 @@
 Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens. The published
            mean context (--model.context mean) has 303,547,392 parameters, attention
            (--model.context attention) 341,326,848.
-Hardware   One GPU of 40 GB or more.
-Memory     7.4 GiB, estimated for one GPU (inl estimate --config large). Of these, 4.5 GiB are
-           state, which is exact from shapes: float32 weights, two moments, accumulator.
+Hardware   One GPU of 10 GB or more.
+Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
+           sequences, remat none (inl estimate --config large). Other sizes: docs/memory.md.
+Memory     6.3 GiB at least, with one sequence at a time, estimated for one GPU; 33.8 GiB on an
+           H100. Of these, 4.5 GiB are state, which is exact from shapes: float32 weights, two
+           moments, accumulator.
 Time       Not measured yet for this size; 50,000 updates of 131,072 tokens are about
            22 tokens per parameter.
 Loss       Not measured yet for this size.
