@@ -150,6 +150,8 @@ def test_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accum
         str(devices),
         "--accumulate_steps",
         accumulate,
+        "--model.remat",
+        "block",
         "--compile",
         "cpu",
         "--json",
@@ -157,6 +159,20 @@ def test_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accum
     )
     record = json.loads(done.stdout)
     assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize("remat", ["none", "integrator", "all_but_integrator", "block"])
+def test_estimate_is_within_10_percent_of_the_program_for_gpus(remat, sequences):
+    """The choice of a recipe rests on this."""
+    steps = 8 // sequences
+    flags = f"--config xlarge --model.num_layers 4 --batch_size 8 --accumulate_steps {steps}"
+    done = estimate(*flags.split(), "--model.remat", remat, "--compile", "cuda", "--json")
+    if "XLA's CUDA compiler cannot be used" in done.stderr:
+        pytest.skip("JAX's CUDA plugin is not installed")
+    record = json.loads(done.stdout)
+    assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.1)
 
 
 @pytest.mark.slow
