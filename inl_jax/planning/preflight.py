@@ -34,7 +34,7 @@ from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import memory_found, memory_needed, shares_host
 from inl_jax.planning.memory_advice import memory_advice
-from inl_jax.planning.recipe import choose, explain, memory_of_each
+from inl_jax.planning.recipe import choose, explain, is_open, memory_of_each
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
@@ -82,8 +82,10 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     mesh = make_mesh(config.mesh)
     fitted = fit_to_mesh(config, mesh)
-    layout, memory = make_layout(fitted, mesh), memory_of_each(mesh)
-    return Plan(choose(fitted, mesh, layout, memory, shared=shares_host(mesh)), mesh, layout)
+    layout = make_layout(fitted, mesh)
+    if is_open(fitted):
+        fitted = choose(fitted, mesh, layout, memory_of_each(mesh), shared=shares_host(mesh))
+    return Plan(fitted, mesh, layout)
 
 
 def examine(checks: Mapping[str, Callable[..., Finding]], *args) -> Iterator[Check]:
@@ -142,7 +144,7 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
 
 def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
     """How the run was fitted to its mesh and its memory. Takes what `check_machine` takes."""
-    memory = memory_of_each(mesh)
+    memory = memory_of_each(mesh) if is_open(asked) else 0
     found = explain(asked, config, mesh, layout, memory, shared=shares_host(mesh))
     return found, "", "ok"
 

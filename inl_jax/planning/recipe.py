@@ -62,8 +62,6 @@ def choose(
       memory: bytes that the run may take of each device.
       shared: whether host memory is the devices' own memory, as it is for CPUs.
     """
-    if not is_open(config):
-        return config
     return _chosen(recipes(config, mesh, layout, shared=shared), memory).config
 
 
@@ -130,7 +128,7 @@ def explain(
       config: as it will run: fitted to `mesh`, its recipe chosen.
       mesh: from `make_mesh`.
       layout: from `make_layout`.
-      memory: as `choose` had it.
+      memory: as `choose` had it, if `asked` has an auto.
       shared: as `choose` had it.
     """
     lines = []

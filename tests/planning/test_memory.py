@@ -14,6 +14,7 @@ from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import load_config
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import memory
+from inl_jax.planning.recipe import choose
 from inl_jax.training.state import make_layout
 from inl_jax.training.step import check_offload
 
@@ -27,10 +28,11 @@ RECIPES = {
 
 
 def needed_by(config, devices=None):
-    """Memory of a run on its own mesh, fitted."""
+    """Memory of a run on its own mesh, fitted, with the recipe that needs the least."""
     mesh = make_mesh(config.mesh, devices=devices)
-    config = fit_to_mesh(config, mesh)
-    return memory.memory_needed(config, mesh, make_layout(config, mesh))
+    layout = make_layout(config, mesh)
+    config = choose(fit_to_mesh(config, mesh), mesh, layout, 0)
+    return memory.memory_needed(config, mesh, layout)
 
 
 def bytes_of(tree, kind):
