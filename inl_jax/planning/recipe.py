@@ -26,10 +26,10 @@ ALIKE = 1.05
 """Of recipes whose predicted times are within this ratio of the fastest, the one that needs the
 least memory is taken: the prediction cannot tell them apart."""
 
-# Microseconds for a token of the 3b in XLA's program for an H100, 4 sequences at a time: of one
-# integrator iteration and of all the rest, forward and backward; and to recompute each.
-_ITERATION, _ITERATION_AGAIN = 5.5, 1.9
-_REST, _REST_AGAIN = 25, 6
+# Microseconds for a token of the 3b in XLA's program for an H100, 4 sequences at a time, forward and
+# backward: of all but the integrator, of an iteration, and what it costs to recompute an iteration
+# rather than keep it. The rest takes as long to keep as to recompute.
+_REST, _ITERATION, _ITERATION_AGAIN = 31, 7.1, 0.4
 # What a micro-batch costs beside its tokens, in tokens: gradients of weights that are added up, and
 # launches of kernels, which wider layers hide.
 _ADDED, _LAUNCHED = 450, 500 * 2048
@@ -98,11 +98,8 @@ def predicted_time(config: TrainConfig, mesh: Mesh) -> float:
       mesh: from `make_mesh`.
     """
     c = config.model
-    per_token = _REST + c.num_iterations * _ITERATION
-    passes = (c.remat in ("integrator", "block")) + (c.integrator_segment > 1)
-    per_token += passes * c.num_iterations * _ITERATION_AGAIN
-    if c.remat in ("all_but_integrator", "block"):
-        per_token += _REST_AGAIN
+    recomputed = c.remat in ("integrator", "block")
+    per_token = _REST + c.num_iterations * (_ITERATION + recomputed * _ITERATION_AGAIN)
     tokens = config.batch_size // batch_shards(mesh) * config.data.seq_len
     return per_token * (tokens + config.accumulate_steps * (_ADDED + _LAUNCHED / c.d_model))
 

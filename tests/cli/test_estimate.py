@@ -50,14 +50,14 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
 
 
 def test_estimate_chooses_a_recipe_for_each_gpu_and_leaves_an_explicit_one(estimate):
-    flags = ["--config", "3b", "--tokens", "10e9", "--gpus", "rtx4090", "h100", "h200"]
+    flags = ["--config", "3b", "--tokens", "10e9", "--gpus", "rtx4090", "a100-40gb", "h100"]
     _, out, _ = estimate(*flags, "--json")
     record = json.loads(out)
-    small, same, large = record["gpus"]
-    assert record["accumulate_steps"] == same["accumulate_steps"] == 16
-    assert record["device_bytes"] == same["device_bytes"] < large["device_bytes"]
-    assert (small["accumulate_steps"], small["remat"], small["fits"]) == (64, "block", False)
-    assert large["fits"] and large["remat"] != same["remat"] == "block"
+    small, middle, large = record["gpus"]
+    assert record["accumulate_steps"] == large["accumulate_steps"] == 16
+    assert record["device_bytes"] == large["device_bytes"] > middle["device_bytes"]
+    assert [row["fits"] for row in record["gpus"]] == [False, True, True]
+    assert small["accumulate_steps"] == middle["accumulate_steps"] == 64
     assert f"\n{record['recipe']}\n" in estimate(*flags)[1]
     explicit = ["--accumulate_steps", 64, "--model.remat", "block"]
     rows = json.loads(estimate(*flags, *explicit, "--json")[1])["gpus"]

@@ -71,7 +71,7 @@ def test_recipe_leaves_what_is_explicit_as_it_is():
     for name in AUTO:
         half = with_fields(explicit, {name: "auto"})
         kept, chosen = {*AUTO} - {name}, recipe.choose(half, mesh, layout, plenty)
-        assert chosen == with_fields(explicit, {name: "none" if "remat" in name else 1})
+        assert chosen == with_fields(explicit, {name: "block" if "remat" in name else 1})
         assert recipe.explain(half, chosen, mesh, layout, plenty).startswith(
             f"{name.removeprefix('model.')} auto: "
         )
@@ -91,10 +91,10 @@ def test_recipe_gives_every_device_of_a_mesh_whole_rows():
     # A number is lowered to fit the mesh although the other field is auto, and both are said.
     asked = with_fields(config, {"accumulate_steps": 48})
     chosen = recipe.choose(fit_to_mesh(asked, mesh), mesh, layout, 2**60)
-    assert (chosen.accumulate_steps, chosen.model.remat) == (6, "none")
+    assert (chosen.accumulate_steps, chosen.model.remat) == (6, "block")
     line = recipe.explain(asked, chosen, mesh, layout, 2**60)
     assert line.startswith("accumulate_steps 48 -> 6, so that each of 8 devices") and line.count(
-        "remat auto: 6 micro-batches of 1 sequence on each device, remat none: "
+        "remat auto: 6 micro-batches of 1 sequence on each device, remat block: "
     )
 
 
@@ -150,7 +150,7 @@ def test_run_resumed_on_a_smaller_device_chooses_anew_with_equal_results(
         return result, [start["recipe"] for start in starts]
 
     large, (alone,) = run("large", 2.0)
-    assert alone == {"remat": "none", "micro_batches": 1}
+    assert alone == {"remat": "block", "micro_batches": 1}
     for name, mesh in (("smaller", 1), ("wider", 2)):
         other, (first, second) = run(name, 2.0, 0.5, mesh=mesh)
         assert first == alone != second
