@@ -26,10 +26,10 @@ ALIKE = 1.05
 """Of recipes whose predicted times are within this ratio of the fastest, the one that needs the
 least memory is taken: the prediction cannot tell them apart."""
 
-# Microseconds for a token of the 3b in XLA's program for an H100, 4 sequences at a time, forward and
-# backward: of all but the integrator, of an iteration, and what it costs to recompute an iteration
-# rather than keep it. The rest takes as long to keep as to recompute.
-_REST, _ITERATION, _ITERATION_AGAIN = 31, 7.1, 0.4
+# Microseconds for a token of the 3b in XLA's program for an H100, 4 sequences at a time: forward
+# and backward of all but the integrator, and of one iteration; what it costs to recompute an
+# iteration rather than keep it; and what it costs to keep the rest rather than recompute it.
+_REST, _ITERATION, _ITERATION_AGAIN, _REST_KEPT = 31, 7.15, 0.35, 3
 # What a micro-batch costs beside its tokens, in tokens: gradients of weights that are added up, and
 # launches of kernels, which wider layers hide.
 _ADDED, _LAUNCHED = 450, 500 * 2048
@@ -98,8 +98,10 @@ def predicted_time(config: TrainConfig, mesh: Mesh) -> float:
       mesh: from `make_mesh`.
     """
     c = config.model
-    recomputed = c.remat in ("integrator", "block")
-    per_token = _REST + c.num_iterations * (_ITERATION + recomputed * _ITERATION_AGAIN)
+    again = _ITERATION_AGAIN if c.remat in ("integrator", "block") else 0
+    per_token = _REST + c.num_iterations * (_ITERATION + again)
+    if c.remat in ("none", "integrator"):
+        per_token += _REST_KEPT
     tokens = config.batch_size // batch_shards(mesh) * config.data.seq_len
     return per_token * (tokens + config.accumulate_steps * (_ADDED + _LAUNCHED / c.d_model))
 

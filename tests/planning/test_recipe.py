@@ -126,21 +126,21 @@ def test_run_resumed_on_a_smaller_device_chooses_anew_with_equal_results(
 ):
     """The same updates on the same data, with equal losses; the asked config is recorded."""
 
-    def run(name, *shares, mesh=1):
-        """Trains 4 updates on a device of each size in turn: shares of the largest recipe."""
-        for number, share in enumerate(shares, start=1):
+    def run(name, *sizes, mesh=1):
+        """Trains 4 updates on a device of each size in turn, as the largest or least recipe."""
+        for number, place in enumerate(sizes, start=1):
             config = train_config(
                 model={"remat": "auto", "num_layers": 6},
                 accumulate_steps="auto",
                 run_dir=f"{train_config().run_dir}-{name}",
-                mesh=MeshConfig(data=mesh if number == len(shares) else 1),
+                mesh=MeshConfig(data=mesh if number == len(sizes) else 1),
             )
             plan = make_plan(config)
-            largest = recipe.recipes(config, plan.mesh, plan.layout)[-1].num_bytes
-            there = lambda _, n=share * largest: (int(n), "free")  # noqa: E731
+            held = recipe.recipes(config, plan.mesh, plan.layout)[place].num_bytes
+            there = lambda _, n=1.5 * held: (int(n), "free")  # noqa: E731
             for module in (recipe, "inl_jax.planning.preflight"):
                 monkeypatch.setattr(f"{getattr(module, '__name__', module)}.memory_found", there)
-            stop = (lambda r: r["step"] < 4 or 1 / 0) if number < len(shares) else None
+            stop = (lambda r: r["step"] < 4 or 1 / 0) if number < len(sizes) else None
             try:
                 result = trainer.train(config, on_record=stop)
             except ZeroDivisionError:
@@ -149,10 +149,10 @@ def test_run_resumed_on_a_smaller_device_chooses_anew_with_equal_results(
         starts = json.loads((Path(config.run_dir) / "env.json").read_text())["starts"]
         return result, [start["recipe"] for start in starts]
 
-    large, (alone,) = run("large", 2.0)
+    large, (alone,) = run("large", -1)
     assert alone == {"remat": "block", "micro_batches": 1}
     for name, mesh in (("smaller", 1), ("wider", 2)):
-        other, (first, second) = run(name, 2.0, 0.5, mesh=mesh)
+        other, (first, second) = run(name, -1, 0, mesh=mesh)
         assert first == alone != second
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), large.params, other.params
