@@ -30,9 +30,9 @@ from inl_jax.model.dynamics import Dynamics
 from inl_jax.model.integrator import integrate
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import compute_dtype
-from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
+from inl_jax.parallel.sharding import on
+from inl_jax.planning.preflight import make_plan
 from inl_jax.terminal.command_line import Parser
-from inl_jax.training.state import make_layout
 from inl_jax.training.step import trace_step
 
 SLICE = 2048  # positions in a chunk of the integrator if the config takes all at once
@@ -111,12 +111,11 @@ def block_temp_bytes(model: ModelConfig, seq_len: int) -> int:
 
 def step_memory(config: TrainConfig) -> dict[str, Any]:
     """Memory and compile time of the whole training step."""
-    mesh = make_mesh(config.mesh)
-    config = fit_to_mesh(config, mesh)
+    config, mesh, layout = make_plan(config)
     say("compiling the training step")
     start = time.perf_counter()
     with on(mesh):
-        traced = trace_step(config, mesh, make_layout(config, mesh))
+        traced = trace_step(config, mesh, layout)
         analysis = traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
     parts = ("argument", "temp", "alias", "output")

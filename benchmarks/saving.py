@@ -19,19 +19,19 @@ from pathlib import Path
 import jax
 from harness import Report, config_and_flags, main, number
 
-from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on, shardings_of
+from inl_jax.parallel.sharding import on, shardings_of
+from inl_jax.planning.preflight import make_plan
 from inl_jax.storage import checkpoint
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.manifest import verify, write_manifest
 from inl_jax.terminal.command_line import Parser
-from inl_jax.training.state import init_state, make_layout, split_state
+from inl_jax.training.state import init_state, split_state
 
 
 def saving(parser: Parser, argv: Sequence[str]) -> Report:
     number(parser, "--saves", 5, "saves that count, after one that does not")
     config, flags = config_and_flags(parser, argv)
-    mesh = make_mesh(config.mesh)
-    config = fit_to_mesh(config, mesh)
+    config, mesh, layout = make_plan(config)
     hashing, rows = [], []
 
     def timed_manifest(step_dir):
@@ -46,7 +46,7 @@ def saving(parser: Parser, argv: Sequence[str]) -> Report:
         stack.callback(shutil.rmtree, folder)
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder, keep_last=1)))
         fresh = functools.partial(init_state, config=config)
-        shardings = shardings_of(make_layout(config, mesh).state)
+        shardings = shardings_of(layout.state)
         state = jax.jit(fresh, out_shardings=shardings)(jax.random.key(config.seed))
         for step in range(1, flags.saves + 2):
             jax.block_until_ready(state)

@@ -30,8 +30,9 @@ from harness import (
 )
 
 from inl_jax.config import TrainConfig, with_fields
-from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on, place, shardings_of
+from inl_jax.parallel.sharding import make_mesh, on, place, shardings_of
 from inl_jax.planning.cost import flops_per_token, utilization
+from inl_jax.planning.preflight import make_plan
 from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import init_state, make_layout
 from inl_jax.training.step import compile_step
@@ -42,7 +43,7 @@ def train(parser: Parser, argv: Sequence[str]) -> Report:
     number(parser, "--warmup", 2, "updates before them")
     parser.add_argument("--tax", action="store_true", help="measure num_iterations 0 as well")
     config, flags = config_and_flags(parser, argv)
-    config = fit_to_mesh(config, make_mesh(config.mesh))
+    config = make_plan(config).config
     record = training(config, flags)
     rows = [record]
     if flags.tax and config.model.num_iterations > 0:

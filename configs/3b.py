@@ -6,13 +6,12 @@ Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 to
            mean context (--model.context mean) has 1,698,168,832 parameters, attention
            (--model.context attention) 1,949,919,232.
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
-Memory     34.3 GiB, estimated for one GPU (inl estimate --config 3b). Of these, 28.5 GiB are state,
-           which is exact from shapes: bfloat16 weights and float32 masters, two moments,
-           accumulator.
-           XLA's CUDA compiler says 34.4 GiB in all, and 6.8 GiB on each of 8 devices under fsdp
-           (docs/memory.md).
-           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU this is not measured yet.
+Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
+           sequences, remat block (inl estimate --config 3b). Other sizes: docs/memory.md.
+Memory     34.4 GiB at least, with one sequence at a time, estimated for one GPU; 41.1 GiB on an
+           H100. Of these, 28.5 GiB are state, which is exact from shapes: bfloat16 weights and
+           float32 masters, two moments, accumulator. XLA's CUDA compiler says 34.4 and 40.8 GiB,
+           and 6.8 GiB at least on each of 8 devices under fsdp (docs/memory.md).
 Time       Not measured yet for this size; 130,000 updates of 262,144 tokens are about
            20 tokens per parameter. At an assumed 40% of its peak one H100 takes 15 days, at 10%
            61 (inl estimate --config 3b --gpus h100 --mfu .4).
@@ -32,13 +31,14 @@ config = TrainConfig(
         num_heads=16,
         num_kv_heads=4,
         param_dtype="bfloat16",
+        remat="auto",
     ),
     data=DataConfig(tokenizer="gpt2", seq_len=4096),
     optim=OptimConfig(learning_rate=2e-4, warmup_steps=2000),
     run_dir="runs/3b",
     num_steps=130000,
     batch_size=64,
-    accumulate_steps=64,
+    accumulate_steps="auto",
     eval_every=500,
     save_every=500,
     sample_every=5000,

@@ -6,13 +6,12 @@ Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 to
            mean context (--model.context mean) has 2,524,171,008 parameters, attention
            (--model.context attention) 2,948,967,168.
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
-Memory     50.5 GiB, estimated for one GPU (inl estimate --config 4b). Of these, 42.3 GiB are state,
-           which is exact from shapes: bfloat16 weights and float32 masters, two moments,
-           accumulator.
-           XLA's CUDA compiler says 50.3 GiB in all, and 9.3 GiB on each of 8 devices under fsdp
-           (docs/memory.md).
-           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU this is not measured yet.
+Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
+           sequences, remat block (inl estimate --config 4b). Other sizes: docs/memory.md.
+Memory     50.6 GiB at least, with one sequence at a time, estimated for one GPU; 58.5 GiB on an
+           H100. Of these, 42.3 GiB are state, which is exact from shapes: bfloat16 weights and
+           float32 masters, two moments, accumulator. XLA's CUDA compiler says 50.3 GiB at least,
+           and 9.3 GiB on each of 8 devices under fsdp (docs/memory.md).
 Time       Not measured yet for this size; 190,000 updates of 262,144 tokens are about
            20 tokens per parameter. At an assumed 40% of its peak one H100 takes 32 days, at 10%
            129 (inl estimate --config 4b --gpus h100 --mfu .4).
@@ -32,13 +31,14 @@ config = TrainConfig(
         num_heads=18,
         num_kv_heads=6,
         param_dtype="bfloat16",
+        remat="auto",
     ),
     data=DataConfig(tokenizer="gpt2", seq_len=4096),
     optim=OptimConfig(learning_rate=1.5e-4, warmup_steps=2000),
     run_dir="runs/4b",
     num_steps=190000,
     batch_size=64,
-    accumulate_steps=64,
+    accumulate_steps="auto",
     eval_every=500,
     save_every=500,
     sample_every=5000,

@@ -5,9 +5,12 @@
 Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens. The published
            mean context (--model.context mean) has 303,547,392 parameters, attention
            (--model.context attention) 341,326,848.
-Hardware   One GPU of 40 GB or more.
-Memory     7.4 GiB, estimated for one GPU (inl estimate --config large). Of these, 4.5 GiB are
-           state, which is exact from shapes: float32 weights, two moments, accumulator.
+Hardware   One GPU of 10 GB or more.
+Recipe     Chosen by the device's memory and said at the start: on one H100 4 micro-batches of 16
+           sequences, remat block (inl estimate --config large). Other sizes: docs/memory.md.
+Memory     6.3 GiB at least, with one sequence at a time, estimated for one GPU; 12.5 GiB on an
+           H100. Of these, 4.5 GiB are state, which is exact from shapes: float32 weights, two
+           moments, accumulator.
 Time       Not measured yet for this size; 50,000 updates of 131,072 tokens are about
            22 tokens per parameter.
 Loss       Not measured yet for this size.
@@ -26,13 +29,14 @@ config = TrainConfig(
         num_heads=8,
         num_kv_heads=2,
         param_dtype="float32",
+        remat="auto",
     ),
     data=DataConfig(tokenizer="gpt2", seq_len=2048),
     optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000),
     run_dir="runs/large",
     num_steps=50000,
     batch_size=64,
-    accumulate_steps=16,
+    accumulate_steps="auto",
     eval_every=500,
     save_every=500,
 )

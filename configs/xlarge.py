@@ -6,11 +6,11 @@ Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 to
            mean context (--model.context mean) has 807,850,496 parameters, attention
            (--model.context attention) 933,736,960.
 Hardware   One GPU of 80 GB, or several with --mesh.fsdp N.
-Memory     16.9 GiB, estimated for one GPU (inl estimate --config xlarge). Of these, 13.5 GiB are
-           state, which is exact from shapes: bfloat16 weights and float32 masters, two moments,
-           accumulator.
-           Remat "block" saves 45% of the memory of two 3b blocks for 6% of their time on a CPU
-           (docs/benchmarks.md); on a GPU this is not measured yet.
+Recipe     Chosen by the device's memory and said at the start: on one H100 8 micro-batches of 8
+           sequences, remat block (inl estimate --config xlarge). Other sizes: docs/memory.md.
+Memory     17.0 GiB at least, with one sequence at a time, estimated for one GPU; 27.0 GiB on an
+           H100. Of these, 13.5 GiB are state, which is exact from shapes: bfloat16 weights and
+           float32 masters, two moments, accumulator.
 Time       Not measured yet for this size; 60,000 updates of 262,144 tokens are about
            19 tokens per parameter.
 Loss       Not measured yet for this size.
@@ -29,13 +29,14 @@ config = TrainConfig(
         num_heads=12,
         num_kv_heads=4,
         param_dtype="bfloat16",
+        remat="auto",
     ),
     data=DataConfig(tokenizer="gpt2", seq_len=4096),
     optim=OptimConfig(learning_rate=2e-4, warmup_steps=2000),
     run_dir="runs/xlarge",
     num_steps=60000,
     batch_size=64,
-    accumulate_steps=64,
+    accumulate_steps="auto",
     eval_every=500,
     save_every=500,
 )

@@ -29,6 +29,7 @@ from inl_jax.planning.preflight import (
     MACHINE_CHECKS,
     Check,
     Finding,
+    check_recipe,
     check_same_config,
     count_steps,
     examine,
@@ -79,10 +80,10 @@ def checklist(
     rows = _tried(CHOICES | SETUP_CHECKS, config)
     try:
         plan = make_plan(config)
-        rows += _tried(MACHINE_CHECKS, config, *plan)
+        rows += _tried(MACHINE_CHECKS | {"recipe": check_recipe}, config, *plan)
         rows += _tried({"compiled step": _check_step}, *plan) if compiled else []
     except InputError as error:
-        rows += [_failed("devices", error), *_not_checked(list(MACHINE_CHECKS)[1:])]
+        rows += [_failed("devices", error), *_not_checked([*list(MACHINE_CHECKS)[1:], "recipe"])]
     corpus = None
     if skip_data:
         rows += _not_checked(["data", *DATA_CHECKS])

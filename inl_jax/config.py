@@ -120,10 +120,8 @@ class MeshConfig:
         check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
-            word = isinstance(size, str) and size == "rest"
-            whole = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 10**6
             require(
-                word or whole,
+                size == "rest" or 0 < size <= 10**6,
                 f"mesh.{name}={shown(size)}: a positive whole number up to 1,000,000, or rest",
             )
         rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]
@@ -153,9 +151,10 @@ class TrainConfig:
     """Passes over the training tokens; 0 if num_steps decides."""
     batch_size: int = 16
     """Sequences of an update, over all devices and micro-batches."""
-    accumulate_steps: int = 1
+    accumulate_steps: int | Literal["auto"] = 1
     """Micro-batches of an update. More of them need less memory and give the same mean gradient. If
-    a micro-batch has fewer rows than there are devices, fewer micro-batches are made."""
+    a micro-batch has fewer rows than there are devices, fewer micro-batches are made. auto: as many
+    as the device's memory asks for, chosen at the start (docs/memory.md)."""
     loss_chunk: int = 256
     """Tokens of one device whose logits exist at once, in training and evaluation; 0 takes all.
     The loss does not depend on it."""
@@ -239,7 +238,7 @@ class TrainConfig:
             f"{self.num_steps // 10}",
         )
         require(
-            self.batch_size % self.accumulate_steps == 0,
+            self.accumulate_steps == "auto" or self.batch_size % self.accumulate_steps == 0,
             f"batch_size={self.batch_size}: must be a multiple of "
             f"accumulate_steps={self.accumulate_steps}",
         )

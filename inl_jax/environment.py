@@ -49,12 +49,17 @@ _VARIABLES = re.compile(
 _GIT_SECONDS = 1  # for an answer of git: a checkout may lie on a slow network disk
 
 
-def record_environment(run_dir: str | Path) -> None:
-    """Adds this start to `{"starts": [...]}` in RUN/env.json. Never raises. Process 0 calls it."""
+def record_environment(run_dir: str | Path, **chosen: Any) -> None:
+    """Adds this start to `{"starts": [...]}` in RUN/env.json. Never raises. Process 0 calls it.
+
+    Args:
+      run_dir: the run directory.
+      chosen: what was chosen for this start, by name; as JSON.
+    """
     path = Path(run_dir) / "env.json"
     try:
         starts = json.loads(read_bytes(path))["starts"] if path.exists() else []
-        write_text(path, json_text({"starts": [*starts, environment()]}, indent=2))
+        write_text(path, json_text({"starts": [*starts, environment() | chosen]}, indent=2))
     except Exception as error:  # a note about a run must not end it
         say(f"WARNING: {path} was not written ({reason(error)})")
 

@@ -93,7 +93,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 say_rate_change(config, start.step)
                 record_run(config, corpus.tokenizer)
                 if processes.first():
-                    record_environment(config.run_dir)
+                    chosen = {"remat": fitted.model.remat, "micro_batches": fitted.accumulate_steps}
+                    record_environment(config.run_dir, recipe=chosen)
             trackers = Trackers(
                 config.track, config.run_dir, project=config.project, step=start.step
             )

@@ -11,7 +11,7 @@ from conftest import mesh_of
 from inl_jax.config import InputError, with_fields
 from inl_jax.config_file import load_config
 from inl_jax.parallel.launch import find_launch
-from inl_jax.planning import memory
+from inl_jax.planning.memory_advice import smallest_change
 from inl_jax.questions import read_answers
 from inl_jax.storage.run_dir import check_run, read_config
 from inl_jax.tokens.tokenizer import load_tokenizer
@@ -145,8 +145,8 @@ def test_advice_about_another_tokenizer_comes_before_the_sizes_of_its_model(trai
 
 def test_advice_about_memory_takes_no_more_of_the_host_than_there_is(train_config):
     config = train_config(optim={"state_memory": "pinned_host"})
-    assert memory.smallest_change(config, mesh_of(), 1 << 40, host=1 << 40)
-    assert memory.smallest_change(config, mesh_of(), 1 << 40, host=0) is None
+    assert smallest_change(config, mesh_of(), 1 << 40, host=1 << 40)
+    assert smallest_change(config, mesh_of(), 1 << 40, host=0) is None
 
 
 def test_no_processes_at_all_are_refused_by_their_number():

@@ -47,6 +47,8 @@ def test_checklist_makes_every_check_of_train_and_leaves_nothing_behind(train_co
     assert set(rows) >= {*WHAT_TRAIN_CHECKS, "data", "checkpoints", "evaluation"}
     assert files(tmp_path) == before
     assert "failed" not in rows.values() and rows["time"] == "not checked"
+    (row,) = [check for check in checklist(train_config(), skip_data=True) if check[0] == "recipe"]
+    assert row.found == "1 micro-batch of 8 sequences, remat none, as asked"
 
 
 def test_checklist_goes_on_after_a_failure(train_config, monkeypatch):

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shlex
@@ -660,7 +661,7 @@ def test_train_fits_the_config_and_makes_the_layout_once(train_config, monkeypat
     spy(preflight, "make_layout")
     spy(preflight, "fit_to_mesh")
     spy(state, "param_shardings")
-    config = train_config(accumulate_steps=8, mesh=MeshConfig(data=2))
+    config = train_config(accumulate_steps=8, model={"remat": "auto"}, mesh=MeshConfig(data=2))
     monkeypatch.setattr(
         trainer, "compile_step", lambda fitted, *_: 1 / (fitted.accumulate_steps - 4)
     )
@@ -668,6 +669,8 @@ def test_train_fits_the_config_and_makes_the_layout_once(train_config, monkeypat
         trainer.train(config)
     assert sorted(calls) == ["fit_to_mesh", "make_layout", "param_shardings"]
     assert read_config(config.run_dir) == config, "the asked config is what is recorded"
+    (start,) = json.loads((Path(config.run_dir) / "env.json").read_text())["starts"]
+    assert start["recipe"] == {"remat": "block", "micro_batches": 4}
 
 
 def run_script(name, *args, **kwargs):

@@ -4,7 +4,8 @@ inl estimate --config 3b [--device rtx4090] [--devices 8] [--compile [cuda]] [--
     [--tokens 50e9] [--gpus all | NAME ...] [--mfu .3 | --mfu_from RUN] [--price USD] [--watts W]
     [--section.field value ...]
 
-Nothing is allocated. Without --compile the state is computed from its shapes and the rest is
+Nothing is allocated. accumulate_steps auto and model.remat auto are chosen for --device, and for
+each of --gpus. Without --compile the state is computed from its shapes and the rest is
 estimated. With it the whole step is compiled for as many devices, by XLA for CPUs or, with
 inl_jax[cuda] installed and without a GPU, for H100s; and the bytes that devices send in one update
 are counted. (For CPUs XLA adds 16-bit gradients in float32, and by all-reduce.)
@@ -46,8 +47,7 @@ def main(argv: Sequence[str]) -> int:
     check(flags)
     import jax
 
-    from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
-    from inl_jax.planning import memory
+    from inl_jax.parallel.sharding import make_mesh
     from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.programs.xla import use_no_device
     from inl_jax.training.state import make_layout
@@ -56,25 +56,21 @@ def main(argv: Sequence[str]) -> int:
     use_no_device(flags.compile or "cpu")
     gpu = find_gpu(flags.device)
     jax.config.update("jax_num_cpu_devices", flags.devices)
-    if flags.compile != "cpu" and config.model.compute_dtype == "auto":  # as on a GPU
-        model = dataclasses.replace(config.model, compute_dtype="bfloat16")
-        config = dataclasses.replace(config, model=model)
     wanted = math.prod(n for n in dataclasses.asdict(config.mesh).values() if isinstance(n, int))
     if wanted > flags.devices:
         raise InputError(
             f"--devices {flags.devices}: the mesh has {wanted} devices; add --devices {wanted}"
         )
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
-    config = fit_to_mesh(config, mesh)
     layout = make_layout(config, mesh)
-    needed = memory.memory_needed(config, mesh, layout)
-    record = make_record(config, flags, gpu, mesh, layout, needed)
-    record |= budgets(config, flags, gpu, record["device_bytes"])
-    if flags.json:
-        show(json_text(record))
-    else:
-        show_memory(config, flags, gpu, mesh, needed, record)
-        show_budgets(flags, record)
+    with as_on(gpu, flags):
+        record = make_record(config, flags, gpu, mesh, layout)
+        record |= budgets(config, flags, gpu, mesh, layout, record)
+        if flags.json:
+            show(json_text(record))
+        else:
+            show_memory(config, flags, gpu, mesh, record)
+            show_budgets(flags, record)
     return 0 if record["fits"] else EXIT_MISTAKE
 
 
@@ -110,12 +106,32 @@ def check(flags) -> None:
         raise InputError(f"--mfu {flags.mfu} with --mfu_from {flags.mfu_from}: give one of them")
 
 
-def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
+def as_on(gpu, flags):
+    """What is traced inside is made for the GPU, but for the CPU if that is to compile it."""
+    from inl_jax.model.device import Device, made_for
+
+    return made_for(None if flags.compile == "cpu" else Device("gpu", gpu.capability))
+
+
+def fitted(config, gpu, mesh, layout) -> tuple:
+    """The run as it would be computed on such GPUs, and the memory that it needs."""
+    from inl_jax.parallel.sharding import fit_to_mesh
+    from inl_jax.planning.memory import memory_needed
+    from inl_jax.planning.recipe import choose
+
+    config = choose(fit_to_mesh(config, mesh), mesh, layout, gpu.usable_memory)
+    return config, memory_needed(config, mesh, layout)
+
+
+def make_record(asked, flags, gpu, mesh, layout) -> dict:
     """All that was found, in bytes, as `--json` prints it."""
     from inl_jax.planning import memory
+    from inl_jax.planning.memory_advice import as_flags, smallest_change
     from inl_jax.planning.programs.collectives import find_collectives, least_bytes, summed
     from inl_jax.planning.programs.xla import compile_abstractly
+    from inl_jax.planning.recipe import explain
 
+    config, needed = fitted(asked, gpu, mesh, layout)
     device_bytes, host_bytes = needed.device_bytes, needed.host_bytes
     record = {"parts": needed.device, "host_parts": needed.host, "estimated_bytes": device_bytes}
     if flags.compile:
@@ -137,8 +153,11 @@ def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
     fits = device_bytes <= usable
     # If the compiler asks for more than was estimated, it will do so after a change as well.
     allowed = usable * needed.device_bytes / device_bytes
-    change = None if fits else memory.smallest_change(config, mesh, allowed)
+    change = None if fits else smallest_change(asked, mesh, allowed)
     return record | {
+        "accumulate_steps": config.accumulate_steps,
+        "remat": config.model.remat,
+        "recipe": explain(asked, config, mesh, layout, usable),
         "activations_by_remat": memory.activations_by_remat(config, mesh),
         "config": config.name,
         "device": gpu.name,
@@ -149,28 +168,29 @@ def make_record(config, flags, gpu, mesh, layout, needed) -> dict:
         "host_bytes": host_bytes,
         "usable_bytes": usable,
         "fits": fits,
-        "change": None if change is None else memory.as_flags(change),
+        "change": None if change is None else as_flags(change),
     }
 
 
-def show_memory(config, flags, gpu, mesh, needed, record) -> None:
+def show_memory(config, flags, gpu, mesh, record) -> None:
     """Prints the record for people."""
     from inl_jax.planning.preflight import describe_model
 
     show(describe_model(config))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    micro_batches = plural(config.accumulate_steps, "micro-batch")
+    micro_batches = plural(record["accumulate_steps"], "micro-batch")
+    show(record["recipe"])
     show(f"on each of {mesh.size} x {gpu.name} ({axes}), {micro_batches}:")
-    for part, num_bytes in needed.device.items():
+    for part, num_bytes in record["parts"].items():
         if num_bytes:
             show(f"  {part:25} {size(num_bytes):>12}")
-    show(f"  {'all':25} {size(needed.device_bytes):>12}")
+    show(f"  {'all':25} {size(record['estimated_bytes']):>12}")
     by_remat = record["activations_by_remat"]
     show("  activations by remat: " + ", ".join(f"{m} {size(b)}" for m, b in by_remat.items()))
     if flags.compile:
         compiler = {"cpu": "for CPUs", "cuda": "for H100s"}[flags.compile]
         show(f"  {'as compiled ' + compiler:25} {size(record['device_bytes']):>12}")
-    for part, num_bytes in needed.host.items():
+    for part, num_bytes in record["host_parts"].items():
         show(f"  {part + ' on the host':25} {size(num_bytes):>12}")
     usable, card = size(record["usable_bytes"]), f"{gpu.memory:,} MiB"
     show(f"  {'usable':25} {usable:>12}  of {card}, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95")
@@ -189,7 +209,7 @@ def show_memory(config, flags, gpu, mesh, needed, record) -> None:
         show(f"it does not fit; the smallest change that makes it fit: {record['change']}")
 
 
-def budgets(config, flags, gpu, device_bytes) -> dict:
+def budgets(config, flags, gpu, mesh, layout, record) -> dict:
     """Tokens, time, rent and energy, as `--json` prints them; empty if the tokens are not known."""
     from inl_jax.model.language_model import param_count
     from inl_jax.planning.budget import ASSUMED_MFU, budget, measured_mfu
@@ -211,8 +231,16 @@ def budgets(config, flags, gpu, device_bytes) -> dict:
             gpu = dataclasses.replace(gpu, price=flags.price, price_source="--price")
         if flags.watts is not None:
             gpu = dataclasses.replace(gpu, power=flags.watts)
+        with as_on(gpu, flags):
+            on_gpu, needed = fitted(config, gpu, mesh, layout)
+        # As much more than estimated as the compiler asks for on --device.
+        compiled = record["device_bytes"] / record["estimated_bytes"]
+        device_bytes = round(needed.device_bytes * compiled)
         found = budget(config, tokens, gpu, flags.devices, mfu=mfu, mfu_source=source)
         return found._asdict() | {
+            "accumulate_steps": on_gpu.accumulate_steps,
+            "remat": on_gpu.model.remat,
+            "device_bytes": device_bytes,
             "price_per_hour": gpu.price,
             "price_source": gpu.price_source,
             "watts": gpu.power,
@@ -250,15 +278,16 @@ def show_budgets(flags, record) -> None:
     rows = record["gpus"] or [record]
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        show(f"  {row['count']} x {row['name']:{width}}  {_costs(row, record['device_bytes'])}")
+        show(f"  {row['count']} x {row['name']:{width}}  {_costs(row)}")
     for source in dict.fromkeys(row["price_source"] for row in rows if row["price"] is not None):
         names = ", ".join(row["name"] for row in rows if row["price_source"] == source)
         show(f"price of {names}: {source}")
 
 
-def _costs(row, device_bytes) -> str:
+def _costs(row) -> str:
     if not row["fits"]:
-        return f"does not fit: needs {size(device_bytes)}, usable {size(row['usable_bytes'])}"
+        needed, usable = size(row["device_bytes"]), size(row["usable_bytes"])
+        return f"does not fit: needs {needed}, usable {usable}"
     if row["hours"] is None:
         return "its bfloat16 peak is not published"
     price = "price not known"

@@ -126,7 +126,7 @@ class INLModel(Layer):
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
         block = Block
-        if c.remat in ("block", "all_but_integrator"):
+        if c.remat in ("block", "all_but_integrator", "auto"):
             keep = (TRAJECTORY,) if c.remat == "all_but_integrator" else ()
             policy = jax.checkpoint_policies.save_only_these_names(*keep)
             # prevent_cse is not needed inside a scan (jax.checkpoint), and costs time.

@@ -200,7 +200,8 @@ def _name(path) -> str:
 
 
 def fit_to_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The config as it runs on `mesh`: `accumulate_steps` lowered until each device has rows.
+    """The config as it runs on `mesh`: a number of `accumulate_steps` lowered until each device has
+    rows; auto stays, for `planning.recipe`.
 
     A micro-batch needs at least one row per device. The mean over fewer micro-batches is the same
     (but for rounding, and for the draws of dropout), so a config for one device runs on many. Call
@@ -216,6 +217,8 @@ def fit_to_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
             f"batch_size={config.batch_size}: must be a multiple of the {batch_shards(mesh)} "
             "devices that share the batch (mesh.data x mesh.fsdp); change one of them"
         )
+    if config.accumulate_steps == "auto":
+        return config
     steps = max(k for k in range(1, config.accumulate_steps + 1) if rows_per_shard % k == 0)
     return dataclasses.replace(config, accumulate_steps=steps)
 

@@ -17,6 +17,8 @@ class Gpu:
     """As users type it: lower case, form factor last."""
     device_kinds: tuple[str, ...] = ()
     """What JAX calls it (`jax.Device.device_kind`)."""
+    capability: tuple[int, int]
+    """CUDA compute capability, from NVIDIA's list (developer.nvidia.com/cuda-gpus)."""
     peak_flops: float | None
     """Dense matrix products of bfloat16 with float32 accumulation, FLOP/s, without sparsity."""
     memory: int
@@ -53,6 +55,7 @@ GPUS = (
     Gpu(
         name="b200-180gb",
         device_kinds=("NVIDIA B200",),
+        capability=(10, 0),
         peak_flops=2250e12,
         memory=183359,
         memory_bandwidth=8e12,
@@ -66,6 +69,7 @@ GPUS = (
     Gpu(
         name="h200-141gb",
         device_kinds=("NVIDIA H200",),
+        capability=(9, 0),
         peak_flops=989e12,
         memory=143771,
         memory_bandwidth=4.8e12,
@@ -79,6 +83,7 @@ GPUS = (
     Gpu(
         name="h100-80gb",
         device_kinds=("NVIDIA H100 80GB HBM3",),
+        capability=(9, 0),
         peak_flops=989e12,
         memory=81559,
         memory_bandwidth=3.35e12,
@@ -92,6 +97,7 @@ GPUS = (
     Gpu(
         name="h100-80gb-pcie",
         device_kinds=("NVIDIA H100 PCIe",),
+        capability=(9, 0),
         peak_flops=756e12,
         memory=81559,
         memory_bandwidth=2e12,
@@ -104,6 +110,7 @@ GPUS = (
     Gpu(
         name="a100-80gb",
         device_kinds=("NVIDIA A100-SXM4-80GB",),
+        capability=(8, 0),
         peak_flops=312e12,
         memory=81920,
         memory_bandwidth=2039e9,
@@ -117,6 +124,7 @@ GPUS = (
     Gpu(
         name="a100-40gb",
         device_kinds=("NVIDIA A100-SXM4-40GB",),
+        capability=(8, 0),
         peak_flops=312e12,
         memory=40960,
         memory_bandwidth=1555e9,
@@ -130,6 +138,7 @@ GPUS = (
     Gpu(
         name="a100-40gb-pcie",
         device_kinds=("NVIDIA A100-PCIE-40GB",),
+        capability=(8, 0),
         peak_flops=312e12,
         memory=40960,
         memory_bandwidth=1555e9,
@@ -140,6 +149,7 @@ GPUS = (
     Gpu(
         name="l40s",
         device_kinds=("NVIDIA L40S",),
+        capability=(8, 9),
         peak_flops=362e12,
         memory=46068,
         memory_bandwidth=864e9,
@@ -152,6 +162,7 @@ GPUS = (
     Gpu(
         name="rtx6000-ada",
         device_kinds=("NVIDIA RTX 6000 Ada Generation",),
+        capability=(8, 9),
         peak_flops=None,
         memory=49140,
         memory_bandwidth=960e9,
@@ -162,6 +173,7 @@ GPUS = (
     Gpu(
         name="rtx5090",
         device_kinds=("NVIDIA GeForce RTX 5090",),
+        capability=(12, 0),
         peak_flops=209.5e12,
         memory=32607,
         memory_bandwidth=1792e9,
@@ -174,6 +186,7 @@ GPUS = (
     Gpu(
         name="rtx4090",
         device_kinds=("NVIDIA GeForce RTX 4090",),
+        capability=(8, 9),
         peak_flops=165e12,
         memory=24564,
         memory_bandwidth=1008e9,
@@ -186,6 +199,7 @@ GPUS = (
     Gpu(
         name="rtx3090",
         device_kinds=("NVIDIA GeForce RTX 3090",),
+        capability=(8, 6),
         peak_flops=71e12,
         memory=24576,
         memory_bandwidth=936e9,
@@ -198,6 +212,7 @@ GPUS = (
     Gpu(
         name="a10g",
         device_kinds=("NVIDIA A10G",),
+        capability=(8, 6),
         peak_flops=70e12,
         memory=23028,
         memory_bandwidth=600e9,
@@ -208,6 +223,7 @@ GPUS = (
     Gpu(
         name="rtx4080",
         device_kinds=("NVIDIA GeForce RTX 4080",),
+        capability=(8, 9),
         peak_flops=97.5e12,
         memory=16376,
         memory_bandwidth=716.8e9,
@@ -219,6 +235,7 @@ GPUS = (
     Gpu(
         name="rtx4060ti-16gb",
         device_kinds=("NVIDIA GeForce RTX 4060 Ti",),
+        capability=(8, 9),
         peak_flops=None,
         memory=16380,
         memory_bandwidth=288e9,

@@ -5,22 +5,21 @@ to what XLA's compilers report (`_working_memory`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
+from inl_jax.config import ModelConfig, TrainConfig, with_fields
 from inl_jax.console import size
 from inl_jax.limits import host_memory
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
-from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh, num_bytes
+from inl_jax.parallel.sharding import batch_shards, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
-from inl_jax.training.state import Layout, make_layout
+from inl_jax.training.state import Layout
 
 
 class MemoryNeeded(NamedTuple):
@@ -77,7 +76,7 @@ def activations_by_remat(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
       config: the run, fitted to `mesh`.
       mesh: from `make_mesh`.
     """
-    modes = get_args(get_type_hints(ModelConfig)["remat"])
+    _, *modes = get_args(get_type_hints(ModelConfig)["remat"])  # all but auto
     configs = {mode: with_fields(config, {"model.remat": mode}) for mode in modes}
     return {mode: _working_memory(c, mesh)["activations"] for mode, c in configs.items()}
 
@@ -100,7 +99,7 @@ def _optimizer_bytes(state: Any) -> dict[tuple[str, str], int]:
 
 # Float32 values per token. In a block, beside what the integrator keeps: (in D, in F), by the type
 # of matrix products. While the gradient of one integrator iteration is computed: in D.
-_REST_OF_BLOCK = {"float32": (16, 3), "bfloat16": (5, 1.5)}
+_REST_OF_BLOCK = {"float32": (16, 3), "bfloat16": (6, 2)}
 _ITERATION = {"float32": 12, "bfloat16": 5}
 _SCORES = 3.75  # copies of a block's attention scores
 
@@ -190,91 +189,14 @@ def compiled_bytes(memory: Any) -> tuple[int, int]:
 
 
 def memory_found(mesh: Mesh) -> tuple[int, str]:
-    """Bytes of memory of each device of `mesh`, and a description of that memory."""
-    device = mesh.local_devices[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit, f"{device.device_kind}, the share JAX may use"
+    """Bytes of the smallest device of this process, and a description of that memory."""
+    limits = [(d.memory_stats() or {}).get("bytes_limit", 0) for d in mesh.local_devices]
+    if limit := min(limits):
+        smallest = mesh.local_devices[limits.index(limit)]
+        return limit, f"{smallest.device_kind}, the share JAX may use"
     return host_memory() // len(mesh.local_devices), "free memory of this machine"
 
 
-def smallest_change(
-    config: TrainConfig,
-    mesh: Mesh,
-    usable: float,
-    *,
-    shared: bool = False,
-    host: float = math.inf,
-) -> dict[str, Any] | None:
-    """The smallest change that makes a run fit, as dotted fields; None if no known change does.
-
-    Cheap changes are tried first and those that change the arithmetic last. Each is tried alone,
-    then together with the earlier ones that do not cost memory; of those, it keeps only the ones
-    that are needed.
-
-    Args:
-      config: the run, as asked or fitted to `mesh`.
-      mesh: its devices.
-      usable: bytes that it may take of each device.
-      shared: whether host memory is the devices' own memory, as it is for CPUs.
-      host: bytes of host memory that it may take.
-    """
-    devices, before = mesh.devices.ravel().tolist(), []
-
-    def needs(changes: list[dict[str, Any]]) -> float:
-        try:
-            changed = with_fields(config, _merged(changes))
-            mesh = make_mesh(changed.mesh, devices=devices)
-            changed = fit_to_mesh(changed, mesh)
-            needed = memory_needed(changed, mesh, make_layout(changed, mesh))
-        except InputError:  # does not divide over the mesh, or contradicts another field
-            return math.inf
-        if needed.host_bytes * len(mesh.local_devices) > host:
-            return math.inf
-        return needed.device_bytes + shared * needed.host_bytes
-
-    for change in _changes(config, mesh):
-        if needs([change]) <= usable:
-            return change
-        if needs([*before, change]) > needs(before):
-            continue
-        before.append(change)
-        if needs(before) <= usable:
-            for other in before[:-1]:
-                without = [kept for kept in before if kept is not other]
-                before = without if needs(without) <= usable else before
-            return _merged(before)
-    return None
-
-
-def memory_advice(config: TrainConfig, mesh: Mesh, usable: float, *, shared: bool = False) -> str:
-    """What to do if a run does not fit here: `add --model.remat block`; as `smallest_change`."""
-    if change := smallest_change(config, mesh, usable, shared=shared, host=host_memory()):
-        return f"add {as_flags(change)}"
-    return "use more devices (mesh.fsdp), a shorter data.seq_len or a smaller model"
-
-
-def as_flags(fields: Mapping[str, Any]) -> str:
-    """Dotted fields as a command line takes them: `--model.remat block --seed 1`."""
-    return " ".join(f"--{name} {value}" for name, value in fields.items())
-
-
-def _merged(changes: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: value for change in changes for name, value in change.items()}
-
-
-def _changes(config: TrainConfig, mesh: Mesh) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, the cheapest first."""
-    # As many micro-batches as there can be: each device has one sequence at a time.
-    yield {"accumulate_steps": config.batch_size // batch_shards(mesh)}
-    yield {"model.remat": "block"}
-    if config.model.num_iterations > 1:
-        yield {"model.integrator_segment": -(-config.model.num_iterations // 2)}
-        yield {"model.integrator_chunk": -(-config.data.seq_len // 2)}
-    if mesh.size > 1:
-        yield {"mesh.data": 1, "mesh.fsdp": mesh.size, "mesh.tensor": 1}
-    yield {"optim.state_memory": "pinned_host"}
-    if config.model.param_dtype == "bfloat16":
-        yield {"optim.accumulator_dtype": "bfloat16"}
-        yield {"optim.moment_dtype": "bfloat16", "optim.rounding": "stochastic"}
-        yield {"optim.optimizer": "adafactor", "optim.rounding": "stochastic"}
+def shares_host(mesh: Mesh) -> bool:
+    """Whether host memory is the devices' own memory, as it is for CPUs."""
+    return mesh.local_devices[0].platform == "cpu"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from inl_jax.config import TrainConfig
 from inl_jax.console import first_line, size
 from inl_jax.failures import OutOfMemory, is_out_of_memory
-from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
+from inl_jax.planning.memory import memory_found, memory_needed, shares_host
+from inl_jax.planning.memory_advice import memory_advice
 from inl_jax.planning.preflight import Plan
 
 
@@ -28,8 +29,7 @@ def explained(asked: TrainConfig, plan: Plan) -> Iterator[None]:
             raise
         needed, (found, _) = memory_needed(*plan), memory_found(plan.mesh)
         usable = 0.9 * min(needed.device_bytes, found)  # the estimate was too low
-        shared = plan.mesh.local_devices[0].platform == "cpu"
-        advice = memory_advice(asked, plan.mesh, usable, shared=shared)
+        advice = memory_advice(asked, plan.mesh, usable, shared=shares_host(plan.mesh))
         raise OutOfMemory(
             f"{asked.name} ran out of memory ({first_line(error)}); the estimate for each device "
             f"is {size(needed.device_bytes)} ({needed.by_part()}): {advice}"

@@ -30,9 +30,11 @@ from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import batch_shards, fit_to_mesh, make_mesh
+from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
-from inl_jax.planning.memory import memory_advice, memory_found, memory_needed
+from inl_jax.planning.memory import memory_found, memory_needed, shares_host
+from inl_jax.planning.memory_advice import memory_advice
+from inl_jax.planning.recipe import choose, explain, is_open, memory_of_each
 from inl_jax.tokens.tokenizer import Tokenizer
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.state import Layout, make_layout
@@ -53,7 +55,7 @@ class Check(NamedTuple):
 class Plan(NamedTuple):
     """How a run will be laid out on this machine."""
 
-    config: TrainConfig  # fitted to the mesh
+    config: TrainConfig  # fitted to the mesh, without auto in its recipe
     mesh: Mesh
     layout: Layout
 
@@ -73,14 +75,17 @@ def plan_run(config: TrainConfig) -> Plan:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Fits a run to its mesh.
+    """Fits a run to its mesh and its memory. Every process calls it.
 
     Raises:
       InputError: there are not as many devices, or the run does not divide over them.
     """
     mesh = make_mesh(config.mesh)
     fitted = fit_to_mesh(config, mesh)
-    return Plan(fitted, mesh, make_layout(fitted, mesh))
+    layout = make_layout(fitted, mesh)
+    if is_open(fitted):
+        fitted = choose(fitted, mesh, layout, memory_of_each(mesh), shared=shares_host(mesh))
+    return Plan(fitted, mesh, layout)
 
 
 def examine(checks: Mapping[str, Callable[..., Finding]], *args) -> Iterator[Check]:
@@ -129,14 +134,19 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     if config.model.context == "attention":
         attention_kernel(config.model)  # raises if this machine cannot run it
     say(describe_model(config))
-    if config.accumulate_steps != asked.accumulate_steps:
-        say(
-            f"accumulate_steps {asked.accumulate_steps} -> {config.accumulate_steps}, so that each "
-            f"of {batch_shards(mesh)} devices has rows of every micro-batch"
-        )
+    recipe, *_ = check_recipe(asked, config, mesh, layout)
+    if config != asked:
+        say(recipe)
     for check in examine(MACHINE_CHECKS, asked, config, mesh, layout):
         what = "WARNING: " * (check.verdict == "warning") + check.name
         say(f"{what}: needs {check.wanted}; found {check.found}")
+
+
+def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    """How the run was fitted to its mesh and its memory. Takes what `check_machine` takes."""
+    memory = memory_of_each(mesh) if is_open(asked) else 0
+    found = explain(asked, config, mesh, layout, memory, shared=shares_host(mesh))
+    return found, "", "ok"
 
 
 # --- Machine: checks of (asked, config, mesh, layout) as `check_machine` takes them --------------
@@ -152,7 +162,7 @@ def _check_devices(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: 
 
 def _check_memory(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
     needed, (found, what) = memory_needed(config, mesh, layout), memory_found(mesh)
-    shared = mesh.local_devices[0].platform == "cpu"  # a CPU device has no memory of its own
+    shared = shares_host(mesh)
     total = needed.device_bytes + shared * needed.host_bytes
     if total > found:
         raise InputError(

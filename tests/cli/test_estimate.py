@@ -42,11 +42,27 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
     assert estimate(*flags, "all", "h100", "--json")[1] == out
     code, out, _ = estimate(*flags, "rtx4090", "a100-80gb")
     *_, small, large, source = out.splitlines()
-    assert "1 x rtx4090    does not fit: needs 50.50 GiB, usable 22.07 GiB" in small
+    assert "1 x rtx4090    does not fit: needs 50.61 GiB, usable 22.07 GiB" in small
     assert "1 x a100-80gb" in large and "at $1.50/h" in large and "kWh at 400 W" in large
     assert source.startswith("price of rtx4090, a100-80gb: the published training guide")
     assert "10.00B tokens, 3.96 per parameter" in out and "advises 15.00B tokens" in out
     assert "at 10% MFU, assumed; none is measured on a GPU yet" in out
+
+
+def test_estimate_chooses_a_recipe_for_each_gpu_and_leaves_an_explicit_one(estimate):
+    flags = ["--config", "3b", "--tokens", "10e9", "--gpus", "rtx4090", "a100-40gb", "h100"]
+    _, out, _ = estimate(*flags, "--json")
+    record = json.loads(out)
+    small, middle, large = record["gpus"]
+    assert record["accumulate_steps"] == large["accumulate_steps"] == 16
+    assert record["device_bytes"] == large["device_bytes"] > middle["device_bytes"]
+    assert [row["fits"] for row in record["gpus"]] == [False, True, True]
+    assert small["accumulate_steps"] == middle["accumulate_steps"] == 64
+    assert f"\n{record['recipe']}\n" in estimate(*flags)[1]
+    explicit = ["--accumulate_steps", 64, "--model.remat", "block"]
+    rows = json.loads(estimate(*flags, *explicit, "--json")[1])["gpus"]
+    assert {(row["accumulate_steps"], row["remat"]) for row in rows} == {(64, "block")}
+    assert len({row["device_bytes"] for row in rows}) == 1
 
 
 def test_estimate_takes_the_tokens_of_the_run_unless_epochs_decide(estimate):
