@@ -10,12 +10,13 @@ modelled, and XLA cannot choose kernels by timing them here: ratios deserve more
 """
 
 import importlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from harness import Report, config_and_flags, main
+import ptxas
+from harness import Report, config_and_flags, main, shown
 from hlo import Array, Kernel, kernels, parse
 
 from inl_jax.config import InputError, TrainConfig, with_fields
@@ -46,16 +47,20 @@ def cuda_program(parser: Parser, argv: Sequence[str]) -> Report:
     for name, fields in VARIANTS.items():
         say(f"compiling {name}")
         try:
-            variant, found, device_bytes = compiled(with_fields(config, fields))
+            with ptxas.reports() as usages:
+                variant, found, device_bytes = compiled(with_fields(config, fields))
         except (InputError, TypeError) as error:
             if name != "mosaic":
                 raise
             say(f"mosaic: {error}")
             record[name] = None
             continue
-        record[name] = roofline(variant, found) | {"device_bytes": device_bytes}
+        record[name] = roofline(variant, found) | {
+            "device_bytes": device_bytes,
+            "ptxas": [usage._asdict() for usage in usages],
+        }
         rows += [{"variant": name} | row for row in by_loop(variant, found)]
-    notes = [f"{name}: {shown(values)}" for name, values in record.items() if name in VARIANTS]
+    notes = [f"{name}: {in_words(values)}" for name, values in record.items() if name in VARIANTS]
     return Report(record, rows, [*notes, __doc__.split("\n\n")[2].replace("\n", " ")])
 
 
@@ -92,6 +97,7 @@ def roofline(config: TrainConfig, found: list[Kernel]) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds,
         "mfu": flops / seconds / find_gpu("h100").peak_flops,
         "kernels": launches,
+        "kernels_by_kind": by_kind(found),
         "kb_per_token_iteration_forward": kb_per_token_iteration(config, found, "forward"),
         "kb_per_token_iteration_backward": kb_per_token_iteration(config, found, "backward"),
     }
@@ -125,6 +131,14 @@ def integrator_pass(kernel: Kernel) -> str | None:
     return "forward" if "integrator_forward" in kernel.op_name else None
 
 
+def by_kind(found: list[Kernel]) -> dict[str, int]:
+    """How often the step runs kernels of each kind, the most frequent first."""
+    counts = Counter()
+    for kernel in found:
+        counts[kernel.kind] += kernel.times
+    return dict(counts.most_common())
+
+
 # --- the table
 
 
@@ -147,11 +161,15 @@ def by_loop(config: TrainConfig, found: list[Kernel]) -> list[dict[str, Any]]:
     ]
 
 
-def shown(values: dict[str, Any] | None) -> str:
+def in_words(values: dict[str, Any] | None) -> str:
     """The roofline of a variant in one line."""
     if values is None:
         return "cannot be compiled"
-    return ", ".join(f"{name} {value:.6g}" for name, value in values.items() if value is not None)
+    numbers = {name: x for name, x in values.items() if isinstance(x, int | float)}
+    parts = [f"{name} {shown(name, x)}" for name, x in numbers.items()]
+    for usage in values["ptxas"]:
+        parts.append(f"{usage['registers']} registers, {usage['spilled_bytes']} bytes spilled")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Kernel(NamedTuple):
 def parse(text: str) -> Program:
     """Reads a program from `compiled.as_text()`."""
     computations, entry, name, lines = {}, "", "", {}
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    for line in re.sub(r"/\*index=\d+\*/", "", text).split("\n"):
         if line.startswith("  "):
             instruction = _instruction(line.strip().removeprefix("ROOT "))
             lines[instruction.name] = instruction
