@@ -60,8 +60,9 @@ def cuda_program(parser: Parser, argv: Sequence[str]) -> Report:
             "ptxas": [usage._asdict() for usage in usages],
         }
         rows += [{"variant": name} | row for row in by_loop(variant, found)]
-    notes = [f"{name}: {in_words(values)}" for name, values in record.items() if name in VARIANTS]
-    return Report(record, rows, [*notes, __doc__.split("\n\n")[2].replace("\n", " ")])
+    notes = [f"{name}: {in_words(record[name])}" for name in VARIANTS]
+    assumed = "predicted; assumed: {:g} bytes/s, {:g} FLOP/s, {:g} s per launch"
+    return Report(record, rows, [*notes, assumed.format(*CONSTANTS.values())])
 
 
 def compiled(config: TrainConfig) -> tuple[TrainConfig, list[Kernel], int]:

@@ -1,8 +1,9 @@
 """Reads the text of a program that XLA compiled for a GPU: its kernels, their bytes and their FLOP.
 
 An instruction outside of fusions is a kernel. A kernel reads once what it needs of its operands and
-writes its outputs once: caches are not modelled, nor what a product reads again. What an update in
-place leaves alone is neither read nor written. The kernels of a loop count as often as it turns.
+writes its outputs once; caches are not modelled, and a product that reads an operand again counts
+it once. What an update in place leaves alone is neither read nor written. The kernels of a loop
+count as often as the loop runs. Memory of the host counts as memory of the GPU.
 """
 
 import json
@@ -18,7 +19,6 @@ ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0}  # the other types say how many 
 FREE = {
     "after-all",
     "async-done",
-    "async-update",
     "bitcast",
     "constant",
     "get-tuple-element",
@@ -87,7 +87,7 @@ class Instruction(NamedTuple):
         return ""
 
     def calls(self, *attributes: str) -> str:
-        """The computation that the first of these attributes names."""
+        """The computation that one of these attributes names."""
         return next(self.attributes[a] for a in attributes if a in self.attributes).lstrip("%")
 
     @property
@@ -210,13 +210,16 @@ def _split(text: str, separator: str) -> list[str]:
 def kernels(program: Program, mosaic_bytes: Callable[[str, Array], int]) -> list[Kernel]:
     """The kernels of a program, in its order.
 
-    A loop counts once if XLA does not know how often it turns. An asynchronous operation is one
+    A loop counts once if XLA does not know how often it runs. An asynchronous operation is one
     kernel: the operands of its start, the outputs of its end.
 
     Args:
       program: from `parse`.
       mosaic_bytes: bytes that a kernel of Mosaic moves, by its op_name and its first operand. XLA's
         text shows neither them nor that kernel's FLOP, which count as 0.
+
+    Raises:
+      ValueError: the program branches, and the text does not say where to.
     """
 
     def visit(name: str, loops: tuple[Loop, ...], origin: str) -> Iterator[Kernel]:
@@ -225,10 +228,12 @@ def kernels(program: Program, mosaic_bytes: Callable[[str, Array], int]) -> list
             opcode, inner = instruction.opcode, instruction.op_name or origin
             if opcode == "while":
                 trips = int(instruction.config.get("known_trip_count", {"n": 1})["n"])
-                turns = (*loops, Loop(instruction.name, trips))
-                yield from visit(instruction.calls("body"), turns, inner)
+                inside = (*loops, Loop(instruction.name, trips))
+                yield from visit(instruction.calls("body"), inside, inner)
             elif opcode in ("async-start", "call"):
                 yield from visit(instruction.calls("calls", "to_apply"), loops, inner)
+            elif opcode == "conditional":
+                raise ValueError(f"{instruction.name}: the text does not say which branch runs")
             elif opcode not in FREE and not opcode.endswith(("-start", "-update")):
                 if opcode.endswith("-done"):
                     instruction = _whole(instruction, body)
@@ -317,8 +322,8 @@ def _elements_read(
       computation: of one kernel, or one that is fused in it.
       needed: elements of each output that are needed.
     """
-    # Elements of each instruction that are needed, by what takes them: a slice, for example. What
-    # two paths of elementwise operations lead to is the same elements.
+    # Elements of each instruction that are needed, by what needs them. Every slice needs its own;
+    # several paths of elementwise operations from one slice need the same.
     takes = defaultdict(dict, {name: {name: n} for name, n in needed.items()})
     for instruction in reversed(computation.instructions.values()):  # users before operands
         n = min(sum(takes[instruction.name].values()), instruction.size)
