@@ -1,11 +1,11 @@
-# make demo | test | test-slow | test-faults | browser | lint; PYTHON=python3.12 chooses the interpreter.
+# make demo | test | test-slow | test-faults | test-cuda | browser | lint; PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 
-.PHONY: demo test test-slow test-faults browser lint format clean
+.PHONY: demo test test-slow test-faults test-cuda browser lint format clean
 
 demo: $(DEMO)
 	$(BIN)/python scripts/train.py --config configs/tiny.py
@@ -23,6 +23,12 @@ test-slow: $(DEV)
 # What docs/reliability.md promises, in at most half an hour on 2 cores. Each test prints its figure.
 test-faults: $(DEV)
 	$(BIN)/python -m pytest -m faults tests/faults
+
+# What XLA's CUDA compiler makes of the 3b's step, read without a GPU; test-slow includes these tests
+# once JAX's CUDA plugin is installed.
+test-cuda: $(DEV)
+	$(BIN)/python -m pip install --quiet --editable '.[cuda]'
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_cuda_program.py
 
 # The report in a real browser; test-slow includes these tests once Chromium is installed.
 browser: $(DEV)

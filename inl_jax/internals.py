@@ -4,9 +4,10 @@ Each function says what is lost if its name disappears from a later version, and
 raises one clear line.
 """
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from inl_jax.config import InputError
@@ -84,6 +85,34 @@ def compile_for_topology(
     compile_options.executable_build_options.use_spmd_partitioning = num_devices > 1
     module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     return devices[0].client.compile(module, DeviceList(devices), compile_options)
+
+
+@contextlib.contextmanager
+def cudnn_assumed(version: int, capability: tuple[int, int]) -> Iterator[None]:
+    """Inside, JAX takes a GPU's compute capability and its cuDNN as given and does not look.
+
+    JAX asks the machine that it runs on for both before it uses cuDNN attention, also if it
+    compiles for another machine.
+    Without it cuDNN attention compiles only where cuDNN is installed, and heads wider than 128 only
+    where there is a GPU.
+
+    Args:
+      version: of cuDNN, for example 90700.
+      capability: CUDA compute capability.
+    """
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    answers = {
+        "check_cudnn_version": lambda: version,
+        "check_compute_capability": lambda least: capability >= tuple(map(int, least.split("."))),
+    }
+    found = {name: ask for name in answers if (ask := _find(f"{module}.{name}"))}
+    try:
+        for name in found:
+            setattr(sys.modules[module], name, answers[name])
+        yield
+    finally:
+        for name, ask in found.items():
+            setattr(sys.modules[module], name, ask)
 
 
 def on_save_failure(checkpointer: Any, callback: Callable[[BaseException], None]) -> None:

@@ -1,3 +1,4 @@
+import functools
 import os
 import re
 import resource
@@ -120,6 +121,29 @@ def test_compile_for_topology_names_what_this_jax_lacks(monkeypatch, name):
     monkeypatch.delattr(name)
     with pytest.raises(InputError, match=f"has no {name}: install .* or compile for the CPU"):
         compile_for_cpus(None, 1)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_cudnn_assumed_lets_cudnn_attention_be_traced_without_a_gpu(capability):
+    tokens = capability[0]  # JAX remembers what it has traced
+    wide = jax.ShapeDtypeStruct((1, tokens, 2, 256), "bfloat16")  # heads that only a Hopper takes
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with internals.cudnn_assumed(90700, capability):
+        if capability == (9, 0):
+            assert jax.eval_shape(attend, wide, wide, wide).shape == wide.shape
+        else:
+            with pytest.raises(NotImplementedError, match="head dim must be <= 128"):
+                jax.eval_shape(attend, wide, wide, wide)
+
+
+def test_cudnn_assumed_gives_jax_its_own_answers_back():
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    before = cudnn.check_cudnn_version, cudnn.check_compute_capability
+    with pytest.raises(KeyError), internals.cudnn_assumed(90700, (9, 0)):
+        assert cudnn.check_cudnn_version() == 90700
+        raise KeyError
+    assert (cudnn.check_cudnn_version, cudnn.check_compute_capability) == before
 
 
 @pytest.fixture

@@ -258,6 +258,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 12 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
+XLA_H100_CUDNN = 90700  # the same dnn_version_info, as cuDNN and JAX write it
 
 
 def find_gpu(name: str, flag: str = "--device") -> Gpu:

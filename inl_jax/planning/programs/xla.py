@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line, say
-from inl_jax.internals import backends_are_initialized, compile_for_topology
+from inl_jax.internals import backends_are_initialized, compile_for_topology, cudnn_assumed
 from inl_jax.model.device import H100, made_for
 from inl_jax.parallel import sharding
-from inl_jax.planning.hardware import XLA_H100
+from inl_jax.planning.hardware import XLA_H100, XLA_H100_CUDNN
 from inl_jax.training.state import Layout
 from inl_jax.training.step import trace_step
 
@@ -126,11 +126,11 @@ def compile_abstractly(config: TrainConfig, mesh: Mesh, layout: Layout, compiler
     Raises:
       InputError: as `compile_for_cuda`.
     """
-    with sharding.on(mesh), made_for(H100 if compiler == "cuda" else None):
-        traced = trace_step(config, mesh, layout)
-        if compiler == "cuda":
-            return compile_for_cuda(traced, mesh.size)
-        compiled = traced.lower().compile()
+    if compiler == "cuda":
+        with sharding.on(mesh), made_for(H100), cudnn_assumed(XLA_H100_CUDNN, H100.capability):
+            return compile_for_cuda(trace_step(config, mesh, layout), mesh.size)
+    with sharding.on(mesh):
+        compiled = trace_step(config, mesh, layout).lower().compile()
     return Program(compiled.memory_analysis(), compiled.as_text())
 
 
