@@ -202,7 +202,7 @@ def test_prefill_in_pieces_leaves_the_state_of_one_pass(language_model, monkeypa
     ):
         for b, length in enumerate(lengths):
             entries = slice(length if config.context == "attention" else None)
-            same(leaf[:, b][:, entries], other[:, b][:, entries])
+            same(leaf[:, b, ..., entries, :], other[:, b, ..., entries, :])
 
 
 def test_generate_draws_samples_of_a_prompt_that_depend_on_nothing_else(decay_model):
