@@ -38,9 +38,10 @@ def attend_with_cache(q_BSHK, new_BGSK, state: LayerState, tokens: TokenSpan) ->
 
     def add(total, key_BGnK, value_BGnK, seen):
         largest, denominator, numerator = total
+        # The key first: with the query first, XLA lays out the whole cache anew on GPUs.
         score = jnp.einsum(
-            "bgrsk,bgnk->bgrsn", q_BGRSK, key_BGnK, preferred_element_type=dtype
-        )
+            "bgnk,bgrsk->bgnrs", key_BGnK, q_BGRSK, preferred_element_type=dtype
+        ).transpose(0, 1, 3, 4, 2)
         score = jnp.where(seen, score * K**-0.5, -jnp.inf)
         new_largest = jnp.maximum(largest, score.max(axis=-1, keepdims=True))
         kept, weight = jnp.exp(largest - new_largest), jnp.exp(score - new_largest)
@@ -54,7 +55,8 @@ def attend_with_cache(q_BSHK, new_BGSK, state: LayerState, tokens: TokenSpan) ->
         return new_largest, denominator, kept * numerator + value
 
     def add_block(i, total):
-        first = jnp.minimum(i * width, N - width)  # the last block may reach back into the one before
+        # The last block may begin within the one before, whose entries then count only there.
+        first = jnp.minimum(i * width, N - width)
         entry_n = first + jnp.arange(width)
         seen_Bn = (entry_n >= i * width) & (entry_n < start_B[:, None])
         key, value = (
@@ -81,18 +83,19 @@ def attend_with_cache(q_BSHK, new_BGSK, state: LayerState, tokens: TokenSpan) ->
 def block_width(num_entries: int, num_tokens: int) -> int:
     """Entries of the cache that are read at once for `num_tokens` new tokens of each row.
 
-    On a CPU a block of 64 stays in its caches (docs/LOG.md). A GPU waits for the host before every
-    block, so it takes fewer. Many queries are worth wider blocks: there are fewer sums to rescale.
+    A block of 64 stays in the caches of a CPU: wider ones take longer (docs/LOG.md). A GPU waits for
+    the host at every block, so its blocks are wider; their width is not measured. The more queries,
+    the wider the blocks, so that fewer sums are rescaled.
     """
     narrowest = 64 if current_device().platform == "cpu" else 1024
     return min(num_entries, max(narrowest, num_tokens))
 
 
 def write_entries(caches, new, position_BS) -> dict[str, jax.Array]:
-    """The caches of all layers with the entries of the new tokens, where their memory allows it.
+    """The caches of all layers with the entries of the new tokens.
 
-    Padding is written too: no row sees it, and the row's later tokens overwrite it. Positions beyond
-    the cache are dropped.
+    Padding is written too: no row sees it, and the row's later tokens overwrite it. Entries beyond
+    the end of the cache are dropped.
 
     Args:
       caches: "key" and "value", [L, B, G, N, K] each.
