@@ -83,9 +83,9 @@ def attend_with_cache(q_BSHK, new_BGSK, state: LayerState, tokens: TokenSpan) ->
 def block_width(num_entries: int, num_tokens: int) -> int:
     """Entries of the cache that are read at once for `num_tokens` new tokens of each row.
 
-    A block of 64 stays in the caches of a CPU: wider ones take longer (docs/LOG.md). A GPU waits for
-    the host at every block, so its blocks are wider; their width is not measured. The more queries,
-    the wider the blocks, so that fewer sums are rescaled.
+    A block of 64 stays in the caches of a CPU: wider ones take longer (docs/LOG.md). A GPU waits
+    for the host at every block, so its blocks are wider; their width is not measured. The more
+    queries, the wider the blocks, so that fewer sums are rescaled.
     """
     narrowest = 64 if current_device().platform == "cpu" else 1024
     return min(num_entries, max(narrowest, num_tokens))
