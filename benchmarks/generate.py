@@ -2,11 +2,13 @@
 
 python benchmarks/generate.py --config C [--section.field value ...] [--checkpoint RUN] [--json]
 
-A row is one batch size and one position: prefill of prompts of that length, then greedy decoding,
-all tokens in one loop and as they are streamed.
+A row is one batch size, one position and one room, the length that the cache of attention is made
+for: prefill of prompts as long as the position, then greedy decoding, all tokens in one loop and as
+they are streamed. Time should follow the position and not the room.
 """
 
 import functools
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -26,8 +28,9 @@ from inl_jax.terminal.command_line import Parser
 
 def generate(parser: Parser, argv: Sequence[str]) -> Report:
     parser.add_argument("--checkpoint", help="run directory; random weights without it")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32, 64])
     parser.add_argument("--positions", type=int, nargs="+", default=[100, 4000])
+    parser.add_argument("--rooms", type=int, nargs="+", help="tokens; by default what is needed")
     number(parser, "--new_tokens", 64, "tokens to decode after each prompt")
     number(parser, "--rounds", 3, "measurements of each")
     config, flags = config_and_flags(parser, argv)
@@ -42,10 +45,12 @@ def generate(parser: Parser, argv: Sequence[str]) -> Report:
     else:
         params = init_params(c, jax.random.key(config.seed))
     rows = []
-    for batch_size in flags.batch_sizes:
-        for position in dict.fromkeys(min(p, last) for p in flags.positions):
-            seconds = generating(c, params, batch_size, position, new, flags.rounds)
-            row = {"batch_size": batch_size, "position": position}
+    positions = dict.fromkeys(min(p, last) for p in flags.positions)
+    for batch_size, position in itertools.product(flags.batch_sizes, positions):
+        for room in flags.rooms or [position + new]:
+            room = max(room, position + new)
+            seconds = generating(c, params, batch_size, position, room, new, flags.rounds)
+            row = {"batch_size": batch_size, "position": position, "room": room}
             for what, tokens in {"prefill": position, "decode": new, "streamed": new}.items():
                 rate = batch_size * tokens / statistics.median(seconds[what])
                 row[f"{what}_tokens_per_second"] = rate
@@ -55,7 +60,13 @@ def generate(parser: Parser, argv: Sequence[str]) -> Report:
 
 
 def generating(
-    config: ModelConfig, params, batch_size: int, position: int, new_tokens: int, rounds: int
+    config: ModelConfig,
+    params,
+    batch_size: int,
+    position: int,
+    room: int,
+    new_tokens: int,
+    rounds: int,
 ) -> dict[str, list[float]]:
     """Seconds of prefill, and of decoding after it, in one loop and in pieces."""
     shape = (batch_size, position)
@@ -63,7 +74,7 @@ def generating(
     length_B = np.full(batch_size, position)
 
     def read():
-        found = prefill(config, params, ids_BP, length_B, max_len=position + new_tokens)
+        found = prefill(config, params, ids_BP, length_B, max_len=room)
         rows = begin(*found, ids_BP, Sampling(), seed=0, num_ids=config.vocab_size)
         ready.append(jax.block_until_ready(rows))
 

@@ -44,8 +44,9 @@ from inl_jax.model.layers import (
 )
 from inl_jax.model.mixers.attention import AttentionContext
 from inl_jax.model.mixers.decay import DecayContext
+from inl_jax.model.mixers.kv_cache import write_entries
 from inl_jax.model.mixers.mean import MeanContext
-from inl_jax.model.mixers.span import TokenSpan, last_real
+from inl_jax.model.mixers.span import LayerState, TokenSpan, last_real
 
 init = nn.initializers
 
@@ -136,14 +137,17 @@ class INLModel(Layer):
             length=c.num_layers,
             variable_axes={"params": 0, "intermediates": 0, "steps": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(state and LayerState(nn.broadcast, 0), nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.deterministic, name="blocks")
         tokens = TokenSpan(position_BS, length_B)
-        x_BSD, layers = blocks(x_BSD, None if state is None else state.layers, tokens, amplitude)
+        before = state and LayerState(state.layers, jnp.arange(c.num_layers))
+        x_BSD, layers = blocks(x_BSD, before, tokens, amplitude)
         hidden_BSD = self.norm("final_norm", x_BSD)
         if state is None:
             return hidden_BSD, None
+        if c.context == "attention":  # whose layers return their new entries alone
+            layers = write_entries(state.layers, layers, position_BS)
         read_B = ids_BS.shape[1] if length_B is None else length_B
         return hidden_BSD, DecodeState(state.position_B + read_B, layers)
 

@@ -67,7 +67,9 @@ def read_on(config: ModelConfig, params, logits_BV, state: DecodeState, ids_BP, 
         keep(0, old, new)
         for old, new in ((logits_BV, read[0]), (state.position_B, read[1].position_B))
     )
-    layers = jax.tree.map(functools.partial(keep, 1), state.layers, read[1].layers)
+    layers = read[1].layers
+    if config.context != "attention":  # whose rows do not see what is written after their position
+        layers = jax.tree.map(functools.partial(keep, 1), state.layers, layers)
     return logits_BV, DecodeState(position_B, layers)
 
 
@@ -173,7 +175,14 @@ def decode_loop(
         tokens = tokens.at[:, i].set(token_B)
         log_prob_B1 = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=1)
         log_probs = log_probs.at[:, i].set(log_prob_B1[:, 0].astype(log_probs.dtype))
-        logits_BV, state = decode(config, params, rows.state, token_B[:, None])
+        # One turn or none: around a `cond`, XLA would copy the state on GPUs.
+        follows = (first + i + 1 < limit) & ~jnp.all(done_B)
+        logits_BV, state = jax.lax.fori_loop(
+            0,
+            follows.astype(jnp.int32),
+            lambda _, read: decode(config, params, read[1], token_B[:, None]),
+            (rows.logits_BV, rows.state),
+        )
         rows = Rows(logits_BV, state, rows.keys_B, seen_BV, done_B)
         return i + 1, rows, tokens, log_probs, length_B
 

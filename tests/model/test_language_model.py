@@ -17,7 +17,7 @@ from inl_jax.model import language_model as model
 from inl_jax.model.device import H100, made_for
 from inl_jax.model.layers import layer_norm
 from inl_jax.model.losses import token_losses
-from inl_jax.model.mixers.span import TokenSpan
+from inl_jax.model.mixers.span import LayerState, TokenSpan
 
 CONTEXTS = ("mean", "decay", "attention")
 SLOW = pytest.mark.slow
@@ -311,12 +311,13 @@ def test_mixers_return_a_state_of_the_shapes_they_announce(model_config, context
     config = model_config(context=context)
     mixer = model.MIXERS[context](config)
     x, tokens = jnp.ones((2, 3, config.d_model)), TokenSpan(jnp.arange(6).reshape(2, 3), None)
-    announced = model.MIXERS[context].state_shapes(config, 2, 9)
+    before = jax.eval_shape(lambda: model.init_decode_state(config, 2, 9)).layers
+    state = LayerState(before, jax.ShapeDtypeStruct((), jnp.int32))
     layer = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype),
         {"params": model.abstract_params(config)["blocks"]["context"]},
     )
-    h, found = jax.eval_shape(mixer.apply, layer, x, announced, tokens)
+    h, found = jax.eval_shape(mixer.apply, layer, x, state, tokens)
     assert h.shape == x.shape
-    assert found == announced
+    assert found == mixer.state_shapes(config, 2, 3)  # of attention: the entries of 3 tokens
     assert jax.eval_shape(mixer.apply, layer, x, None, tokens)[1] is None

@@ -1,14 +1,19 @@
 import functools
+import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import lively_params
 
 from inl_jax.config import InputError
 from inl_jax.model import language_model as model
+from inl_jax.model.device import H100, made_for
+from inl_jax.planning.programs.xla import compile_for_cuda
 from inl_jax.sampling import decoding, generate
-from inl_jax.sampling.decoding import decode_loop, prefill, read_first
+from inl_jax.sampling.decoding import decode_loop, prefill, read_first, read_on, start_rows
 
 MODELS = [
     *[("mean", 3), ("decay", 0), ("decay", 3), ("attention", 1)],
@@ -201,8 +206,9 @@ def test_prefill_in_pieces_leaves_the_state_of_one_pass(language_model, monkeypa
         jax.tree.leaves(state.layers), jax.tree.leaves(whole[1].layers), strict=True
     ):
         for b, length in enumerate(lengths):
-            entries = slice(length if config.context == "attention" else None)
-            same(leaf[:, b][:, entries], other[:, b][:, entries])
+            # [L, G, N, K] of attention, [L, D] of the others
+            read = np.s_[:, :, :length] if config.context == "attention" else np.s_[:]
+            same(leaf[:, b][read], other[:, b][read])
 
 
 def test_generate_draws_samples_of_a_prompt_that_depend_on_nothing_else(decay_model):
@@ -226,3 +232,71 @@ def test_generate_with_a_repetition_penalty_repeats_nothing_it_need_not(decay_mo
         assert np.argmax(now) == row[i]
     (free,) = generate(config, params, [prompt], max_new_tokens=8)
     assert free.tolist() != new.tolist()
+
+
+def begun(config, *, batch_size=3, max_len=12):
+    """Rows that have read nothing yet."""
+    state = model.init_decode_state(config, batch_size, max_len)
+    logits = jnp.zeros((batch_size, config.vocab_size))
+    return start_rows(logits, state, None, np.uint32(0), 0, 1)
+
+
+def test_decode_loop_reads_no_token_that_nothing_follows(decay_model):
+    """Neither the last of all nor one after which every row has ended."""
+
+    def read(size, limit, end_id):
+        settings = {"size": size, "top_k": 0, "num_ids": 300}
+        *_, rows = decode_loop(
+            *decay_model, begun(decay_model[0]), {}, end_id, 0, limit, **settings
+        )
+        return rows.state.position_B.tolist()
+
+    assert read(4, 9, -1) == [4] * 3  # the next piece goes on from there
+    assert read(4, 4, -1) == [3] * 3
+    assert read(4, 9, 0) == [0] * 3  # the likeliest of equal logits is token 0, the end
+
+
+def cache_operations(text, config, batch_size, max_len):
+    """What a compiled program makes as large as the cache, by name of the operation."""
+    shape = model.init_decode_state(config, batch_size, max_len).layers["key"].shape
+    arrays = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    return {
+        name for dims, name in arrays if math.prod(map(int, dims.split(","))) == math.prod(shape)
+    }
+
+
+IN_PLACE = {"scatter", "fusion", "parameter", "get-tuple-element", "bitcast"}
+"""A fusion's own operations are listed too."""
+
+
+def traced_loop(config):
+    rows = jax.eval_shape(functools.partial(begun, config, batch_size=5, max_len=331))
+    settings = {"size": 8, "top_k": 0, "num_ids": config.vocab_size}
+    return decode_loop.trace(config, model.abstract_params(config), rows, {}, 0, 0, 8, **settings)
+
+
+def test_decode_loop_never_copies_the_cache_of_attention(model_config):
+    config = model_config(context="attention", num_iterations=0, max_seq_len=512)
+    text = traced_loop(config).lower().compile().as_text()
+    assert "scatter" in cache_operations(text, config, 5, 331) <= IN_PLACE
+
+
+@pytest.mark.slow
+def test_decode_loop_for_a_gpu_never_copies_the_cache_of_attention(model_config):
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="needs XLA's CUDA compiler")
+    config = model_config(
+        context="attention", d_model=128, max_seq_len=512, compute_dtype="bfloat16"
+    )
+    with made_for(H100):
+        text = compile_for_cuda(traced_loop(config), 1).text
+    assert "scatter" in cache_operations(text, config, 5, 331) <= IN_PLACE
+
+
+@pytest.mark.slow
+def test_reading_on_never_copies_the_cache_of_attention(model_config):
+    config = model_config(context="attention", max_seq_len=512)
+    rows = jax.eval_shape(functools.partial(begun, config, batch_size=5, max_len=331))
+    piece = np.zeros((5, 32), np.int32), np.zeros(5, np.int32)
+    params = model.abstract_params(config)
+    text = read_on.lower(config, params, rows.logits_BV, rows.state, *piece).compile().as_text()
+    assert "scatter" in cache_operations(text, config, 5, 331) <= IN_PLACE

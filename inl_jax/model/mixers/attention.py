@@ -13,17 +13,18 @@ from flax import linen as nn
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import current_device
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, rms_norm
+from inl_jax.model.mixers.kv_cache import attend_with_cache
 from inl_jax.model.mixers.span import TokenSpan
 
 init = nn.initializers
 
 
 class AttentionContext(Layer):
-    """Causal attention without biases. State: the key-value cache, [B, N, G, K] each."""
+    """Causal attention without biases. State: the key-value cache, [B, G, N, K] each."""
 
     @nn.compact
     def __call__(self, x_BSD, state, tokens: TokenSpan):
-        """Maps the stream to (context, new state)."""
+        """Maps the stream to (context, new entries of the cache, for `write_entries`)."""
         c = self.config
         D, H, G, K = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         n_BSD = self.norm("norm", x_BSD)
@@ -41,23 +42,17 @@ class AttentionContext(Layer):
         q, k = rotate(q, tokens.position_BS), rotate(k, tokens.position_BS)
         v = jnp.einsum("bsd,dgk->bsgk", n_BSD, value)
         if state is None:
-            out_BSHK = attend(q, k, v, kernel=attention_kernel(c))
+            out_BSHK, new_BGSK = attend(q, k, v, kernel=attention_kernel(c)), None
         else:
-            # Padding is written too; the row's later tokens overwrite it before it is seen.
-            at = (jnp.arange(x_BSD.shape[0])[:, None], tokens.position_BS)
-            new = {"key": k, "value": v}
-            state = {
-                n: cache.at[at].set(new[n].astype(cache.dtype), mode="drop")
-                for n, cache in state.items()
-            }
-            out_BSHK = attend(q, state["key"], state["value"], position_BS=tokens.position_BS)
-        return jnp.einsum("bshk,hkd->bsd", out_BSHK, output), state
+            new_BGSK = {"key": k.swapaxes(1, 2), "value": v.swapaxes(1, 2)}
+            out_BSHK = attend_with_cache(q, new_BGSK, state, tokens)
+        return jnp.einsum("bshk,hkd->bsd", out_BSHK, output), new_BGSK
 
     @staticmethod
     def state_shapes(config: ModelConfig, batch_size: int, max_len: int):
         """Shapes and types of the cache, with room for `max_len` tokens."""
         c = config
-        entries = (batch_size, max_len, c.num_kv_heads, c.head_dim)
+        entries = (batch_size, c.num_kv_heads, max_len, c.head_dim)
         cache = jax.ShapeDtypeStruct(entries, compute_dtype(c))
         return {"key": cache, "value": cache}
 
@@ -103,18 +98,12 @@ def attention_kernel(config: ModelConfig) -> str:
     return "cudnn"
 
 
-def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None, kernel: str = "xla") -> jax.Array:
+def attend(q_BSHK, k_BSGK, v_BSGK, *, kernel: str = "xla") -> jax.Array:
     """Causal softmax attention over grouped key-value heads, [B, S, H, K].
 
-    Without `position_BS`, queries and keys are of the same tokens. JAX is asked for `kernel` (from
-    `attention_kernel`) by name, so that it raises if the kernel is missing. With `position_BS`, the
-    keys are a cache: token i of row b sees the entries up to `position_BS[b, i]`, in XLA.
+    JAX is asked for `kernel` (from `attention_kernel`) by name, so that it raises if the kernel is
+    missing.
     """
-    if position_BS is None:
-        return jax.nn.dot_product_attention(
-            q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation=kernel
-        )
-    seen_B1SN = jnp.arange(k_BNGK.shape[1]) <= position_BS[:, None, :, None]
     return jax.nn.dot_product_attention(
-        q_BSHK, k_BNGK, v_BNGK, mask=seen_B1SN, implementation="xla"
+        q_BSHK, k_BSGK, v_BSGK, is_causal=True, implementation=kernel
     )

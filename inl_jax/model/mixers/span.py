@@ -1,5 +1,6 @@
-"""Where the tokens given to a block stand in their sequences."""
+"""What a mixer is told: where its tokens stand in their sequences, and the state before them."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,21 @@ class TokenSpan(NamedTuple):
 
     position_BS: jax.Array  # of every token in its sequence, int32
     length_B: jax.Array | None  # number of real tokens; the rest is padding on the right
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """What decoding keeps of the earlier tokens, as a layer reads it: `state["h"]` is its part.
+
+    A cache is too large to be cut out of the whole: attention reads it there, block by block.
+    """
+
+    layers: dict[str, jax.Array]  # of all layers, every leaf [L, B, ...]
+    index: jax.Array  # of this layer
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.layers[name][self.index]
 
 
 def last_real(h_BSD, tokens: TokenSpan) -> jax.Array:
