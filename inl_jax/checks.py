@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 import os
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from inl_jax.failures import EXIT_MISTAKE
@@ -65,6 +66,12 @@ def _plain(value: Any, kind: Any, found: str) -> Any:
         return tuple(_plain(item, choices[0], f"{found}: {shown(item)}") for item in value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if origin is typing.Union:  # a number or a word, such as int | Literal["auto"]
+        kind, words = choices[0], typing.get_args(choices[1])
+        if isinstance(value, str):
+            either = f"{found}: must be of type {kind.__name__}, or {' or '.join(words)}"
+            require(value in words, either)
+            return value
     if origin is Literal:
         fits = isinstance(value, str) and value in choices
         require(fits, f"{found}: choose one of {', '.join(choices)}")
@@ -77,32 +84,35 @@ def _plain(value: Any, kind: Any, found: str) -> Any:
             return kind(value)
         except OverflowError:
             raise InputError(f"{found}: is larger than any float") from None
-    elif isinstance(kind, type):
+    else:
         require(
             type(value) is kind or kind is str and isinstance(value, str),
             f"{found}: must be of type {kind.__name__}",
         )
-    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)  # a number or a word; the section checks which
     return value
 
 
 def require_positive(section: Any, prefix: str, names: str) -> None:
     """Requires the fields `names`, separated by spaces, to be above 0."""
-    for name in names.split():
-        value = getattr(section, name)
+    for name, value in _numbers(section, names):
         require(value > 0, f"{prefix}{name}={value}: must be positive")
 
 
 def require_not_negative(section: Any, prefix: str, names: str) -> None:
     """Requires the fields `names`, separated by spaces, to be 0 or above."""
-    for name in names.split():
-        value = getattr(section, name)
+    for name, value in _numbers(section, names):
         require(value >= 0, f"{prefix}{name}={value}: must be 0 or more")
 
 
 def require_at_most(section: Any, prefix: str, limit: float, names: str) -> None:
     """Requires the fields `names`, separated by spaces, not to exceed `limit`."""
+    for name, value in _numbers(section, names):
+        require(value <= limit, f"{prefix}{name}={value}: must be at most {limit:,}")
+
+
+def _numbers(section: Any, names: str) -> Iterator[tuple[str, int | float]]:
+    """The fields `names` and their values, but for fields that hold a word, such as auto."""
     for name in names.split():
         value = getattr(section, name)
-        require(value <= limit, f"{prefix}{name}={value}: must be at most {limit:,}")
+        if not isinstance(value, str):
+            yield name, value

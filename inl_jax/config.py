@@ -120,10 +120,8 @@ class MeshConfig:
         check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
-            word = isinstance(size, str) and size == "rest"
-            whole = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 10**6
             require(
-                word or whole,
+                size == "rest" or 0 < size <= 10**6,
                 f"mesh.{name}={shown(size)}: a positive whole number up to 1,000,000, or rest",
             )
         rest = [f"mesh.{name}" for name, size in sizes.items() if size == "rest"]

@@ -1,5 +1,6 @@
 import math
 import pickle
+import typing
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def test_every_field_refuses_values_of_another_type_in_one_line(name):
 UNBOUNDED = {"data.max_documents", "accumulate_steps", "optim.warmup_steps", "data.seq_len"}
 
 
-@pytest.mark.parametrize("name", [name for name, kind in field_types().items() if kind is int])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in field_types().items() if int in (kind, *typing.get_args(kind))]
+)
 def test_every_whole_number_has_bounds(name):
     for value in (8.0, "8", -1, 2**63, *(() if name in UNBOUNDED else (2**32, 10**12))):
         with pytest.raises(InputError, match=name.split(".")[-1]):

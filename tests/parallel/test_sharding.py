@@ -230,8 +230,8 @@ def test_make_mesh_names_processes_with_unequal_numbers_of_devices():
     [
         ({"data": "rest", "fsdp": "rest"}, "mesh.data and mesh.fsdp are both rest"),
         ({"fsdp": 0}, "mesh.fsdp=0: a positive whole number up to 1,000,000, or rest"),
-        ({"tensor": 1.5}, "mesh.tensor=1.5: a positive"),
-        ({"data": "all"}, "mesh.data='all': a positive"),
+        ({"tensor": 1.5}, "mesh.tensor=1.5: must be of type int"),
+        ({"data": "all"}, "mesh.data='all': must be of type int, or rest"),
     ],
 )
 def test_mesh_config_names_a_wrong_size_of_an_axis(sizes, message):
