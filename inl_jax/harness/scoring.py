@@ -20,7 +20,7 @@ from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural, progress_bar, say
 from inl_jax.model.language_model import DecodeState, INLModel, hidden_states, init_decode_state
 from inl_jax.model.layers import embedding_rows, project
-from inl_jax.model.losses import CHUNK
+from inl_jax.model.losses import Chunk
 from inl_jax.model.params import current_batch_shards, join_positions, split_positions
 from inl_jax.parallel.sharding import fetch, local_rows, on, place
 from inl_jax.sampling import LanguageModel
@@ -49,7 +49,7 @@ class Scorer:
       tokens_read: tokens that the model has read so far, without padding.
     """
 
-    def __init__(self, model: LanguageModel, *, batch_size: int, loss_chunk: int = CHUNK):
+    def __init__(self, model: LanguageModel, *, batch_size: int, loss_chunk: Chunk = "auto"):
         """Takes the model, the rows of a batch, and the tokens whose logits exist at once.
 
         `batch_size` must be a multiple of `batch_shards(model.mesh)`; `loss_chunk` is that of
