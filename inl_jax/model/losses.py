@@ -33,7 +33,7 @@ Chunk = int | Literal["auto"]
 def chunk_tokens(chunk: Chunk, vocab_size: int, num_tokens: int) -> int:
     """Tokens of a device whose logits exist at once.
 
-    auto: on a CPU 256, or more if the vocabulary is small, whose logits then stay in the caches. On
+    auto: on a CPU 256, or more if their float32 logits are still at most 1 MiB: loops cost time. On
     other devices 2048, since every chunk reads and writes the float32 gradient of the embedding; or
     fewer if the vocabulary is large, for at most 512 MiB of float32 logits.
 
@@ -44,7 +44,7 @@ def chunk_tokens(chunk: Chunk, vocab_size: int, num_tokens: int) -> int:
     """
     if chunk == "auto":
         cpu = current_device().platform == "cpu"
-        chunk = max(256, 2**22 // vocab_size) if cpu else min(2048, 2**27 // vocab_size)
+        chunk = max(256, 2**18 // vocab_size) if cpu else min(2048, 2**27 // vocab_size)
     return min(chunk or num_tokens, num_tokens)
 
 
