@@ -13,7 +13,7 @@ import optax
 from harness import Report, flags_only, interleaved, jax_contender, main, number, ratios
 
 from inl_jax.model.language_model import logits
-from inl_jax.model.losses import CHUNK, mean_loss
+from inl_jax.model.losses import mean_loss
 from inl_jax.terminal.command_line import Parser
 
 
@@ -21,7 +21,7 @@ def loss(parser: Parser, argv: Sequence[str]) -> Report:
     number(parser, "--d_model", 2048, "width")
     number(parser, "--vocab_size", 50257, "vocabulary")
     number(parser, "--tokens", 4096, "tokens, in one sequence")
-    number(parser, "--chunk", CHUNK, "tokens whose logits exist at the same time")
+    number(parser, "--chunk", 256, "tokens whose logits exist at the same time")
     number(parser, "--rounds", 3, "measurements of each")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags = flags_only(parser, argv)

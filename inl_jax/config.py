@@ -155,9 +155,10 @@ class TrainConfig:
     """Micro-batches of an update. More of them need less memory and give the same mean gradient. If
     a micro-batch has fewer rows than there are devices, fewer micro-batches are made. auto: as many
     as the device's memory asks for, chosen at the start (docs/memory.md)."""
-    loss_chunk: int = 256
+    loss_chunk: int | Literal["auto"] = "auto"
     """Tokens of one device whose logits exist at once, in training and evaluation; 0 takes all.
-    The loss does not depend on it."""
+    auto: 256 on a CPU, more if the vocabulary is small; 2048 on other devices, fewer if it is
+    large. The loss does not depend on it."""
     log_every: int = 10
     """Updates between records of the training loss."""
     eval_every: int = 250

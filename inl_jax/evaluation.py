@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from inl_jax.config import DataConfig, InputError, ModelConfig
 from inl_jax.data.batches import EvalBatch
 from inl_jax.model.language_model import hidden_states_and_steps
-from inl_jax.model.losses import CHUNK, token_losses
+from inl_jax.model.losses import Chunk, token_losses
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, local_rows, on, place
 from inl_jax.training.metrics import Record, perplexity
@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "loss_chunk"))
-def eval_step(config: ModelConfig, params, inputs, targets, weights, *, loss_chunk: int):
+def eval_step(config: ModelConfig, params, inputs, targets, weights, *, loss_chunk: Chunk):
     """Sums over the weighted targets of each row, float32 [B, 2]. Arguments: [B, S].
 
     They are the loss, in nats, and the steps of the integrator in all blocks.
@@ -60,7 +60,7 @@ def evaluate(
     batches: Iterable[EvalBatch],
     *,
     mesh: Mesh | None = None,
-    loss_chunk: int = CHUNK,
+    loss_chunk: Chunk = "auto",
 ) -> Evaluation:
     """Evaluates a model over all of `batches`. The result does not depend on the batch size.
 
@@ -69,7 +69,7 @@ def evaluate(
       params: its parameters; if there is a mesh, sharded over it.
       batches: from `eval_batches`, of a batch size that is a multiple of `batch_shards(mesh)`.
       mesh: from `make_mesh`; None for a single device.
-      loss_chunk: tokens of one device whose logits exist at once; 0 takes all.
+      loss_chunk: tokens of one device whose logits exist at once, as in TrainConfig.
 
     Raises:
       InputError: there is nothing to evaluate on.

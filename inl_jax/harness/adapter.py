@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from inl_jax.config import InputError
 from inl_jax.console import plural, progress_bar, say
 from inl_jax.harness.scoring import Scorer
-from inl_jax.model.losses import CHUNK
+from inl_jax.model.losses import Chunk
 from inl_jax.sampling import LanguageModel, Sampling
 from inl_jax.sampling.continuation import INCOMPLETE
 from inl_jax.sampling.decoding import pieces, read_prompts
@@ -41,7 +41,7 @@ class RunLM(TemplateLM):
         checkpoint: str | LanguageModel,
         step: int | str = "latest",
         batch_size: int = 16,
-        loss_chunk: int = CHUNK,
+        loss_chunk: Chunk = "auto",
     ):
         """Takes a run and a step, or the model itself; the others are as in `Scorer`."""
         super().__init__()

@@ -20,7 +20,7 @@ from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural, progress_bar, say
 from inl_jax.model.language_model import DecodeState, INLModel, hidden_states, init_decode_state
 from inl_jax.model.layers import embedding_rows, project
-from inl_jax.model.losses import CHUNK
+from inl_jax.model.losses import Chunk, chunk_tokens
 from inl_jax.model.params import current_batch_shards, join_positions, split_positions
 from inl_jax.parallel.sharding import fetch, local_rows, on, place
 from inl_jax.sampling import LanguageModel
@@ -49,7 +49,7 @@ class Scorer:
       tokens_read: tokens that the model has read so far, without padding.
     """
 
-    def __init__(self, model: LanguageModel, *, batch_size: int, loss_chunk: int = CHUNK):
+    def __init__(self, model: LanguageModel, *, batch_size: int, loss_chunk: Chunk = "auto"):
         """Takes the model, the rows of a batch, and the tokens whose logits exist at once.
 
         `batch_size` must be a multiple of `batch_shards(model.mesh)`; `loss_chunk` is that of
@@ -184,7 +184,7 @@ def _split(items: list, size: int) -> Iterator[list]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def score_whole(config: ModelConfig, params, targets_BK, ids_BS, start_B, *, chunk: int):
+def score_whole(config: ModelConfig, params, targets_BK, ids_BS, start_B, *, chunk: Chunk):
     """`token_scores` of targets whose first is predicted at position `start_B` of its row."""
     hidden_BSD = hidden_states(config, params, ids_BS)
     at_BK = start_B[:, None] + jnp.arange(targets_BK.shape[1])
@@ -201,7 +201,7 @@ def read(config: ModelConfig, params, ids_BP, length_B, *, max_len: int) -> Deco
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def score_after(config: ModelConfig, params, targets_BK, ids_BK, state, row_B, *, chunk: int):
+def score_after(config: ModelConfig, params, targets_BK, ids_BK, state, row_B, *, chunk: Chunk):
     """`token_scores` of rows that continue from the rows `row_B` of a state."""
     layers = jax.tree.map(lambda leaf: leaf[:, row_B], state.layers)
     state = DecodeState(state.position_B[row_B], layers)
@@ -214,14 +214,15 @@ def _apply(config: ModelConfig, params, ids_BS, state: DecodeState, length_B):
     return INLModel(config).apply({"params": params}, ids_BS, state, length_B, amplitude)
 
 
-def token_scores(params, hidden_BKD, targets_BK, *, chunk: int) -> tuple[jax.Array, jax.Array]:
+def token_scores(params, hidden_BKD, targets_BK, *, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
     """The log-likelihood of every target, at least float32, and whether it is likeliest, [B, K].
 
     `chunk` counts tokens, as in `losses.token_losses`.
     """
     embedding_VD = embedding_rows(params["embedding"])
     B, K = targets_BK.shape
-    tokens = max(1, chunk * current_batch_shards(B) // B) if chunk else K  # of each row
+    rows = B // current_batch_shards(B)  # of each device
+    tokens = max(1, chunk_tokens(chunk, len(embedding_VD), rows * K) // rows)  # of each row
 
     def score(arrays):
         hidden_BTD, targets_BT = arrays

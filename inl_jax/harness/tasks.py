@@ -15,7 +15,7 @@ import numpy as np
 from inl_jax.config import InputError
 from inl_jax.console import first_line, plural, say
 from inl_jax.guest import own_logging, own_random
-from inl_jax.model.losses import CHUNK
+from inl_jax.model.losses import Chunk
 from inl_jax.other_names import closest
 from inl_jax.sampling import LanguageModel
 from inl_jax.storage.run_dir import read_config
@@ -81,7 +81,7 @@ def evaluate_tasks(
     tasks: dict[str, Any],
     *,
     batch_size: int = 16,
-    loss_chunk: int = CHUNK,
+    loss_chunk: Chunk = "auto",
     limit: float | None = None,
 ) -> dict[str, Any]:
     """What lm_eval finds for each task and group, as an object for JSON.
@@ -90,7 +90,7 @@ def evaluate_tasks(
       model: of a run, on its mesh.
       tasks: from `load_tasks`.
       batch_size: rows read at a time; a multiple of `batch_shards(model.mesh)`.
-      loss_chunk: tokens of one device whose logits exist at once; 0 takes all.
+      loss_chunk: tokens of one device whose logits exist at once, as in TrainConfig.
       limit: questions of each task, or a fraction below 1 of them; None: all.
 
     Raises:

@@ -71,10 +71,47 @@ def sinusoid(position_BS, d_model: int, dtype) -> jax.Array:
 # --- feed-forward
 
 
+@jax.custom_vjp
 def feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D) -> jax.Array:
-    """`W2 gelu(W1 x + b1) + b2` with the exact (erf) GELU."""
-    hidden_BSF = jax.nn.gelu(x_BSD @ up_kernel_DF + up_bias_F, approximate=False)
-    return hidden_BSF @ down_kernel_FD + down_bias_D
+    """`W2 gelu(z) + b2` with `z = W1 x + b1` and the exact GELU, `gelu(z) = z Phi(z)`.
+
+    Phi is the normal distribution's cumulative distribution function.
+    """
+    return _feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D)[0]
+
+
+def _feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D):
+    z_BSF = x_BSD @ up_kernel_DF + up_bias_F
+    gelu_BSF, _ = _gelu_and_slope(z_BSF)
+    y_BSD = gelu_BSF.astype(z_BSF.dtype) @ down_kernel_FD + down_bias_D
+    return y_BSD, (x_BSD, z_BSF, up_kernel_DF, down_kernel_FD)
+
+
+def _feed_forward_backward(residuals, dy_BSD):
+    # Automatic differentiation keeps gelu(z) and factors of its slope beside z. From z alone, both
+    # are made in one pass over memory that computes Phi once.
+    x_BSD, z_BSF, up_kernel_DF, down_kernel_FD = residuals
+    gelu_BSF, slope_BSF = _gelu_and_slope(z_BSF)
+    dz_wide_BSF = (dy_BSD @ down_kernel_FD.T) * slope_BSF
+    dz_BSF = dz_wide_BSF.astype(z_BSF.dtype)
+    return (
+        dz_BSF @ up_kernel_DF.T,
+        jnp.einsum("bsd,bsf->df", x_BSD, dz_BSF),
+        dz_wide_BSF.sum(axis=(0, 1)).astype(z_BSF.dtype),
+        jnp.einsum("bsf,bsd->fd", gelu_BSF.astype(z_BSF.dtype), dy_BSD),
+        dy_BSD.astype(slope_BSF.dtype).sum(axis=(0, 1)).astype(dy_BSD.dtype),
+    )
+
+
+feed_forward.defvjp(_feed_forward, _feed_forward_backward)
+
+
+def _gelu_and_slope(z_BSF) -> tuple[jax.Array, jax.Array]:
+    """`z Phi(z)` and its derivative `Phi(z) + z phi(z)`, at least float32."""
+    z_BSF = z_BSF.astype(at_least_float32(z_BSF))
+    below_BSF = 0.5 + 0.5 * jax.lax.erf(z_BSF * math.sqrt(0.5))
+    density_BSF = jnp.exp(-0.5 * z_BSF * z_BSF) / math.sqrt(2 * math.pi)
+    return z_BSF * below_BSF, below_BSF + z_BSF * density_BSF
 
 
 # --- embedding

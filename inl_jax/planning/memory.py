@@ -17,6 +17,7 @@ from inl_jax.limits import host_memory
 from inl_jax.model.language_model import abstract_params
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
+from inl_jax.model.losses import chunk_tokens
 from inl_jax.parallel.sharding import batch_shards, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
 from inl_jax.training.state import Layout
@@ -147,7 +148,7 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     stream = tokens * D * compute_dtype(c).itemsize
     activations = c.num_layers * (stream + every_block) + one_block + working
 
-    chunk = min(config.loss_chunk or tokens, tokens)
+    chunk = chunk_tokens(config.loss_chunk, c.vocab_size, tokens)
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D
     table = max(4, width) * c.vocab_size // tensor  # one column of the embedding in float32
     logits = table * (2 * chunk + columns)

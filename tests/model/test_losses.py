@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import MeshConfig
 from inl_jax.model import losses
-from inl_jax.model.losses import mean_loss, token_losses
+from inl_jax.model.device import H100, made_for
+from inl_jax.model.losses import chunk_tokens, mean_loss, token_losses
 from inl_jax.parallel.sharding import RULES, make_mesh
 
 V, D, B, S = 40, 16, 4, 14
@@ -62,6 +63,33 @@ def test_loss_gradients_are_exact(chunk, loss):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
     for a, b in zip(*map(jax.tree.leaves, both(jnp.float32)), strict=True):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
+
+
+def test_losses_do_not_depend_on_the_device_they_are_made_for():
+    """GPUs pad the vocabulary; the padding has no share in losses and gradients."""
+
+    def both(loss):
+        params, hidden, targets = inputs()
+        return jax.value_and_grad(lambda p, h: loss(p, h, targets).mean(), (0, 1))(params, hidden)
+
+    for loss in (mean_loss, token_losses):
+        wanted = both(loss)
+        with made_for(H100):
+            found = both(loss)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, wanted
+        )
+
+
+def test_chunk_tokens_decides_by_device_and_vocabulary():
+    assert chunk_tokens("auto", 50257, 10**6) == 256
+    assert chunk_tokens("auto", 65, 2048) == 2048
+    with made_for(H100):
+        assert chunk_tokens("auto", 50257, 10**6) == 2048
+        assert chunk_tokens("auto", 256_000, 10**6) == 524
+        assert chunk_tokens("auto", 50257, 100) == 100
+    assert chunk_tokens(0, 50257, 10**6) == 10**6
+    assert chunk_tokens(7, 50257, 10**6) == 7
 
 
 def test_mean_loss_adds_bfloat16_products_in_float32():
