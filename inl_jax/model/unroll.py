@@ -1,0 +1,18 @@
+"""Which loop of the model is compiled as straight code."""
+
+from typing import Literal
+
+from inl_jax.config import ModelConfig
+from inl_jax.model.device import current_device
+
+
+def unrolled(config: ModelConfig) -> Literal["none", "layers", "iterations"]:
+    """The loop that `config.unroll` names; with auto, the one that pays on `current_device`.
+
+    A GPU's iterations wait for memory: as straight code they stack no trajectory, and one
+    iteration's kernels do the next one's work. On a CPU straight iterations are slower than a loop,
+    whose arrays stay in place.
+    """
+    if config.unroll != "auto":
+        return config.unroll
+    return "iterations" if current_device().platform == "gpu" else "none"
