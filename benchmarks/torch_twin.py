@@ -28,7 +28,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         """The stream after this block, [B, S, D]."""
-        heads = (t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        heads = (
+            t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         q, k, v = (t.transpose(1, 2) for t in heads)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.output(h.transpose(1, 2).flatten(2))

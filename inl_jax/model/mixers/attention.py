@@ -13,6 +13,7 @@ from flax import linen as nn
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import current_device
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, rms_norm
+from inl_jax.model.mixers.blocked_attention import blocked_attention
 from inl_jax.model.mixers.span import TokenSpan
 
 init = nn.initializers
@@ -110,6 +111,12 @@ def attend(q_BSHK, k_BNGK, v_BNGK, *, position_BS=None, kernel: str = "xla") -> 
     `attention_kernel`) by name, so that it raises if the kernel is missing. With `position_BS`, the
     keys are a cache: token i of row b sees the entries up to `position_BS[b, i]`, in XLA.
     """
+    if position_BS is None and kernel == "xla":
+        B, S, H, K = q_BSHK.shape
+        grouped = q_BSHK.reshape(B, S, k_BNGK.shape[2], -1, K)
+        by_head = (jnp.moveaxis(a, 1, -2) for a in (grouped, k_BNGK, v_BNGK))
+        out_BGRSK = blocked_attention(*by_head)
+        return jnp.moveaxis(out_BGRSK, -2, 1).reshape(B, S, H, K)
     if position_BS is None:
         return jax.nn.dot_product_attention(
             q_BSHK, k_BNGK, v_BNGK, is_causal=True, implementation=kernel
