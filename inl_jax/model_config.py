@@ -73,6 +73,9 @@ class ModelConfig:
     """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
+    unroll: Literal["auto", "none", "layers", "iterations"] = "auto"
+    """Which loop is compiled as straight code, which moves less memory and compiles more slowly.
+    auto: the iterations on GPUs, none on CPUs."""
 
     def __post_init__(self):
         check_types(self, "model.")

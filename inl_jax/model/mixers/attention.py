@@ -13,6 +13,7 @@ from flax import linen as nn
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import current_device
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, rms_norm
+from inl_jax.model.mixers.blocked_attention import blocked_attention
 from inl_jax.model.mixers.kv_cache import attend_with_cache
 from inl_jax.model.mixers.span import TokenSpan
 
@@ -104,6 +105,12 @@ def attend(q_BSHK, k_BSGK, v_BSGK, *, kernel: str = "xla") -> jax.Array:
     JAX is asked for `kernel` (from `attention_kernel`) by name, so that it raises if the kernel is
     missing.
     """
+    if kernel == "xla":
+        B, S, H, K = q_BSHK.shape
+        grouped = q_BSHK.reshape(B, S, k_BSGK.shape[2], -1, K)
+        by_head = (jnp.moveaxis(a, 1, -2) for a in (grouped, k_BSGK, v_BSGK))
+        out_BGRSK = blocked_attention(*by_head)
+        return jnp.moveaxis(out_BGRSK, -2, 1).reshape(B, S, H, K)
     return jax.nn.dot_product_attention(
         q_BSHK, k_BSGK, v_BSGK, is_causal=True, implementation=kernel
     )
