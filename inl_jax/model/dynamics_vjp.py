@@ -172,8 +172,10 @@ def step_backward(params, carry, xv, kept, s_D, *, dynamics: Dynamics):
       The carry before the step; and the gradient by the excitation.
     """
     (dx_BSD, dv_BSD), sums = carry
-    # Without `written` XLA keeps the forward pass's outputs o if it finds their products there.
-    (x_BSD, v_BSD), (r_BSQC, rms_BS1) = xv, written(kept)
+    # Holds back the products that make o again. XLA would find them in a forward pass and keep all
+    # of them, or make all of them before the first is needed.
+    kept, d_context_BSQC = written((kept, sums["context"]))
+    (x_BSD, v_BSD), (r_BSQC, rms_BS1) = xv, kept
     dt, kappa, dtype = dynamics
     state_dtype = dx_BSD.dtype
     # Forward once more, from r on.
@@ -225,6 +227,9 @@ def step_backward(params, carry, xv, kept, s_D, *, dynamics: Dynamics):
     d_xv, d_output, d_kernels = written((d_xv, d_output, d_kernels))
     # s enters v' alone, and dv is split into (1 - alpha) dv for c and alpha dv for v.
     ds_D = d_output[-1][-1] + dv_BSD.sum((0, 1))
-    added = {"context": dr_BSQC, "state_kernel": d_kernels, "output": d_output}
-    sums = jax.tree.map(jnp.add, sums, added)
+    sums = {
+        "context": d_context_BSQC + dr_BSQC,
+        "state_kernel": [a + b for a, b in zip(sums["state_kernel"], d_kernels, strict=True)],
+        "output": [a + b for a, b in zip(sums["output"], d_output, strict=True)],
+    }
     return ((dx_BSD + d_xv[0], dv_BSD + d_xv[1]), sums), ds_D
