@@ -71,6 +71,8 @@ class ModelConfig:
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
     integrator_segment: int = 1
     """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
+    trajectory_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which lean keeps (x, v). bfloat16 halves that memory and rounds the gradient."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
     unroll: Literal["auto", "none", "layers", "iterations"] = "auto"

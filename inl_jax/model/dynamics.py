@@ -29,6 +29,7 @@ Parameters: Wh `context_kernel` [D, Q, C], Wx and Wv `state_kernel` [2, D, Q, C]
 [Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D].
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ import jax
 import jax.numpy as jnp
 
 CONTROLLERS = ("alpha", "beta", "gate", "candidate")  # their order on the axis Q
+
+
+# Makes XLA write these arrays to memory, all in one pass. Without it XLA may write the wider values
+# that they are rounded from, read those again in another pass, or compute the arrays twice.
+written = jax.lax.optimization_barrier
 
 
 class Dynamics(NamedTuple):
@@ -59,19 +65,22 @@ def hidden_from_context(params, h_BSD, *, dtype) -> jax.Array:
 
 
 def controller_hidden(params, from_context_BSQC, x_BSD, v_BSD) -> jax.Array:
-    """`r = relu(h Wh + x Wx + v Wv + b)`, [B, S, Q, C], in the type of `from_context_BSQC`."""
-    dtype = from_context_BSQC.dtype
-    state = [x_BSD] if v_BSD is None else [x_BSD, v_BSD]
-    W_EDQC = params["state_kernel"][: len(state)].astype(dtype)
-    # One product for x and v: stacked on an axis E, because D may be sharded over devices.
-    xv_BSED = jnp.stack(state, axis=-2).astype(dtype)
-    return jax.nn.relu(jnp.einsum("bsed,edqc->bsqc", xv_BSED, W_EDQC) + from_context_BSQC)
+    """`r = relu(h Wh + x Wx + v Wv + b)`, [B, S, Q, C]; `x` and `v` are in the products' type."""
+    Wx_DQC, Wv_DQC = params["state_kernel"].astype(x_BSD.dtype)
+    product = functools.partial(
+        jnp.einsum, "bsd,dqc->bsqc", preferred_element_type=params["mu"].dtype
+    )
+    sum_BSQC = from_context_BSQC + product(x_BSD, Wx_DQC)
+    if v_BSD is not None:
+        sum_BSQC += product(v_BSD, Wv_DQC)
+    return jax.nn.relu(sum_BSQC).astype(x_BSD.dtype)
 
 
 def controller_outputs(params, r_BSQC) -> list[jax.Array]:
     """`o_k = r_k Wo_k + bo_k` of each controller, [B, S, D] in the type of the state."""
     Wo_QCD, bo_QD = params["output_kernel"].astype(r_BSQC.dtype), params["output_bias"]
-    return [r_BSQC[..., q, :] @ Wo_QCD[q] + bo_QD[q] for q in range(len(CONTROLLERS))]
+    o = written([r_BSQC[..., q, :] @ Wo_QCD[q] for q in range(len(CONTROLLERS))])
+    return [o_BSD + bo_D for o_BSD, bo_D in zip(o, bo_QD, strict=True)]
 
 
 def rms_error(x_BSD, mu_D) -> jax.Array:
@@ -125,21 +134,30 @@ def step(params, from_context_BSQC, x_BSD, v_BSD, s_D, *, dynamics: Dynamics):
 
     A velocity of None is zero, and leaves out the product `v Wv`.
     """
-    r_BSQC = controller_hidden(params, from_context_BSQC, x_BSD, v_BSD)
+    narrow = [None if a is None else a.astype(dynamics.dtype) for a in (x_BSD, v_BSD)]
     rms_BS1 = rms_error(x_BSD, params["mu"])
+    # On a GPU, what makes x and v also makes what this step reads of them.
+    x_BSD, v_BSD, narrow, rms_BS1 = written((x_BSD, v_BSD, narrow, rms_BS1))
+    r_BSQC = controller_hidden(params, from_context_BSQC, *narrow)
     new = move(params, r_BSQC, rms_BS1, x_BSD, v_BSD, s_D, dynamics=dynamics)
     return new, (r_BSQC, rms_BS1)
 
 
-def run(params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics) -> jax.Array:
-    """The state `x_T` after T steps from the state `x_0 = x` and the velocity `v_0 = 0`."""
+@jax.named_scope("integrator_forward")
+def run(
+    params, from_context_BSQC, x_BSD, s_TD, *, dynamics: Dynamics, unroll: bool = False
+) -> jax.Array:
+    """The state `x_T` after T steps from the state `x_0 = x` and the velocity `v_0 = 0`.
+
+    `unroll` compiles the steps as straight code, not as a loop.
+    """
 
     def body(xv, s_D):
         return step(params, from_context_BSQC, *xv, s_D, dynamics=dynamics)[0], None
 
     # The first step stands outside the scan: its velocity of None saves a product.
     xv, _ = step(params, from_context_BSQC, x_BSD, None, s_TD[0], dynamics=dynamics)
-    (x_BSD, _), _ = jax.lax.scan(body, xv, s_TD[1:])
+    (x_BSD, _), _ = jax.lax.scan(body, xv, s_TD[1:], unroll=unroll)
     return x_BSD
 
 

@@ -9,81 +9,116 @@ The forward pass keeps, of every step, the hidden activations `r` (Q C values pe
 step. From these the backward pass recomputes the other states of the segment, without the products
 with Wx and Wv.
 
-`step_backward` is the gradient of the equations in `dynamics.py`; the rest is bookkeeping.
+`step_backward` is the gradient of the equations in `dynamics.py`; the rest is bookkeeping. The
+steps are a loop, or straight code with `unroll`: then XLA stacks no trajectory, and the pass over
+memory that ends the gradient of one step also begins that of the step before.
 
-Shapes: as in `dynamics.py`; K steps of one segment, n segments, E the two inputs (x, v) of
-`state_kernel`. `dx` is the gradient by `x`. Gradients are added up in the type of the state.
+Shapes: as in `dynamics.py`; K steps of one segment, n segments. `dx` is the gradient by `x`.
+Gradients are added up in the type of the state.
 """
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from inl_jax.model.dynamics import Dynamics, coefficients, controller_outputs, move, run, step
+from inl_jax.model.dynamics import (
+    Dynamics,
+    coefficients,
+    controller_outputs,
+    move,
+    run,
+    step,
+    written,
+)
 
 TRAJECTORY = "trajectory"  # the name by which a remat policy can save what this gradient keeps
+ONES = 8  # constant hidden units; a width that 8 divides suits tensor cores
+
+
+class Loop(NamedTuple):
+    """How the steps run and what is kept of them, static under jit."""
+
+    segment: int = 1  # K, in steps
+    trajectory_dtype: Any = None  # in which (x, v) are kept; None: the state's
+    unroll: bool = False  # straight code
+
+    def scan(self, *args, **kwargs):
+        """`jax.lax.scan`, in a loop or as straight code."""
+        return jax.lax.scan(*args, unroll=self.unroll, **kwargs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def run_lean(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics, segment: int):
-    """`dynamics.run`, with the gradient of this file. `segment` is K, in steps."""
-    return run(params, from_context_BSQC, x_BSD, s_TD, dynamics=dynamics)
+def run_lean(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics, loop: Loop):
+    """`dynamics.run`, with the gradient of this file."""
+    return run(params, from_context_BSQC, x_BSD, s_TD, dynamics=dynamics, unroll=loop.unroll)
 
 
-def _run_forward(params, from_context_BSQC, x_BSD, s_TD, dynamics, segment):
+@jax.named_scope("integrator_forward")
+def _run_forward(params, from_context_BSQC, x_BSD, s_TD, dynamics, loop):
     cast = _cast_kernels(params, dynamics.dtype)
 
     def take_step(xv, s_D):
         return step(cast, from_context_BSQC, *xv, s_D, dynamics=dynamics)
 
     def take_segment(xv, s_KD):
-        new_xv, kept = jax.lax.scan(take_step, xv, s_KD)
-        return new_xv, (xv, kept)
+        start = jax.tree.map(lambda a: a.astype(loop.trajectory_dtype or a.dtype), xv)
+        new_xv, kept = loop.scan(take_step, xv, s_KD)
+        return new_xv, (start, kept)
 
-    s_head, s_segments = _split(s_TD, segment)
+    s_head, s_segments = _split(s_TD, loop.segment)
     xv, kept_first = take_step((x_BSD, None), s_head[0])
-    xv, kept_head = jax.lax.scan(take_step, xv, s_head[1:])
-    (last_x, _), segments = jax.lax.scan(take_segment, xv, s_segments)
+    xv, kept_head = loop.scan(take_step, xv, s_head[1:])
+    (last_x, _), segments = loop.scan(take_segment, xv, s_segments)
     named = checkpoint_name((last_x, kept_first, kept_head, segments), TRAJECTORY)
     return named[0], (params, x_BSD, s_TD, *named[1:])
 
 
-def _run_backward(dynamics, segment, residuals, dx_BSD):
+@jax.named_scope("integrator_backward")
+def _run_backward(dynamics, loop, residuals, dx_T_BSD):
     params, x_BSD, s_TD, kept_first, kept_head, segments = residuals
     cast = _cast_kernels(params, dynamics.dtype)
     # The products back to (x, v) read the kernel in this order: transpose once, not in every step.
-    cast["state_kernel"] = cast["state_kernel"].transpose(2, 3, 0, 1)
-    s_head, s_segments = _split(s_TD, segment)
-    segment_backward = functools.partial(_segment_backward, cast, dynamics=dynamics)
+    cast["state_kernel"] = cast["state_kernel"].transpose(0, 2, 3, 1)
+    s_head, s_segments = _split(s_TD, loop.segment)
+    segment_backward = functools.partial(_segment_backward, cast, dynamics=dynamics, loop=loop)
 
     def body(carry, inputs):
         (start, kept), s_KD = inputs
         return segment_backward(carry, start, kept, s_KD)
 
-    r_BSQC = kept_first[0]
-    zero_QCD = jnp.zeros((*r_BSQC.shape[2:], x_BSD.shape[-1]), dx_BSD.dtype)
+    (*_, Q, C), D = kept_first[0].shape, x_BSD.shape[-1]
+    zeros = functools.partial(jnp.zeros, dtype=dx_T_BSD.dtype)
     sums = {
-        "context": jnp.zeros(r_BSQC.shape, dx_BSD.dtype),
-        "x_kernel": zero_QCD,
-        "v_kernel": zero_QCD,
-        **{n: jnp.zeros_like(params[n]) for n in ("mu", "output_kernel", "output_bias")},
+        "context": zeros(kept_first[0].shape),
+        "state_kernel": [zeros((Q, C, D))] * 2,
+        "output": [zeros((C + ONES, D))] * Q,
     }
     # The segments, last to first; then the steps that fill no segment; then the first step.
-    carry = ((dx_BSD, jnp.zeros_like(dx_BSD)), sums)
-    carry, ds_segments = jax.lax.scan(body, carry, (segments, s_segments), reverse=True)
+    carry = ((dx_T_BSD, jnp.zeros_like(dx_T_BSD)), sums)
+    carry, ds_segments = loop.scan(body, carry, (segments, s_segments), reverse=True)
     after_first = move(cast, *kept_first, x_BSD, None, s_head[0], dynamics=dynamics)
     carry, ds_head = segment_backward(carry, after_first, kept_head, s_head[1:])
-    ((dx_BSD, _), sums), (dr_BSQC, ds_D) = step_backward(
+    ((dx_BSD, _), sums), ds_D = step_backward(
         cast, carry, (x_BSD, None), kept_first, s_head[0], dynamics=dynamics
     )
-    sums = _add_products(sums, {"x_kernel": x_BSD[None]}, dr_BSQC[None], dtype=dynamics.dtype)
-    ds_TD = jnp.concatenate([ds_D[None], ds_head, ds_segments.reshape(-1, len(ds_D))])
-    d_context = sums.pop("context").astype(r_BSQC.dtype)
-    d_state_kernel = jnp.stack([sums.pop("x_kernel"), sums.pop("v_kernel")])
-    return sums | {"state_kernel": d_state_kernel.transpose(0, 3, 1, 2)}, d_context, dx_BSD, ds_TD
+    ds_TD = jnp.concatenate([ds_D[None], ds_head, ds_segments.reshape(-1, D)])
+    d_context_BSQC, d_output = sums["context"], jnp.stack(sums["output"])
+    # Every step adds de + dr Wx^T to dx, and subtracts de from the gradient by mu.
+    Wx_DQC = params["state_kernel"][0]
+    d_mu_D = (dx_T_BSD - dx_BSD).sum((0, 1)) + Wx_DQC.reshape(D, -1) @ d_context_BSQC.sum(
+        (0, 1)
+    ).reshape(-1)
+    d_params = {
+        "mu": d_mu_D,
+        "state_kernel": jnp.stack(sums["state_kernel"]).transpose(0, 3, 1, 2),
+        "output_kernel": d_output[:, :C],
+        "output_bias": d_output[:, C],
+    }
+    return d_params, d_context_BSQC.astype(dynamics.dtype), dx_BSD, ds_TD
 
 
 run_lean.defvjp(_run_forward, _run_backward)
@@ -99,10 +134,11 @@ def _split(s_TD, segment: int):
     return s_TD[:head], s_TD[head:].reshape(-1, segment, s_TD.shape[-1])
 
 
-def _segment_backward(params, carry, start, kept, s_KD, *, dynamics: Dynamics):
+def _segment_backward(params, carry, start, kept, s_KD, *, dynamics: Dynamics, loop: Loop):
     """Takes the carry of `step_backward` back through K steps, given (x, v) before the first."""
     if len(s_KD) == 0:
         return carry, s_KD
+    start = jax.tree.map(lambda a: a.astype(s_KD.dtype), start)
 
     def replay(xv, inputs):
         (r_BSQC, rms_BS1), s_D = inputs
@@ -111,45 +147,34 @@ def _segment_backward(params, carry, start, kept, s_KD, *, dynamics: Dynamics):
 
     states = jax.tree.map(lambda a: a[None], start)
     if len(s_KD) > 1:
-        _, later = jax.lax.scan(replay, start, jax.tree.map(lambda a: a[:-1], (kept, s_KD)))
+        _, later = loop.scan(replay, start, jax.tree.map(lambda a: a[:-1], (kept, s_KD)))
         states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, later)
 
     def body(carry, inputs):
         return step_backward(params, carry, *inputs, dynamics=dynamics)
 
-    (d_xv, sums), (dr_KBSQC, ds_KD) = jax.lax.scan(body, carry, (states, kept, s_KD), reverse=True)
-    inputs = {"x_kernel": states[0], "v_kernel": states[1]}
-    return (d_xv, _add_products(sums, inputs, dr_KBSQC, dtype=dynamics.dtype)), ds_KD
-
-
-def _add_products(sums, inputs, dr_KBSQC, *, dtype):
-    """Adds the gradients by Wx and Wv, [Q, C, D]: one product for all K steps of a segment."""
-    dr = dr_KBSQC.astype(dtype)
-    product = functools.partial(jnp.einsum, "kbsqc,kbsd->qcd")
-    return sums | {
-        name: sums[name]
-        + product(dr, a_KBSD.astype(dtype), preferred_element_type=sums[name].dtype)
-        for name, a_KBSD in inputs.items()
-    }
+    return loop.scan(body, carry, (states, kept, s_KD), reverse=True)
 
 
 def step_backward(params, carry, xv, kept, s_D, *, dynamics: Dynamics):
     """The gradient of one step, line by line the equations of `dynamics.py` from last to first.
 
     Args:
-      params: the kernels in the products' type, `state_kernel` as [Q, C, E, D].
-      carry: the gradients by (x', v'), and the sums so far of those by the context and the
-        parameters.
+      params: the kernels in the products' type, `state_kernel` as [2, Q, C, D].
+      carry: the gradients by (x', v'); and the sums so far of those by the context, by Wx and Wv
+        [Q, C, D], and by each controller's Wo with `ONES` rows that are bo's, [C + ONES, D].
       xv: (x, v) before the step; v is None for zero.
       kept: (r, rms(e)).
       s_D: the excitation of this step.
       dynamics: constants.
 
     Returns:
-      The carry before the step; and (dr, ds), the gradients by the hidden activations' input and
-      by the excitation.
+      The carry before the step; and the gradient by the excitation.
     """
     (dx_BSD, dv_BSD), sums = carry
+    # Holds back the products that make o again. XLA would find them in a forward pass and keep all
+    # of them, or make all of them before the first is needed.
+    kept, d_context_BSQC = written((kept, sums["context"]))
     (x_BSD, v_BSD), (r_BSQC, rms_BS1) = xv, kept
     dt, kappa, dtype = dynamics
     state_dtype = dx_BSD.dtype
@@ -170,26 +195,41 @@ def step_backward(params, carry, xv, kept, s_D, *, dynamics: Dynamics):
         dt * dx_BSD * new_v * gate * (1 - gate),
         dv_BSD * (1 - alpha),
     ]
-    # e enters v', and alpha through rms(e), whose gradient is one scalar per token.
-    de_BSD = -dv_BSD * beta
+    # rms(e) enters through alpha: its gradient is one scalar per token.
+    d_rms_BS1 = jnp.sum(d_alpha * alpha0, axis=-1, keepdims=True)
+    # The first pass over memory ends here, with v' = alpha v - beta e + .. taken back to (x, v).
+    do, d_rms_BS1, dx_BSD, dv_BSD = written(
+        ([d.astype(dtype) for d in do], d_rms_BS1, dx_BSD - beta * dv_BSD, alpha * dv_BSD)
+    )
     if not math.isinf(kappa):
-        d_rms = kappa * jnp.exp(-kappa * rms_BS1) * jnp.sum(d_alpha * alpha0, -1, keepdims=True)
-        de_BSD = de_BSD + d_rms / (e_BSD.shape[-1] * rms_BS1) * e_BSD
-    # o = r Wo + bo
+        d_rms_BS1 = d_rms_BS1 * kappa * jnp.exp(-kappa * rms_BS1)
+        dx_BSD = dx_BSD + d_rms_BS1 / (e_BSD.shape[-1] * rms_BS1) * e_BSD
+    # o = r Wo + bo; bo is the kernel of hidden units that are always 1, so that one product sums
+    # both gradients over the tokens.
     product = functools.partial(jnp.einsum, preferred_element_type=state_dtype)
-    narrow, Wo_QCD = [d.astype(dtype) for d in do], params["output_kernel"]
-    dr = [product("bsd,cd->bsc", d, Wo_QCD[q]) for q, d in enumerate(narrow)]
-    dWo = [product("bsc,bsd->cd", r_BSQC[..., q, :], d) for q, d in enumerate(narrow)]
+    Wo_QCD, ones = params["output_kernel"], jnp.ones((*r_BSQC.shape[:2], ONES), dtype)
+    dr, d_output = [], []
+    for q, do_BSD in enumerate(do):
+        r1_BSC = jnp.concatenate([r_BSQC[..., q, :], ones], axis=-1)
+        d_output.append(product("bsc,bsd->cd", r1_BSC, do_BSD))
+        dr.append(product("bsd,cd->bsc", do_BSD, Wo_QCD[q]))
     # r = relu(h Wh + x Wx + v Wv + b)
     dr_BSQC = jnp.where(r_BSQC > 0, jnp.stack(dr, axis=-2), 0)
-    W_QCED = params["state_kernel"][:, :, : 1 if v_BSD is None else 2]
-    d_products = product("bsqc,qced->bsed", dr_BSQC.astype(dtype), W_QCED)
-    sums = sums | {
-        "context": sums["context"] + dr_BSQC,
-        "output_kernel": sums["output_kernel"] + jnp.stack(dWo),
-        "output_bias": sums["output_bias"] + jnp.stack([d.sum((0, 1)) for d in do]),
-        "mu": sums["mu"] - de_BSD.sum((0, 1)),
+    narrow_dr = dr_BSQC.astype(dtype)
+    d_kernels, d_xv = [], []
+    for W_QCD, a_BSD in zip(params["state_kernel"], (x_BSD, v_BSD), strict=True):
+        if a_BSD is None:
+            d_kernels.append(0)
+            d_xv.append(0)
+            continue
+        d_kernels.append(product("bsqc,bsd->qcd", narrow_dr, a_BSD.astype(dtype)))
+        d_xv.append(jnp.einsum("bsqc,qcd->bsd", narrow_dr, W_QCD))
+    d_xv, d_output, d_kernels = written((d_xv, d_output, d_kernels))
+    # s enters v' alone, and dv is split into (1 - alpha) dv for c and alpha dv for v.
+    ds_D = d_output[-1][-1] + dv_BSD.sum((0, 1))
+    sums = {
+        "context": d_context_BSQC + dr_BSQC,
+        "state_kernel": [a + b for a, b in zip(sums["state_kernel"], d_kernels, strict=True)],
+        "output": [a + b for a, b in zip(sums["output"], d_output, strict=True)],
     }
-    dx_before = dx_BSD + de_BSD + d_products[..., 0, :]
-    dv_before = None if v_BSD is None else alpha * dv_BSD + d_products[..., 1, :]
-    return ((dx_before, dv_before), sums), (dr_BSQC, dv_BSD.sum((0, 1)))
+    return ((dx_BSD + d_xv[0], dv_BSD + d_xv[1]), sums), ds_D

@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, D width, C controller width, Q the four controllers
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from inl_jax.model.dynamics import (
     run,
     run_until,
 )
-from inl_jax.model.dynamics_vjp import run_lean
+from inl_jax.model.dynamics_vjp import Loop, run_lean
 from inl_jax.model.layers import at_least_float32
 from inl_jax.model.params import (
     by_row_shard,
@@ -32,6 +33,7 @@ from inl_jax.model.params import (
     join_positions,
     split_positions,
 )
+from inl_jax.model.unroll import unrolled
 
 
 def integrate(
@@ -46,6 +48,8 @@ def integrate(
     segment: int = 1,
     chunk: int = 0,
     remat: bool = False,
+    trajectory_dtype: Any = None,
+    unroll: bool = False,
 ) -> jax.Array:
     """The state after `num_iterations` steps from the state `x` and velocity 0, [B, S, D].
 
@@ -61,13 +65,16 @@ def integrate(
       segment: iterations between the states that "lean" keeps.
       chunk: positions that go through all iterations together; 0 takes the whole sequence.
       remat: keep only `h` and `x`, and recompute the iterations in the backward pass.
+      trajectory_dtype: the type in which "lean" keeps those states; None: the state's.
+      unroll: compile the iterations as straight code, not as a loop.
     """
     arrays_of = _arrays(params, x_BSD, amplitude, num_iterations, dynamics)
+    loop = Loop(segment, trajectory_dtype, unroll)
 
     def refine(hx):
         if gradient == "autodiff":
-            return run(*arrays_of(hx), dynamics=dynamics)
-        return run_lean(*arrays_of(hx), dynamics, segment)
+            return run(*arrays_of(hx), dynamics=dynamics, unroll=unroll)
+        return run_lean(*arrays_of(hx), dynamics, loop)
 
     if remat:
         refine = jax.checkpoint(refine, prevent_cse=False)
@@ -184,6 +191,8 @@ class Integrator(nn.Module):
             gradient=c.integrator_gradient,
             segment=c.integrator_segment,
             remat=c.remat == "integrator",
+            trajectory_dtype=jnp.bfloat16 if c.trajectory_dtype == "bfloat16" else None,
+            unroll=unrolled(c) == "iterations",
             **settings,
         )
 

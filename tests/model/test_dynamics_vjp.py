@@ -10,6 +10,7 @@ from inl_jax.model.dynamics import Dynamics
 from inl_jax.model.integrator import integrate
 from inl_jax.model.language_model import abstract_params
 
+BF16 = jnp.dtype("bfloat16")
 SLOW = pytest.mark.slow
 
 
@@ -19,12 +20,18 @@ def config(model_config):
 
 
 def check_gradient(config, dtype, num_iterations, kappa, options):
-    tolerance = 1e-10 if dtype == F64 else 2e-6
+    """By the amplitude it is one number, a sum of both signs over tokens, channels and iterations:
+
+    in float32, where the others agree to 2e-6, autodiff's own is up to 2e-6 from that in float64.
+    """
+    tolerance, of_amplitude = (1e-10, 1e-10) if dtype == F64 else (2e-6, 1e-5)
     common = dict(kappa=kappa, num_iterations=num_iterations, dtype=dtype)
     with jax.enable_x64(dtype == F64):
         arrays = inputs(config, dtype)
         wanted = value_and_gradients(*arrays, gradient="autodiff", **common)
-        assert_close(value_and_gradients(*arrays, **common, **options), wanted, tolerance)
+        found = value_and_gradients(*arrays, **common, **options)
+    assert_close((found[0], found[1][:3]), (wanted[0], wanted[1][:3]), tolerance)
+    assert_close(found[1][3], wanted[1][3], of_amplitude)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,9 @@ def check_gradient(config, dtype, num_iterations, kappa, options):
         (F64, 2, float("inf"), {"segment": 2}),
         (F64, 6, 0.3, {"segment": 4, "chunk": 2}),
         (F64, 15, 1.0, {"segment": 7}),
+        (F64, 4, 1.0, {"segment": 2, "unroll": True}),
+        pytest.param(F64, 15, 0.3, {"unroll": True, "remat": True, "chunk": 2}, marks=SLOW),
+        pytest.param(F32, 15, float("inf"), {"unroll": True}, marks=SLOW),
         pytest.param(F32, 15, 1.0, {"segment": 7}, marks=SLOW),  # by default the test of beta
         pytest.param(F64, 15, 1.0, {"segment": 20, "remat": True}, marks=SLOW),
     ],
@@ -80,11 +90,22 @@ def test_run_lean_has_the_gradient_beyond_the_bound_of_beta(config):
 
 
 def test_run_lean_in_bfloat16_is_near_float32(config):
-    """Products in bfloat16, sums in float32."""
+    """Products in bfloat16, sums in float32. The amplitude's one number cancels, and may be off."""
     arrays = inputs(config, F32, positions=64)
     _, wanted = value_and_gradients(*arrays, num_iterations=6, dtype=F32)
-    _, found = value_and_gradients(*arrays, num_iterations=6, dtype=jnp.dtype("bfloat16"))
-    assert_close(found, wanted, 0.1)
+    _, found = value_and_gradients(*arrays, num_iterations=6, dtype=BF16)
+    assert_close(found[:3], wanted[:3], 0.1)
+
+
+def test_run_lean_with_a_bfloat16_trajectory_rounds_the_gradient_and_not_the_state(config):
+    arrays = inputs(config, F32, positions=64)
+    common = dict(num_iterations=6, dtype=F32)
+    value, wanted = value_and_gradients(*arrays, **common)
+    same, found = value_and_gradients(*arrays, trajectory_dtype=BF16, **common)
+    assert same == value
+    assert_close(found, wanted, 5e-3)
+    with pytest.raises(AssertionError):
+        assert_close(found, wanted, 1e-4)
 
 
 def kept_shapes(config, tokens, **options):
@@ -157,3 +178,21 @@ def test_run_lean_stacks_no_array_of_all_outputs():
 
     lean, autodiff = (list(per_iteration(program(g))) for g in ("lean", "autodiff"))
     assert max(lean) < 3 * S * D < 4 * S * D < max(autodiff)
+
+
+def test_unrolled_run_lean_has_no_loop(config):
+    params, h, x = inputs(config, F32)
+
+    def program(unroll):
+        total = lambda *arrays: integrate(  # noqa: E731
+            *arrays,
+            amplitude=0.03,
+            num_iterations=7,
+            dynamics=Dynamics(0.1, 1.0, F32),
+            segment=3,
+            unroll=unroll,
+        ).sum()
+        return jax.jit(jax.grad(total)).lower(params, h, x).as_text()
+
+    assert "while" in program(False)
+    assert "while" not in program(True)
