@@ -46,7 +46,7 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
 
     Args:
       body: takes references to the inputs and the outputs in global memory, and then to `scratch`
-        by name. `rows()` inside it are the tokens of the program.
+        by name. `jax.lax.axis_index("program")` inside it says which ROWS tokens are its own.
       out: the outputs' shapes and types.
       num_tokens: N, a multiple of ROWS.
       scratch: buffers in shared memory and barriers.
@@ -63,18 +63,22 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, *, swizzle: int | None = None) -> Any:
-    """Shared memory for matrices that TMA and wgmma address in tiles of 8 rows.
+    """Shared memory for matrices [..., rows, columns] in tiles, as `tiles` makes them."""
+    return plgpu.SMEM(shape, dtype, transforms=tiles(shape[-1], dtype, swizzle=swizzle))
+
+
+def tiles(columns: int, dtype: Any, *, swizzle: int | None = None) -> tuple[Any, ...]:
+    """Splits a matrix in shared memory into tiles of 8 rows, as TMA and wgmma address it.
 
     Args:
-      shape: [..., rows, columns].
-      dtype: of the values.
+      columns: of the matrix.
+      dtype: of its values.
       swizzle: bytes of a row of a tile; by default a whole row, at most 128. The two operands of a
         wgmma must have the same.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = swizzle or min(128, shape[-1] * itemsize)
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    swizzle = swizzle or min(128, columns * itemsize)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
