@@ -71,6 +71,9 @@ class ModelConfig:
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
     integrator_segment: int = 1
     """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
+    integrator_kernel: Literal["auto", "xla", "mosaic"] = "auto"
+    """xla: any device. mosaic: kernels of our own for Hopper GPUs, with products in bfloat16
+    (docs/kernels.md). auto: xla, until a GPU has run the kernels."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
     unroll: Literal["auto", "none", "layers", "iterations"] = "auto"

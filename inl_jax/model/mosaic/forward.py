@@ -1,6 +1,6 @@
 """One iteration of the integrator as one kernel: `dynamics.move`, then the next r and rms(e).
 
-    o_k    = r_k Wo_k + bo_k                              wgmma, one controller after another
+    o_k    = r_k Wo_k + bo_k                              wgmma
     v', x' = move(o, rms, x, v)                           in registers, float32
     r'     = relu(x' Wx + v' Wv + context)                wgmma into 64 x 256 float32 in registers
     rms'   = rms(x' - mu)
@@ -8,6 +8,9 @@
 A program owns ROWS tokens and goes through D in chunks of COLUMNS. The controllers' outputs never
 reach memory, and x, v, r and rms are read once and written once: what is written is the trajectory
 that the gradient keeps. TMA loads the next chunk while this one is computed.
+
+Of the 255 registers that a thread can have, r' takes 128: the order of the lines in `chunk` is one
+in which few other values live at a time.
 
 Shapes: N tokens, D width, C controller width, Q the four controllers, H = Q C, K = COLUMNS.
 """
@@ -34,11 +37,11 @@ from inl_jax.model.mosaic.tiles import (
     call,
     load,
     tiled,
-    tiles,
     zeros,
 )
 
 H = Q * WIDTH
+SLOTS = 2  # chunks in shared memory: one that is computed, one that is loaded
 BF16, F32 = jnp.bfloat16, jnp.float32
 OPERAND = COLUMNS * 2  # bytes: the swizzle of every operand of a product
 
@@ -72,24 +75,42 @@ def iteration(state: State, weights: Weights, s_D, *, dynamics: Dynamics) -> Sta
       dynamics: constants; its `dtype` is bfloat16.
     """
     N, D = state.x_ND.shape
-    out = _state_of(N, D)
-    inputs = [a for a in (*state, *weights, s_D) if a is not None]
+    arrays, structure = jax.tree.flatten((state, weights, s_D))
+    out, *_ = specs(N, D)
+    num_copies = len(arrays) - 3
     scratch = {
         "r_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "rms_s": plgpu.SMEM((ROWS,), F32),
+        "xv_s": tiled((SLOTS, 2, ROWS, COLUMNS), F32),
+        "Wo_s": tiled((SLOTS, Q, WIDTH, COLUMNS), BF16),
+        "Ws_s": tiled((SLOTS, 2, COLUMNS, H), BF16, swizzle=OPERAND),
+        "vectors_s": plgpu.SMEM((SLOTS, Q + 2, COLUMNS), F32),
         "new_s": tiled((2, ROWS, COLUMNS), F32),
-        "operand_s": tiled((2, ROWS, COLUMNS), BF16),
-        "barrier": plgpu.Barrier(num_arrivals=Q + 1),
-        "context_barrier": plgpu.Barrier(num_arrivals=Q),
+        "operands_s": tiled((2, ROWS, COLUMNS), BF16),
+        "hidden_ready": plgpu.Barrier(num_arrivals=Q + 1),
+        "context_ready": plgpu.Barrier(num_arrivals=Q),
+        "chunk_ready": plgpu.Barrier(num_arrivals=num_copies, num_barriers=SLOTS),
     }
 
     def body(*refs, **scratch):
-        ins, outs = refs[: len(inputs)], refs[len(inputs) :]
-        x, *v, r, rms, Wo, Ws, bo, mu, context, s = ins
-        _body(State(x, v[0] if v else None, r, rms), Weights(Wo, Ws, bo, mu, context), s,
-              State(*outs), dynamics=dynamics, **scratch)
+        read = jax.tree.unflatten(structure, refs[: len(arrays)])
+        _body(*read, State(*refs[len(arrays) :]), dynamics=dynamics, **scratch)
 
-    return State(*call(body, out=tuple(out), num_tokens=N, scratch=scratch)(*inputs))
+    return State(*call(body, out=tuple(out), num_tokens=N, scratch=scratch)(*arrays))
+
+
+def specs(N: int, D: int) -> tuple[State, Weights, Any]:
+    """Shapes and types of what `iteration` takes; the state is also what it returns."""
+    spec = jax.ShapeDtypeStruct
+    state = State(spec((N, D), F32), spec((N, D), F32), spec((N, H), BF16), spec((N,), F32))
+    weights = Weights(
+        output_kernel_QCD=spec((Q, WIDTH, D), BF16),
+        state_kernel_EDH=spec((2, D, H), BF16),
+        output_bias_QD=spec((Q, D), F32),
+        mu_D=spec((D,), F32),
+        context_NH=spec((N, H), BF16),
+    )
+    return state, weights, spec((D,), F32)
 
 
 def bytes_moved(N: int, D: int) -> int:
@@ -97,108 +118,112 @@ def bytes_moved(N: int, D: int) -> int:
 
     Not counted: every program reads the weights again, from the L2 cache.
     """
-    spec = jax.ShapeDtypeStruct
-    weights = Weights(spec((Q, WIDTH, D), BF16), spec((2, D, H), BF16), spec((Q, D), F32),
-                      spec((D,), F32), spec((N, H), BF16))
-    return bytes_of((_state_of(N, D), weights, spec((D,), F32), _state_of(N, D)))
+    inputs = specs(N, D)
+    return bytes_of((inputs, inputs[0]))
 
 
-def _state_of(N: int, D: int) -> State:
-    spec = jax.ShapeDtypeStruct
-    return State(spec((N, D), F32), spec((N, D), F32), spec((N, H), BF16), spec((N,), F32))
-
-
-def _body(state, weights, s_g, out, *, dynamics, r_s, rms_s, new_s, operand_s, barrier, context_barrier):
+def _body(
+    state,
+    weights,
+    s_g,
+    out,
+    *,
+    dynamics,
+    r_s,
+    rms_s,
+    xv_s,
+    Wo_s,
+    Ws_s,
+    vectors_s,
+    new_s,
+    operands_s,
+    hidden_ready,
+    context_ready,
+    chunk_ready,
+):
     dt, kappa, _ = dynamics
     D = state.x_ND.shape[1]
-    program = lax.axis_index("program")
-    rows = pl.ds(program * ROWS, ROWS)
+    rows = pl.ds(lax.axis_index("program") * ROWS, ROWS)
+    xv_g = [a for a in (state.x_ND, state.v_ND) if a is not None]
 
-    def copy_hidden(source_NH, barrier):
+    def fetch_hidden(source_NH, barrier):
         for q in range(Q):
             hidden = source_NH.at[rows, pl.ds(q * WIDTH, WIDTH)]
             plgpu.copy_gmem_to_smem(hidden, r_s.at[q], barrier)
 
-    copy_hidden(state.r_NH, barrier)
-    plgpu.copy_gmem_to_smem(state.rms_N.at[rows], rms_s, barrier)
-    plgpu.barrier_wait(barrier)
-    far = None
-    if not math.isinf(kappa):
-        far = 1 - jnp.exp(-kappa * load(rms_s, PER_ROW))
-
-    def refine(hidden_acc):
-        def chunk(index, x_s, *rest):
-            *v_s, Wo_s, Ws_s, bo_s, mu_s, s_s, sum_N = rest
-
-            def per_column(ref):
-                return lax.broadcast_in_dim(load(ref, PER_COLUMN), (ROWS, COLUMNS), (1,))
-
-            def output(q):
-                def product(acc):
-                    plgpu.wgmma(acc, r_s.at[q], Wo_s.at[q])
-                    return acc[...]
-
-                o = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), F32))
-                return o + per_column(bo_s.at[q])
-
-            c = output(3)
-            alpha = _sigmoid(output(0))
-            if far is not None:
-                alpha = alpha * lax.broadcast_in_dim(far, (ROWS, COLUMNS), (0,))
-            v = c + alpha * (load(v_s[0], MATRIX) - c) if v_s else c - alpha * c
-            beta = jnp.minimum(_softplus(output(1)), 2 / dt)
-            x = load(x_s, MATRIX)
-            mu = per_column(mu_s)
-            v = v - beta * (x - mu) + per_column(s_s)
-            x = x + dt * _sigmoid(output(2)) * v
-            # The copies of the chunk before have read the buffer long ago.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            columns = pl.ds(index[0] * COLUMNS, COLUMNS)
-            for i, new in enumerate((x, v)):
-                new_s[i], operand_s[i] = new, new.astype(BF16)
-            plgpu.commit_smem()
-            for i in range(2):
-                plgpu.copy_smem_to_gmem(new_s.at[i], out[i].at[rows, columns])
-                plgpu.wgmma(hidden_acc, operand_s.at[i], Ws_s.at[i])
-            plgpu.wgmma_wait(0)
-            e = x - mu
-            return sum_N + jnp.sum(e * e, axis=1)
-
-        def block(shape, index, dtype):
-            transforms = tiles(shape[-1], dtype, swizzle=OPERAND if dtype == BF16 else None)
-            return plgpu.BlockSpec(shape, index, transforms=transforms)
-
-        of_state = block((ROWS, COLUMNS), lambda j: (program, j), F32)
-        per_channel = plgpu.BlockSpec((COLUMNS,), lambda j: (j,))
-        in_specs = [
-            *[of_state] * (1 if state.v_ND is None else 2),
-            block((Q, WIDTH, COLUMNS), lambda j: (0, 0, j), BF16),
-            block((2, COLUMNS, H), lambda j: (0, j, 0), BF16),
-            plgpu.BlockSpec((Q, COLUMNS), lambda j: (0, j)),
-            per_channel,
-            per_channel,
+    def fetch(j):
+        slot, columns = lax.rem(j, SLOTS), pl.ds(j * COLUMNS, COLUMNS)
+        copies = [(a.at[rows, columns], xv_s.at[slot, i]) for i, a in enumerate(xv_g)]
+        copies += [
+            (weights.output_kernel_QCD.at[:, :, columns], Wo_s.at[slot]),
+            (weights.state_kernel_EDH.at[:, columns], Ws_s.at[slot]),
+            (weights.output_bias_QD.at[:, columns], vectors_s.at[slot, pl.ds(0, Q)]),
+            (weights.mu_D.at[columns], vectors_s.at[slot, Q]),
+            (s_g.at[columns], vectors_s.at[slot, Q + 1]),
         ]
-        sum_N = plgpu.emit_pipeline(
-            chunk,
-            grid=(D // COLUMNS,),
-            in_specs=in_specs,
-            max_concurrent_steps=2,
-            init_carry=zeros((ROWS,), PER_ROW),
-        )(
-            *[a for a in state[:2] if a is not None],
-            weights.output_kernel_QCD, weights.state_kernel_EDH, weights.output_bias_QD,
-            weights.mu_D, s_g,
-        )
-        return sum_N, hidden_acc[...]
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, chunk_ready.at[slot])
 
-    sum_N, hidden = pl.run_scoped(refine, plgpu.ACC((ROWS, H), F32))
-    mean_N = sum_N / D + float(jnp.finfo(F32).tiny)
-    rms_s[...] = mean_N * lax.rsqrt(mean_N)
-    copy_hidden(weights.context_NH, context_barrier)
-    plgpu.barrier_wait(context_barrier)
+    fetch_hidden(state.r_NH, hidden_ready)
+    plgpu.copy_gmem_to_smem(state.rms_N.at[rows], rms_s, hidden_ready)
+    for j in range(SLOTS):
+        fetch(jnp.int32(j))
+    plgpu.barrier_wait(hidden_ready)
+    far_N = None
+    if not math.isinf(kappa):
+        far_N = 1 - jnp.exp(-kappa * load(rms_s, PER_ROW))
+
+    def all_chunks(hidden_acc):
+        def chunk(j, sum_N):
+            slot, columns = lax.rem(j, SLOTS), pl.ds(j * COLUMNS, COLUMNS)
+
+            def per_channel(i):
+                a_K = load(vectors_s.at[slot, i], PER_COLUMN)
+                return lax.broadcast_in_dim(a_K, (ROWS, COLUMNS), (1,))
+
+            def outputs(*accs):
+                for q in range(Q):
+                    plgpu.wgmma(accs[q], r_s.at[q], Wo_s.at[slot, q])
+                return [acc[...] for acc in accs]
+
+            plgpu.barrier_wait(chunk_ready.at[slot])
+            o = pl.run_scoped(outputs, *[plgpu.ACC((ROWS, COLUMNS), F32)] * Q)
+            c = o[3] + per_channel(3)
+            alpha = _sigmoid(o[0] + per_channel(0))
+            if far_N is not None:
+                alpha = alpha * lax.broadcast_in_dim(far_N, (ROWS, COLUMNS), (0,))
+            if state.v_ND is None:
+                v = c - alpha * c
+            else:
+                v = c + alpha * (load(xv_s.at[slot, 1], MATRIX) - c)
+            beta = jnp.minimum(_softplus(o[1] + per_channel(1)), 2 / dt)
+            x = load(xv_s.at[slot, 0], MATRIX)
+            v = v - beta * (x - per_channel(Q)) + per_channel(Q + 1)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before
+            new_s[1], operands_s[1] = v, v.astype(BF16)
+            x = x + dt * _sigmoid(o[2] + per_channel(2)) * v
+            new_s[0], operands_s[0] = x, x.astype(BF16)
+            plgpu.commit_smem()
+            for i, new_g in enumerate((out.x_ND, out.v_ND)):
+                plgpu.copy_smem_to_gmem(new_s.at[i], new_g.at[rows, columns])
+                plgpu.wgmma(hidden_acc, operands_s.at[i], Ws_s.at[slot, i])
+            plgpu.wgmma_wait(0)
+            e = x - per_channel(Q)
+            sum_N = sum_N + jnp.sum(e * e, axis=1)
+            lax.cond(j + SLOTS < D // COLUMNS, lambda: fetch(j + SLOTS), lambda: None)
+            return sum_N
+
+        sum_N = lax.fori_loop(0, D // COLUMNS, chunk, zeros((ROWS,), PER_ROW))
+        mean_N = sum_N / D + float(jnp.finfo(F32).tiny)
+        rms_s[...] = mean_N * lax.rsqrt(mean_N)
+        return hidden_acc[...]
+
+    hidden = pl.run_scoped(all_chunks, plgpu.ACC((ROWS, H), F32))
+    fetch_hidden(weights.context_NH, context_ready)
+    plgpu.barrier_wait(context_ready)
     for q in range(Q):
-        part = hidden[:, q * WIDTH : (q + 1) * WIDTH]
-        r_s[q] = jnp.maximum(part + load(r_s.at[q], MATRIX).astype(F32), 0).astype(BF16)
+        sum_NC = hidden[:, q * WIDTH : (q + 1) * WIDTH] + load(r_s.at[q], MATRIX).astype(F32)
+        r_s[q] = jnp.maximum(sum_NC, 0).astype(BF16)
     plgpu.commit_smem()
     for q in range(Q):
         plgpu.copy_smem_to_gmem(r_s.at[q], out.r_NH.at[rows, pl.ds(q * WIDTH, WIDTH)])

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
 from inl_jax.internals import gpu_interpreter
 from inl_jax.model.dynamics import CONTROLLERS
@@ -51,7 +53,7 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
       num_tokens: N, a multiple of ROWS.
       scratch: buffers in shared memory and barriers.
     """
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out,
         grid=(num_tokens // ROWS,),
@@ -60,6 +62,29 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_interpreter.get(),
     )
+    return _by_row_shard(kernel)
+
+
+def _by_row_shard(kernel: Callable) -> Callable:
+    """`kernel`, under `vmap` over the shards of the batch: each device calls it with its own.
+
+    The integrator splits rows so (`integrator.integrate`), and XLA cannot split a kernel itself.
+    """
+    batched = jax.custom_batching.custom_vmap(kernel)
+
+    @batched.def_vmap
+    def _(_, in_batched, *arrays):
+        spec = nn.logical_to_mesh_axes(("batch",))
+
+        def on_one_device(*arrays):
+            own = [a[0] if is_split else a for a, is_split in zip(arrays, in_batched, strict=True)]
+            return jax.tree.map(lambda a: a[None], kernel(*own))
+
+        specs = tuple(spec if is_split else P() for is_split in in_batched)
+        out = jax.shard_map(on_one_device, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return batched
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, *, swizzle: int | None = None) -> Any:
