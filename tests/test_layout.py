@@ -140,10 +140,11 @@ def test_tests_mirror_the_folders():
     "pattern, homes",
     [
         (
-            r"jax\._src|jax\.experimental(?!\.pallas)|jaxlib\.|(?:import|from) jaxlib|\._manager\b",
+            r"jax\._src|jax\.experimental(?!\.pallas| import pallas)"
+            r"|jaxlib\.|(?:import|from) jaxlib|\._manager\b",
             ["internals"],
         ),
-        (r"jax\.experimental\.pallas", ["mosaic"]),
+        (r"jax\.experimental(?:\.| import )pallas", ["mosaic"]),
         (r"fmt: skip", []),
         (r"\bprint\(", []),
         (r"from orbax|import orbax\.", ["orbax", "internals"]),

@@ -166,7 +166,7 @@ def _body(
 
     fetch_hidden(state.r_NH, hidden_ready)
     plgpu.copy_gmem_to_smem(state.rms_N.at[rows], rms_s, hidden_ready)
-    for j in range(SLOTS):
+    for j in range(min(SLOTS, D // COLUMNS)):
         fetch(jnp.int32(j))
     plgpu.barrier_wait(hidden_ready)
     far_N = None

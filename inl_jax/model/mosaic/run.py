@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from inl_jax.checks import require
 from inl_jax.model.device import current_device
-from inl_jax.model.dynamics import Dynamics, rms_error, step
-from inl_jax.model.dynamics_vjp import TRAJECTORY
+from inl_jax.model.dynamics import Dynamics, rms_error
+from inl_jax.model.dynamics_vjp import TRAJECTORY, step_backward
 from inl_jax.model_config import ModelConfig
 
 
@@ -106,20 +106,35 @@ def _run_forward(params, context_NH, x_ND, s_TD, dynamics):
 @jax.named_scope("integrator_backward")
 def _run_backward(dynamics, residuals, dx_ND):
     params, context_NH, s_TD, kept = residuals
-    from_context_1NQC = context_NH.reshape(1, len(context_NH), *params["output_kernel"].shape[:2])
-    d_xv, sums, ds = (dx_ND[None], jnp.zeros_like(dx_ND[None])), None, []
-    for state, s_D in zip(reversed(kept), reversed(s_TD), strict=True):
-
-        def from_state(params, from_context_1NQC, xv, s_D):
-            return step(params, from_context_1NQC, *xv, s_D, dynamics=dynamics)[0]
-
-        xv = jax.tree.map(lambda a: a[None], tuple(state[:2]))
-        _, pullback = jax.vjp(from_state, params, from_context_1NQC, xv, s_D)
-        *d_sums, d_xv, ds_D = pullback(d_xv)
-        sums = d_sums if sums is None else jax.tree.map(jnp.add, sums, d_sums)
+    N, D = dx_ND.shape
+    Q, C = params["output_kernel"].shape[:2]
+    dtype = dynamics.dtype
+    cast = params | {"output_kernel": params["output_kernel"].astype(dtype)}
+    cast["state_kernel"] = params["state_kernel"].astype(dtype).transpose(2, 3, 0, 1)
+    sums = {n: jnp.zeros_like(params[n]) for n in ("mu", "output_kernel", "output_bias")}
+    sums["context"] = jnp.zeros((1, N, Q, C), dx_ND.dtype)
+    carry = (dx_ND[None], jnp.zeros_like(dx_ND)[None]), sums
+    by_kernel, ds = [0, jnp.zeros((D, Q, C), dx_ND.dtype)], []
+    for (x_ND, v_ND, r_NH, rms_N), s_D in zip(reversed(kept), reversed(s_TD), strict=True):
+        xv = x_ND[None], None if v_ND is None else v_ND[None]
+        hidden = r_NH.reshape(1, N, Q, C), rms_N[None, :, None]
+        carry, (dr_BSQC, ds_D) = step_backward(cast, carry, xv, hidden, s_D, dynamics=dynamics)
         ds.append(ds_D)
-    d_params, d_context = sums
-    return d_params, d_context.reshape(context_NH.shape), d_xv[0][0], jnp.stack(ds[::-1])
+        for i, a_BSD in enumerate(xv[: 1 if v_ND is None else 2]):
+            by_kernel[i] += jnp.einsum(
+                "bsd,bsqc->dqc",
+                a_BSD.astype(dtype),
+                dr_BSQC.astype(dtype),
+                preferred_element_type=dx_ND.dtype,
+            )
+    (dx_BSD, _), sums = carry
+    d_context_NH = sums.pop("context").reshape(N, -1).astype(context_NH.dtype)
+    return (
+        sums | {"state_kernel": jnp.stack(by_kernel)},
+        d_context_NH,
+        dx_BSD[0],
+        jnp.stack(ds[::-1]),
+    )
 
 
 _run.defvjp(_run_forward, _run_backward)

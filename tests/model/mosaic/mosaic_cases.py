@@ -33,6 +33,6 @@ def distance(found, wanted):
 
     def of_leaf(a, b):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+        return jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30)
 
     return max(map(float, jax.tree.leaves(jax.tree.map(of_leaf, found, wanted))))

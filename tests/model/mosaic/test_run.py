@@ -15,6 +15,7 @@ from inl_jax.parallel import sharding
 
 SLOW = pytest.mark.slow
 INF = float("inf")
+policies = jax.checkpoint_policies
 
 
 def value_and_gradients(run, arguments):
@@ -34,72 +35,86 @@ def xla(dynamics):
     return lambda *arguments: run_lean(*arguments, dynamics, 1)
 
 
+def assert_as_near(found, wanted, exact):
+    """Each leaf is as near to float32 as XLA's form in bfloat16, but for the luck of rounding."""
+
+    def check(path, found, wanted, exact):
+        error = distance(found, exact), distance(wanted, exact)
+        assert error[0] <= 1.5 * error[1] + 1e-6, (jax.tree_util.keystr(path), error)
+
+    jax.tree_util.tree_map_with_path(check, found, wanted, exact)
+
+
+@SLOW
 @pytest.mark.parametrize(
     "rows, tokens, width, T, kappa",
-    [
-        (1, 65, 32, 2, 1.0),
-        pytest.param(1, 64, 64, 1, INF, marks=SLOW),
-        pytest.param(2, 50, 96, 3, 0.3, marks=SLOW),
-        pytest.param(3, 1, 64, 2, INF, marks=SLOW),
-        pytest.param(1, 128, 128, 4, 1.0, marks=SLOW),
-    ],
+    [(1, 65, 32, 2, 1.0), (1, 64, 64, 1, INF), (2, 50, 96, 3, 0.3), (3, 1, 64, 2, INF)],
 )
 def test_run_mosaic_is_run_lean_within_bfloat16(rows, tokens, width, T, kappa):
     """Also with tokens that fill no program, and with a first step alone."""
-    arguments = arrays(tokens, width, rows=rows, num_iterations=T)
-    dynamics = bfloat16(kappa)
-    wanted_x, wanted = value_and_gradients(xla(dynamics), arguments)
+    params, context, x, s = arrays(tokens, width, rows=rows, num_iterations=T)
+    narrow, wide = bfloat16(kappa), bfloat16(kappa)._replace(dtype=jnp.dtype("float32"))
+    wanted = value_and_gradients(xla(narrow), (params, context, x, s))
+    exact = value_and_gradients(xla(wide), (params, context.astype(wide.dtype), x, s))
     with interpreted():
-        found_x, found = jax.jit(functools.partial(value_and_gradients, mosaic(dynamics)))(
-            arguments
-        )
-    assert distance(found_x, wanted_x) < 1e-3
-    assert distance(found[1:], wanted[1:]) < 2e-2
-    first_step = T == 1  # which reads no Wv
-    for name, gradient in found[0].items():
-        if name == "state_kernel" and first_step:
-            assert not gradient[1].any()
-            assert distance(gradient[0], wanted[0][name][0]) < 2e-2
-        else:
-            assert distance(gradient, wanted[0][name]) < 2e-2, name
+        by_kernels = jax.jit(functools.partial(value_and_gradients, mosaic(narrow)))
+        assert_as_near(by_kernels((params, context, x, s)), wanted, exact)
 
 
-@SLOW
-@pytest.mark.parametrize("remat", ["all", "trajectory"])
-def test_run_mosaic_works_under_remat_and_a_scan_over_layers(remat):
-    """With a policy that keeps the trajectory, the backward pass runs no kernel again."""
-    params, context, x, s = arrays(64, 32, num_iterations=2)
+def layers_gradient(run, context, *, policy):
+    """The gradient of two layers in a scan, as a function; and its arguments."""
+    params, _, x, s = arrays(64, 32, num_iterations=2)
     layers = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p]), params)
-    policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(TRAJECTORY) if remat == "trajectory" else None
 
-    def through_layers(run, layers, x):
-        def layer(x, params):
-            return run(params, context, x, s), None
+    def layer(x, params):
+        return run(params, context, x, s), None
 
-        return jax.lax.scan(jax.checkpoint(layer, policy=policy), x, layers)[0]
+    def total(layers, x):
+        body = layer if policy == "keep all" else jax.checkpoint(layer, policy=policy)
+        return jax.lax.scan(body, x, layers)[0].sum()
 
-    def gradients(run):
-        return jax.jit(jax.grad(lambda *a: through_layers(run, *a).sum(), (0, 1)))
-
-    wanted = gradients(xla(bfloat16()))(layers, x)
-    with interpreted():
-        found = gradients(mosaic(bfloat16()))(layers, x)
-    assert distance(found, wanted) < 2e-2
+    return jax.grad(total, (0, 1)), (layers, x)
 
 
 @SLOW
-def test_run_mosaic_runs_on_a_mesh_each_device_with_its_rows():
-    params, context, x, s = arrays(16, 32, num_iterations=2, rows=8)
+def test_run_mosaic_works_in_a_scan_over_layers():
+    def gradients(run, context):
+        function, arguments = layers_gradient(run, context, policy="keep all")
+        return jax.jit(function)(*arguments)
+
+    context = arrays(64, 32)[1]
+    wide = bfloat16()._replace(dtype=jnp.dtype("float32"))
+    exact = gradients(xla(wide), context.astype(wide.dtype))
+    wanted = gradients(xla(bfloat16()), context)
+    with interpreted():
+        assert_as_near(gradients(mosaic(bfloat16()), context), wanted, exact)
+
+
+@pytest.mark.parametrize(
+    "policy, kernels", [(None, 4), (policies.save_only_these_names(TRAJECTORY), 2)]
+)
+def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kept(policy, kernels):
+    """Traced, not run: JAX cannot differentiate the interpreter under remat."""
+    function, arguments = layers_gradient(mosaic(bfloat16()), arrays(64, 32)[1], policy=policy)
+    program = str(jax.make_jaxpr(function)(*arguments))
+    assert program.count("custom_vmap_call[") == kernels
+
+
+@SLOW
+def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
+    """Traced, not run: the interpreter has one memory for all devices of a process."""
+    params, context, x, s = arrays(64, 32, num_iterations=2, rows=8)
     dynamics = bfloat16()
-    wanted = jax.vmap(lambda c, x: run_lean(params, c[None], x[None], s, dynamics, 1)[0])(
-        context, x
-    )
+
+    def run(context, x):
+        return jax.vmap(lambda c, x: run_mosaic(params, c[None], x[None], s, dynamics)[0])(
+            context, x
+        )
+
     with sharding.on(mesh_of(data=8)), interpreted():
-        found = jax.jit(
-            jax.vmap(lambda c, x: run_mosaic(params, c[None], x[None], s, dynamics)[0])
-        )(context, x)
-    assert distance(found, wanted) < 1e-3
+        program = str(jax.make_jaxpr(run)(context, x))
+    assert program.count("shard_map[") == 2  # one an iteration
+    assert "f32[1,64,32]" in program and "f32[64,32]" in program
 
 
 def test_run_mosaic_refuses_a_sharded_width():
