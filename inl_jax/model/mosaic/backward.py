@@ -10,9 +10,10 @@ left open, and leaves its own to the kernel of t - 1: dx and dv are read once an
     dr = sum_D do Wo^T where r > 0                                       wgmma, in registers
     pull = d_rms / (D rms): the gradient by rms(e) is pull e
 
-What sums over tokens is left to XLA: the products of dWo, dWx and dWv; the bias's gradient, which is
-a row of ones in the product of dWo; and the excitation's, of which every program writes a part. The
-gradient by mu telescopes: the sum over t of -de is dx_T - dx_0 + (sum over t of dr) Wx^T.
+What sums over tokens is left to XLA: the products of dWo, dWx and dWv; the gradient by the biases,
+which columns of ones beside r add to the product of dWo; and that by the excitation, of which every
+program writes its part. That by mu telescopes: the sum over t of -de is dx_T - dx_0 + (sum over t of
+dr) Wx^T.
 
 Shapes: N tokens, D width, C controller width, Q the four controllers, H = Q C, T iterations, P
 programs of ROWS tokens, E the two inputs (x, v) of `state_kernel`.
@@ -154,6 +155,7 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
         "r_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "dr_after_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "row_s": plgpu.SMEM((2, ROWS), F32),
+        "zero_s": plgpu.SMEM((8,), jnp.int32),
         "barrier": plgpu.Barrier(
             num_arrivals=Q * (1 + ("dr_after" in inputs)) + near + ("pull_after" in inputs)
         ),
@@ -219,7 +221,7 @@ def _outputs(inputs: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, barrier):
+def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, barrier):
     dt, kappa, _ = dynamics
     D = refs["x"].shape[1]
     program = lax.axis_index("program")
@@ -240,18 +242,24 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, barrier):
     def spread(per_row):
         return lax.broadcast_in_dim(per_row, (ROWS, COLUMNS), (0,))
 
+    # Added to the indices of the operands that stay: the compiler cannot see that it is 0. Otherwise
+    # it computes their addresses once, before the loop over chunks, and spills what it keeps of them.
+    zero_s[0] = jnp.int32(0)
+    plgpu.commit_smem()
+
     def chunk(index, *buffers, dr_accs):
         *buffers, sum_N = buffers
+        zero = zero_s[0]
         s = dict(zip(streamed, buffers, strict=True))
 
         def of_column(i):
             return lax.broadcast_in_dim(load(s["vectors"].at[i], PER_COLUMN), (ROWS, COLUMNS), (1,))
 
         def output(q):
-            return _product_of([(r_s.at[q], s["Wo"].at[q])]) + of_column(q)
+            return _product_of([(r_s.at[q + zero], s["Wo"].at[q])]) + of_column(q)
 
         def left_open(i):
-            pairs = [(dr_after_s.at[q], s["Ws"].at[i * Q + q]) for q in range(Q)]
+            pairs = [(dr_after_s.at[q + zero], s["Ws"].at[i * Q + q]) for q in range(Q)]
             return _product_of(pairs) if "dr_after" in refs else 0
 
         # In an order in which few values are needed at a time: each takes 8 registers, dr 128.
@@ -332,7 +340,7 @@ def _streams(program) -> dict[str, Any]:
         "Wo_transposed": block((Q, COLUMNS, WIDTH), lambda j: (0, j, 0), BF16),
         "Ws": block((2 * Q, WIDTH, COLUMNS), lambda j: (0, 0, j), BF16),
         "vectors": plgpu.BlockSpec((6, COLUMNS), lambda j: (0, j)),
-        "do": block((Q, ROWS, COLUMNS), lambda j: (0, program, j), BF16),
+        "do": block((Q, ROWS, COLUMNS), lambda j: (0 * j, program, j), BF16),
         "new_dx": of_state,
         "new_dv": of_state,
         "ds": plgpu.BlockSpec((1, COLUMNS), lambda j: (program, j)),
