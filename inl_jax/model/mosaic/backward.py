@@ -156,6 +156,9 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
         "dr_after_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "row_s": plgpu.SMEM((2, ROWS), F32),
         "zero_s": plgpu.SMEM((8,), jnp.int32),
+        "do_s": tiled((Q, ROWS, COLUMNS), BF16),
+        "new_s": tiled((2, ROWS, COLUMNS), F32),
+        "ds_s": plgpu.SMEM((1, COLUMNS), F32),
         "barrier": plgpu.Barrier(
             num_arrivals=Q * (1 + ("dr_after" in inputs)) + near + ("pull_after" in inputs)
         ),
@@ -221,7 +224,7 @@ def _outputs(inputs: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, barrier):
+def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, do_s, new_s, ds_s, barrier):
     dt, kappa, _ = dynamics
     D = refs["x"].shape[1]
     program = lax.axis_index("program")
@@ -262,6 +265,8 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, barrier):
             pairs = [(dr_after_s.at[q + zero], s["Ws"].at[i * Q + q]) for q in range(Q)]
             return _product_of(pairs) if "dr_after" in refs else 0
 
+        # The copies of the chunk before have read the buffers long ago.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         # In an order in which few values are needed at a time: each takes 8 registers, dr 128.
         c, alpha0 = output(3), _sigmoid(output(0))
         far = spread(1 - jnp.exp(-kappa * of_row("rms"))) if "rms" in refs else 1
@@ -276,34 +281,39 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, barrier):
         dx = load(s["dx"], MATRIX) + left_open(0)
         if "pull_after" in refs:
             dx = dx + spread(of_row("pull_after")) * (e + dt * gate * new_v)
-        s["do"][2] = (dt * dx * new_v * gate * (1 - gate)).astype(BF16)
+        do_s[2 + zero] = (dt * dx * new_v * gate * (1 - gate)).astype(BF16)
         dv = dt * gate * dx + left_open(1)
         if "dv" in s:
             dv = dv + load(s["dv"], MATRIX)
-        s["do"][1] = jnp.where(beta < 2 / dt, -dv * e * slope, 0).astype(BF16)
-        s["new_dx"][...] = dx - dv * beta
-        s["do"][3] = (dv * (1 - alpha0 * far)).astype(BF16)
-        if "new_dv" in s:
-            s["new_dv"][...] = alpha0 * far * dv
-        s["ds"][0] = jnp.sum(dv, axis=0)
+        do_s[1 + zero] = jnp.where(beta < 2 / dt, -dv * e * slope, 0).astype(BF16)
+        new_s[zero] = dx - dv * beta
+        do_s[3 + zero] = (dv * (1 - alpha0 * far)).astype(BF16)
+        if "new_dv" in refs:
+            new_s[1 + zero] = alpha0 * far * dv
+        ds_s[zero] = jnp.sum(dv, axis=0)
         d_far = dv * past * alpha0
-        s["do"][0] = (d_far * far * (1 - alpha0)).astype(BF16)
+        do_s[0 + zero] = (d_far * far * (1 - alpha0)).astype(BF16)
         plgpu.commit_smem()
         for q in range(Q):
-            plgpu.wgmma(dr_accs[q], s["do"].at[q], s["Wo_transposed"].at[q])
+            plgpu.wgmma(dr_accs[q], do_s.at[q + zero], s["Wo_transposed"].at[q])
+        columns = pl.ds(index[0] * COLUMNS, COLUMNS)
+        for q in range(Q):
+            plgpu.copy_smem_to_gmem(do_s.at[q + zero], refs["do"].at[q, rows, columns])
+        for i, name in enumerate(("new_dx", "new_dv")):
+            if name in refs:
+                plgpu.copy_smem_to_gmem(new_s.at[i + zero], refs[name].at[rows, columns])
+        plgpu.copy_smem_to_gmem(ds_s.at[zero], refs["ds"].at[program, columns])
         plgpu.wgmma_wait(0)
         return sum_N + jnp.sum(d_far, axis=1)
 
     specs = {name: spec for name, spec in _streams(program).items() if name in refs}
     streamed = list(specs)
-    num_inputs = sum(name not in ("do", "new_dx", "new_dv", "ds") for name in streamed)
 
     def all_chunks(*dr_accs):
         sum_N = plgpu.emit_pipeline(
             lambda *args: chunk(*args, dr_accs=dr_accs),
             grid=(D // COLUMNS,),
-            in_specs=list(specs.values())[:num_inputs],
-            out_specs=list(specs.values())[num_inputs:],
+            in_specs=list(specs.values()),
             max_concurrent_steps=2,
             init_carry=zeros((ROWS,), PER_ROW),
         )(*[refs[name] for name in streamed])
@@ -324,7 +334,7 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, barrier):
 
 
 def _streams(program) -> dict[str, Any]:
-    """What a program reads and writes by chunks, inputs first: chunk j of each."""
+    """What a program reads by chunks: chunk j of each."""
 
     def block(shape, index, dtype):
         transforms = tiles(shape[-1], dtype, swizzle=OPERAND if dtype == BF16 else None)
@@ -340,10 +350,6 @@ def _streams(program) -> dict[str, Any]:
         "Wo_transposed": block((Q, COLUMNS, WIDTH), lambda j: (0, j, 0), BF16),
         "Ws": block((2 * Q, WIDTH, COLUMNS), lambda j: (0, 0, j), BF16),
         "vectors": plgpu.BlockSpec((6, COLUMNS), lambda j: (0, j)),
-        "do": block((Q, ROWS, COLUMNS), lambda j: (0 * j, program, j), BF16),
-        "new_dx": of_state,
-        "new_dv": of_state,
-        "ds": plgpu.BlockSpec((1, COLUMNS), lambda j: (program, j)),
     }
 
 
