@@ -12,8 +12,8 @@ left open, and leaves its own to the kernel of t - 1: dx and dv are read once an
 
 What sums over tokens is left to XLA: the products of dWo, dWx and dWv; the gradient by the biases,
 which columns of ones beside r add to the product of dWo; and that by the excitation, of which every
-program writes its part. That by mu telescopes: the sum over t of -de is dx_T - dx_0 + (sum over t of
-dr) Wx^T.
+program writes its part. That by mu telescopes: the sum over t of -de is dx_T - dx_0 plus the
+product of Wx^T with the sum over t of dr.
 
 Shapes: N tokens, D width, C controller width, Q the four controllers, H = Q C, T iterations, P
 programs of ROWS tokens, E the two inputs (x, v) of `state_kernel`.
@@ -245,8 +245,8 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, do_s, new
     def spread(per_row):
         return lax.broadcast_in_dim(per_row, (ROWS, COLUMNS), (0,))
 
-    # Added to the indices of the operands that stay: the compiler cannot see that it is 0. Otherwise
-    # it computes their addresses once, before the loop over chunks, and spills what it keeps of them.
+    # Added to the indices of buffers that stay the same: the compiler cannot see that it is 0.
+    # Otherwise it computes all their addresses before the loop over chunks, and spills registers.
     zero_s[0] = jnp.int32(0)
     plgpu.commit_smem()
 
