@@ -105,10 +105,13 @@ def backward(params, s_TD, kept, dx_ND, *, dynamics: Dynamics):
         r_NQC = r_NH.reshape(-1, Q, WIDTH)
         ones = jnp.ones((*r_NQC.shape[:2], ONES), BF16)
         with_ones = jnp.concatenate([r_NQC, ones], axis=-1)
+        # These products read float32, which a GPU multiplies as TF32: to round x and v to bfloat16
+        # XLA would read and write them once more, in a kernel of its own.
+        wide_dr_NH = after.dr_NH.astype(F32)
         dWo += _product("nqc,qnd->qcd", with_ones, do_QND)
-        dWx += _product("nh,nd->dh", after.dr_NH, x_ND.astype(BF16))
+        dWx += _product("nh,nd->hd", wide_dr_NH, x_ND)
         if v_ND is not None:
-            dWv += _product("nh,nd->dh", after.dr_NH, v_ND.astype(BF16))
+            dWv += _product("nh,nd->hd", wide_dr_NH, v_ND)
         all_dr.append(after.dr_NH)
         ds.append(ds_PD.sum(0))
     d_context_NH = sum(dr.astype(F32) for dr in all_dr)
@@ -117,9 +120,10 @@ def backward(params, s_TD, kept, dx_ND, *, dynamics: Dynamics):
     if after.pull_N is not None:
         first_dx_ND += after.pull_N[:, None] * (kept[0][0] - mu)
     through_Wx_D = d_context_NH.sum(0) @ Wx_HD.astype(F32)
+    d_state_EHD = jnp.stack([dWx, jnp.broadcast_to(dWv, (H, D))])
     d_params = {
         "mu": (dx_ND - first_dx_ND).sum(0) + through_Wx_D,
-        "state_kernel": jnp.stack([dWx, jnp.broadcast_to(dWv, (D, H))]).reshape(2, D, Q, WIDTH),
+        "state_kernel": d_state_EHD.transpose(0, 2, 1).reshape(2, D, Q, WIDTH),
         "output_kernel": dWo[:, :WIDTH],
         "output_bias": dWo[:, WIDTH],
     }
