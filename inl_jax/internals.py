@@ -115,6 +115,18 @@ def cudnn_assumed(version: int, capability: tuple[int, int]) -> Iterator[None]:
             setattr(sys.modules[module], name, ask)
 
 
+def gpu_interpreter() -> Any:
+    """Returns what makes Pallas interpret a kernel for GPUs on a CPU.
+
+    Public only from jax 0.11 on. Without it the integrator's kernels cannot be tested on a CPU.
+
+    Raises:
+      InputError: this JAX has none.
+    """
+    path = "jax._src.pallas.mosaic_gpu.interpret.params.InterpretGPUParams"
+    return _require(path, or_else="run the kernels on a Hopper GPU")()
+
+
 def on_save_failure(checkpointer: Any, callback: Callable[[BaseException], None]) -> None:
     """Has `callback(error)` called when this process cannot write its part of a checkpoint.
 

@@ -73,6 +73,9 @@ class ModelConfig:
     """Iterations per segment. lean keeps (x, v) before each segment and recomputes the others."""
     trajectory_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which lean keeps (x, v). bfloat16 halves that memory and rounds the gradient."""
+    integrator_kernel: Literal["auto", "xla", "mosaic"] = "auto"
+    """xla: any device. mosaic: kernels of our own for Hopper GPUs, with products in bfloat16
+    (docs/kernels.md). auto: xla, until a GPU has run the kernels."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
     unroll: Literal["auto", "none", "layers", "iterations"] = "auto"

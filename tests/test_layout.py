@@ -140,15 +140,18 @@ def test_tests_mirror_the_folders():
     "pattern, homes",
     [
         (
-            r"jax\._src|jax\.experimental|jaxlib\.|(?:import|from) jaxlib|\._manager\b",
+            r"jax\._src|jax\.experimental(?!\.pallas| import pallas)"
+            r"|jaxlib\.|(?:import|from) jaxlib|\._manager\b",
             ["internals"],
         ),
+        (r"jax\.experimental(?:\.| import )pallas", ["mosaic"]),
         (r"fmt: skip", []),
         (r"\bprint\(", []),
         (r"from orbax|import orbax\.", ["orbax", "internals"]),
     ],
     ids=[
         "private names of JAX and Orbax",
+        "kernels for GPUs",
         "layout of the formatter",
         "say and show, the channels",
         "Orbax, imported as a guest",

@@ -17,7 +17,7 @@ FUNCTION = """vocab_size d_model num_layers num_iterations d_ff max_seq_len cont
 num_heads num_kv_heads dt excitation_amplitude kappa dropout""".split()
 # Fields that say how it is computed here; transformers chooses anew.
 COMPUTATION = """compute_dtype attention_kernel remat integrator_gradient integrator_segment
-integrator_chunk trajectory_dtype unroll""".split()
+integrator_kernel integrator_chunk trajectory_dtype unroll""".split()
 # Fields that decide what is computed and are not in config.json; they must have their defaults.
 REFUSED = ["tol"]
 

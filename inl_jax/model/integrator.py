@@ -26,6 +26,7 @@ from inl_jax.model.dynamics import (
 )
 from inl_jax.model.dynamics_vjp import Loop, run_lean
 from inl_jax.model.layers import at_least_float32
+from inl_jax.model.mosaic.run import integrator_kernel, run_mosaic
 from inl_jax.model.params import (
     by_row_shard,
     current_batch_shards,
@@ -44,6 +45,7 @@ def integrate(
     amplitude,
     num_iterations: int,
     dynamics: Dynamics,
+    kernel: str = "xla",
     gradient: str = "lean",
     segment: int = 1,
     chunk: int = 0,
@@ -61,6 +63,7 @@ def integrate(
       num_iterations: T.
       dynamics: constants of a step. Products are computed in `dynamics.dtype`. The state is kept
         in float32 (float64 if `x` is): in bfloat16 it would stop moving, 1 + 0.1 * 0.03 == 1.
+      kernel: "xla", or "mosaic" (`mosaic.run`), which has a gradient of its own.
       gradient: "lean" (`dynamics_vjp`), or "autodiff" of the plain scan, for comparison.
       segment: iterations between the states that "lean" keeps.
       chunk: positions that go through all iterations together; 0 takes the whole sequence.
@@ -72,6 +75,8 @@ def integrate(
     loop = Loop(segment, trajectory_dtype, unroll)
 
     def refine(hx):
+        if kernel == "mosaic":
+            return run_mosaic(*arrays_of(hx), dynamics)
         if gradient == "autodiff":
             return run(*arrays_of(hx), dynamics=dynamics, unroll=unroll)
         return run_lean(*arrays_of(hx), dynamics, loop)
@@ -188,6 +193,7 @@ class Integrator(nn.Module):
             params,
             h_BSD,
             x_BSD,
+            kernel=integrator_kernel(c),
             gradient=c.integrator_gradient,
             segment=c.integrator_segment,
             remat=c.remat == "integrator",

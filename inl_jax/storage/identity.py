@@ -20,7 +20,8 @@ from inl_jax.tokens.tokenizer_files import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 CONFIG_NAME = "config.json"
 # Fields of the model that change neither the parameters nor the function they compute.
 FREE_FIELDS = """model.remat model.attention_kernel model.integrator_gradient
-model.integrator_segment model.integrator_chunk model.trajectory_dtype model.unroll""".split()
+model.integrator_segment model.integrator_kernel model.integrator_chunk model.trajectory_dtype
+model.unroll""".split()
 _FILES = (CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME)
 
 

@@ -1,0 +1,140 @@
+"""`dynamics.run` by kernels, with its gradient, and the choice between the two.
+
+Pallas takes 0.2 s to import, so what uses it is imported when a kernel is chosen.
+
+Shapes: as in `dynamics.py`; N tokens, padded to a multiple of 64, H = Q C.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from inl_jax.checks import require
+from inl_jax.model.device import current_device
+from inl_jax.model.dynamics import Dynamics, rms_error
+from inl_jax.model.dynamics_vjp import TRAJECTORY, step_backward
+from inl_jax.model_config import ModelConfig
+
+
+def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
+    """What `config.integrator_kernel` names; auto is xla, because no GPU has run the kernels yet.
+
+    Raises:
+      InputError: the kernels are asked for, but are not made for this device or this model.
+    """
+    if config.integrator_kernel != "mosaic":
+        return "xla"
+    device, needs = current_device(), "model.integrator_kernel=mosaic needs"
+    instead = "or set model.integrator_kernel xla"
+    require(
+        device.platform == "gpu" and device.capability[0] == 9,
+        f"{needs} a Hopper GPU, compute capability 9.x, not {device}: run it on one, {instead}",
+    )
+    for name, wanted in {
+        "compute_dtype": ("auto", "bfloat16"),
+        "controller_width": (64,),
+        "integrator_gradient": ("lean",),
+        "integrator_segment": (1,),
+    }.items():
+        value = getattr(config, name)
+        require(
+            value in wanted, f"{needs} model.{name}={wanted[-1]}, not {value}: set it, {instead}"
+        )
+    require(
+        config.d_model % 32 == 0,
+        f"{needs} a multiple of 32 as model.d_model, not {config.d_model}: set one, {instead}",
+    )
+    return "mosaic"
+
+
+def run_mosaic(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics) -> jax.Array:
+    """`dynamics.run` with products in bfloat16 and a state in float32, by kernels.
+
+    Raises:
+      InputError: the current mesh shards D.
+    """
+    mesh, (axis,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("channels",))
+    parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
+    require(
+        parts == 1,
+        f"model.integrator_kernel=mosaic with mesh.{axis}={parts}: its kernels need all of D on "
+        f"one device; set mesh.{axis} 1, or model.integrator_kernel xla",
+    )
+    N = math.prod(x_BSD.shape[:2])
+
+    def by_tokens(a, width):
+        return jnp.pad(a.reshape(N, width), [(0, -N % 64), (0, 0)])
+
+    D, H = x_BSD.shape[-1], math.prod(from_context_BSQC.shape[2:])
+    context_NH = by_tokens(from_context_BSQC, H)
+    last_ND = _run(params, context_NH, by_tokens(x_BSD, D), s_TD, dynamics)
+    return last_ND[:N].reshape(x_BSD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _run(params, context_NH, x_ND, s_TD, dynamics: Dynamics):
+    return _run_forward(params, context_NH, x_ND, s_TD, dynamics)[0]
+
+
+@jax.named_scope("integrator_forward")
+def _run_forward(params, context_NH, x_ND, s_TD, dynamics):
+    from inl_jax.model.mosaic.forward import State, Weights, iteration
+
+    dtype = dynamics.dtype
+    D, H = len(params["mu"]), context_NH.shape[1]
+    state_kernel_EDH = params["state_kernel"].astype(dtype).reshape(2, D, H)
+    output_kernel_QCD = params["output_kernel"].astype(dtype)
+    weights = Weights(
+        output_kernel_QCD, state_kernel_EDH, params["output_bias"], params["mu"], context_NH
+    )
+    r_NH = jax.nn.relu(x_ND.astype(dtype) @ state_kernel_EDH[0] + context_NH)
+    state = State(x_ND, None, r_NH, rms_error(x_ND, params["mu"])[:, 0])
+    kept = []
+    for s_D in s_TD:
+        kept.append(state)
+        state = State(
+            *checkpoint_name(tuple(iteration(state, weights, s_D, dynamics=dynamics)), TRAJECTORY)
+        )
+    return state.x_ND, (params, context_NH, s_TD, kept)
+
+
+@jax.named_scope("integrator_backward")
+def _run_backward(dynamics, residuals, dx_ND):
+    params, context_NH, s_TD, kept = residuals
+    N, D = dx_ND.shape
+    Q, C = params["output_kernel"].shape[:2]
+    dtype = dynamics.dtype
+    cast = params | {"output_kernel": params["output_kernel"].astype(dtype)}
+    cast["state_kernel"] = params["state_kernel"].astype(dtype).transpose(2, 3, 0, 1)
+    sums = {n: jnp.zeros_like(params[n]) for n in ("mu", "output_kernel", "output_bias")}
+    sums["context"] = jnp.zeros((1, N, Q, C), dx_ND.dtype)
+    carry = (dx_ND[None], jnp.zeros_like(dx_ND)[None]), sums
+    by_kernel, ds = [0, jnp.zeros((D, Q, C), dx_ND.dtype)], []
+    for (x_ND, v_ND, r_NH, rms_N), s_D in zip(reversed(kept), reversed(s_TD), strict=True):
+        xv = x_ND[None], None if v_ND is None else v_ND[None]
+        hidden = r_NH.reshape(1, N, Q, C), rms_N[None, :, None]
+        carry, (dr_BSQC, ds_D) = step_backward(cast, carry, xv, hidden, s_D, dynamics=dynamics)
+        ds.append(ds_D)
+        for i, a_BSD in enumerate(xv[: 1 if v_ND is None else 2]):
+            by_kernel[i] += jnp.einsum(
+                "bsd,bsqc->dqc",
+                a_BSD.astype(dtype),
+                dr_BSQC.astype(dtype),
+                preferred_element_type=dx_ND.dtype,
+            )
+    (dx_BSD, _), sums = carry
+    d_context_NH = sums.pop("context").reshape(N, -1).astype(context_NH.dtype)
+    return (
+        sums | {"state_kernel": jnp.stack(by_kernel)},
+        d_context_NH,
+        dx_BSD[0],
+        jnp.stack(ds[::-1]),
+    )
+
+
+_run.defvjp(_run_forward, _run_backward)

@@ -1,0 +1,171 @@
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import mesh_of
+from mosaic_cases import arrays, bfloat16, distance
+
+from inl_jax.config import InputError
+from inl_jax.model.device import H100, Device, made_for
+from inl_jax.model.dynamics_vjp import run_lean
+from inl_jax.model.mosaic.run import integrator_kernel, run_mosaic
+from inl_jax.model.mosaic.tiles import interpreted
+from inl_jax.parallel import sharding
+
+ROOT = Path(__file__).parents[3]
+SLOW = pytest.mark.slow
+INF = float("inf")
+policies = jax.checkpoint_policies
+
+
+def value_and_gradients(run, arguments):
+    def loss(*arguments):
+        x = run(*arguments)
+        return jnp.sum(x * jnp.sin(jnp.arange(x.size).reshape(x.shape))), x
+
+    (_, x), gradients = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*arguments)
+    return x, gradients
+
+
+def mosaic(dynamics):
+    return lambda *arguments: run_mosaic(*arguments, dynamics)
+
+
+def xla(dynamics):
+    return lambda *arguments: run_lean(*arguments, dynamics, 1)
+
+
+def assert_as_near(found, wanted, exact):
+    """Each leaf is as near to float32 as XLA's form in bfloat16, but for the luck of rounding."""
+
+    def check(path, found, wanted, exact):
+        error = distance(found, exact), distance(wanted, exact)
+        assert error[0] <= 1.5 * error[1] + 1e-6, (jax.tree_util.keystr(path), error)
+
+    jax.tree_util.tree_map_with_path(check, found, wanted, exact)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "rows, tokens, width, T, kappa",
+    [(1, 65, 32, 2, 1.0), (1, 64, 64, 1, INF), (2, 50, 96, 3, 0.3), (3, 1, 64, 2, INF)],
+)
+def test_run_mosaic_is_run_lean_within_bfloat16(rows, tokens, width, T, kappa):
+    """Also with tokens that fill no program, and with a first step alone."""
+    params, context, x, s = arrays(tokens, width, rows=rows, num_iterations=T)
+    narrow, wide = bfloat16(kappa), bfloat16(kappa)._replace(dtype=jnp.dtype("float32"))
+    wanted = value_and_gradients(xla(narrow), (params, context, x, s))
+    exact = value_and_gradients(xla(wide), (params, context.astype(wide.dtype), x, s))
+    with interpreted():
+        by_kernels = jax.jit(functools.partial(value_and_gradients, mosaic(narrow)))
+        assert_as_near(by_kernels((params, context, x, s)), wanted, exact)
+
+
+def layers_gradient(run, context, *, policy):
+    """The gradient of two layers in a scan, as a function; and its arguments."""
+    params, _, x, s = arrays(64, 32, num_iterations=2)
+    layers = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p]), params)
+
+    def layer(x, params):
+        return run(params, context, x, s), None
+
+    def total(layers, x):
+        body = layer if policy == "keep all" else jax.checkpoint(layer, policy=policy)
+        return jax.lax.scan(body, x, layers)[0].sum()
+
+    return jax.grad(total, (0, 1)), (layers, x)
+
+
+@SLOW
+def test_run_mosaic_works_in_a_scan_over_layers():
+    def gradients(run, context):
+        function, arguments = layers_gradient(run, context, policy="keep all")
+        return jax.jit(function)(*arguments)
+
+    context = arrays(64, 32)[1]
+    wide = bfloat16()._replace(dtype=jnp.dtype("float32"))
+    exact = gradients(xla(wide), context.astype(wide.dtype))
+    wanted = gradients(xla(bfloat16()), context)
+    with interpreted():
+        assert_as_near(gradients(mosaic(bfloat16()), context), wanted, exact)
+
+
+COMPILE = """
+import jax
+from mosaic_cases import arrays, bfloat16
+from test_run import layers_gradient, mosaic, policies, TRAJECTORY
+from inl_jax.planning.programs.xla import compile_for_cuda
+for policy in (None, policies.save_only_these_names(TRAJECTORY)):
+    function, arguments = layers_gradient(mosaic(bfloat16()), arrays(64, 32)[1], policy=policy)
+    text = compile_for_cuda(jax.jit(function).trace(*arguments), 1).text
+    print(text.count('custom_call_target="mosaic_gpu'))
+"""
+
+
+@SLOW
+def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kept():
+    """Compiled, not run: JAX cannot differentiate the interpreter under remat."""
+    pytest.importorskip("jax_cuda12_plugin", reason="make cuda installs XLA's CUDA compiler")
+    paths = map(str, (ROOT, ROOT / "tests", Path(__file__).parent))
+    environment = os.environ | {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, "-c", COMPILE]
+    kernels = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    # Two iterations; the second need not run again, because nothing reads the last state.
+    assert kernels.split() == ["3", "2"]
+
+
+@SLOW
+def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
+    """Traced, not run: the interpreter has one memory for all devices of a process."""
+    params, context, x, s = arrays(64, 32, num_iterations=2, rows=8)
+    dynamics = bfloat16()
+
+    def run(context, x):
+        return jax.vmap(lambda c, x: run_mosaic(params, c[None], x[None], s, dynamics)[0])(
+            context, x
+        )
+
+    with sharding.on(mesh_of(data=8)), interpreted():
+        program = str(jax.make_jaxpr(run)(context, x))
+    assert program.count("shard_map[") == 2  # one an iteration
+    assert "f32[1,64,32]" in program and "f32[64,32]" in program
+
+
+def test_run_mosaic_refuses_a_sharded_width():
+    with sharding.on(mesh_of(tensor=2)), pytest.raises(InputError, match=r"mesh\.tensor=2"):
+        run_mosaic(*arrays(64, 32), bfloat16())
+
+
+@pytest.mark.parametrize(
+    "device, fields, named",
+    [
+        (Device("cpu"), {}, "Hopper"),
+        (Device("gpu", (8, 0)), {}, "Hopper"),
+        (H100, {"compute_dtype": "float32"}, "compute_dtype"),
+        (H100, {"controller_width": 32}, "controller_width"),
+        (H100, {"integrator_segment": 2}, "integrator_segment"),
+        (H100, {"integrator_gradient": "autodiff"}, "integrator_gradient"),
+        (H100, {"d_model": 48}, "d_model"),
+    ],
+)
+def test_integrator_kernel_refuses_by_name_what_the_kernels_are_not_made_for(
+    model_config, device, fields, named
+):
+    fits = {"d_model": 64, "controller_width": 64, "integrator_kernel": "mosaic"}
+    with made_for(device), pytest.raises(InputError, match=named):
+        integrator_kernel(model_config(**fits | fields))
+
+
+def test_integrator_kernel_is_mosaic_only_if_asked_for(model_config):
+    with made_for(H100):
+        for asked, chosen in (("auto", "xla"), ("xla", "xla"), ("mosaic", "mosaic")):
+            config = model_config(d_model=64, controller_width=64, integrator_kernel=asked)
+            assert integrator_kernel(config) == chosen
