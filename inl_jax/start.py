@@ -14,6 +14,7 @@ from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import shardings_of
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import read_config
+from inl_jax.training.compile_options import compile_options
 from inl_jax.training.metrics import read_metrics
 from inl_jax.training.optim import learning_rates
 from inl_jax.training.state import (
@@ -81,5 +82,9 @@ def restore_or_init(
         )
         return call_together(fresh, params), Start()
     say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
-    fresh = jax.jit(functools.partial(init_state, config=config), out_shardings=shardings)
+    fresh = jax.jit(
+        functools.partial(init_state, config=config),
+        out_shardings=shardings,
+        compiler_options=compile_options(shardings.step.mesh, num_params=0),
+    )
     return call_together(fresh, jax.random.key(config.seed)), Start()

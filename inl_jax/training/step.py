@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
 from inl_jax.failures import MachineFailure
-from inl_jax.model.language_model import hidden_states
+from inl_jax.model.language_model import hidden_states, param_count
 from inl_jax.model.layers import at_least_float32
 from inl_jax.model.losses import mean_loss
 from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.parallel.processes import meeting_first
 from inl_jax.parallel.sharding import batch_shards, num_bytes, rows, shardings_of
 from inl_jax.training import spikes
+from inl_jax.training.compile_options import compile_options
 from inl_jax.training.optim import accumulator_dtype, apply_gradients, make_optimizer, round_tree
 from inl_jax.training.state import Layout, TrainState
 
@@ -186,7 +187,8 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
     """
     start = time.perf_counter()
     say("compiling the training step ...")
-    compiled = trace_step(config, mesh, layout).lower().compile()
+    options = compile_options(mesh, num_params=param_count(config.model))
+    compiled = trace_step(config, mesh, layout).lower().compile(compiler_options=options)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
     memory, held = compiled.memory_analysis(), num_bytes(layout.state)
     in_place = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
