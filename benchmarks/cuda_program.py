@@ -27,6 +27,7 @@ from inl_jax.planning.cost import flops_per_token
 from inl_jax.planning.hardware import find_gpu
 from inl_jax.planning.memory import compiled_bytes
 from inl_jax.planning.programs.xla import compile_abstractly, use_no_device
+from inl_jax.planning.recipe import choose
 from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import make_layout
 
@@ -34,7 +35,7 @@ from inl_jax.training.state import make_layout
 CONSTANTS = {"bytes_per_second": 3.0e12, "flops_per_second": 790e12, "seconds_per_launch": 1.5e-6}
 
 VARIANTS = {
-    "xla": {},
+    "xla": {"model.integrator_kernel": "xla"},
     "mosaic": {"model.integrator_kernel": "mosaic"},
     "no_integrator": {"model.num_iterations": 0},
 }
@@ -49,7 +50,7 @@ def cuda_program(parser: Parser, argv: Sequence[str]) -> Report:
         try:
             with ptxas.reports() as usages:
                 variant, found, device_bytes = compiled(with_fields(config, fields))
-        except (InputError, TypeError) as error:
+        except InputError as error:
             if name != "mosaic":
                 raise
             say(f"mosaic: {error}")
@@ -70,7 +71,9 @@ def compiled(config: TrainConfig) -> tuple[TrainConfig, list[Kernel], int]:
     with made_for(H100):
         mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
         config = fit_to_mesh(config, mesh)
-        program = compile_abstractly(config, mesh, make_layout(config, mesh), "cuda")
+        layout = make_layout(config, mesh)
+        config = choose(config, mesh, layout, find_gpu("h100").usable_memory)
+        program = compile_abstractly(config, mesh, layout, "cuda")
     device_bytes, _ = compiled_bytes(program.memory)
     return config, kernels(parse(program.text), mosaic_bytes), device_bytes
 

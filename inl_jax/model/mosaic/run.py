@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from inl_jax.checks import require
 from inl_jax.model.device import current_device
 from inl_jax.model.dynamics import Dynamics, rms_error
-from inl_jax.model.dynamics_vjp import TRAJECTORY, step_backward
+from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.model_config import ModelConfig
 
 
@@ -105,36 +105,11 @@ def _run_forward(params, context_NH, x_ND, s_TD, dynamics):
 
 @jax.named_scope("integrator_backward")
 def _run_backward(dynamics, residuals, dx_ND):
+    from inl_jax.model.mosaic.backward import backward
+
     params, context_NH, s_TD, kept = residuals
-    N, D = dx_ND.shape
-    Q, C = params["output_kernel"].shape[:2]
-    dtype = dynamics.dtype
-    cast = params | {"output_kernel": params["output_kernel"].astype(dtype)}
-    cast["state_kernel"] = params["state_kernel"].astype(dtype).transpose(2, 3, 0, 1)
-    sums = {n: jnp.zeros_like(params[n]) for n in ("mu", "output_kernel", "output_bias")}
-    sums["context"] = jnp.zeros((1, N, Q, C), dx_ND.dtype)
-    carry = (dx_ND[None], jnp.zeros_like(dx_ND)[None]), sums
-    by_kernel, ds = [0, jnp.zeros((D, Q, C), dx_ND.dtype)], []
-    for (x_ND, v_ND, r_NH, rms_N), s_D in zip(reversed(kept), reversed(s_TD), strict=True):
-        xv = x_ND[None], None if v_ND is None else v_ND[None]
-        hidden = r_NH.reshape(1, N, Q, C), rms_N[None, :, None]
-        carry, (dr_BSQC, ds_D) = step_backward(cast, carry, xv, hidden, s_D, dynamics=dynamics)
-        ds.append(ds_D)
-        for i, a_BSD in enumerate(xv[: 1 if v_ND is None else 2]):
-            by_kernel[i] += jnp.einsum(
-                "bsd,bsqc->dqc",
-                a_BSD.astype(dtype),
-                dr_BSQC.astype(dtype),
-                preferred_element_type=dx_ND.dtype,
-            )
-    (dx_BSD, _), sums = carry
-    d_context_NH = sums.pop("context").reshape(N, -1).astype(context_NH.dtype)
-    return (
-        sums | {"state_kernel": jnp.stack(by_kernel)},
-        d_context_NH,
-        dx_BSD[0],
-        jnp.stack(ds[::-1]),
-    )
+    d_params, d_context_NH, dx_ND, ds_TD = backward(params, s_TD, kept, dx_ND, dynamics=dynamics)
+    return d_params, d_context_NH.astype(context_NH.dtype), dx_ND, ds_TD
 
 
 _run.defvjp(_run_forward, _run_backward)
