@@ -78,9 +78,9 @@ class ModelConfig:
     (docs/kernels.md). auto: xla, until a GPU has run the kernels."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
-    unroll: Literal["auto", "none", "layers", "iterations"] = "auto"
+    unroll: Literal["auto", "none", "iterations"] = "auto"
     """Which loop is compiled as straight code, which moves less memory and compiles more slowly.
-    auto: the iterations on GPUs, none on CPUs."""
+    iterations: the integrator's. auto: iterations on GPUs, none on CPUs."""
 
     def __post_init__(self):
         check_types(self, "model.")

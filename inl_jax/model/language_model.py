@@ -47,7 +47,6 @@ from inl_jax.model.mixers.decay import DecayContext
 from inl_jax.model.mixers.kv_cache import write_entries
 from inl_jax.model.mixers.mean import MeanContext
 from inl_jax.model.mixers.span import LayerState, TokenSpan, last_real
-from inl_jax.model.unroll import unrolled
 
 init = nn.initializers
 
@@ -127,14 +126,12 @@ class INLModel(Layer):
             x_BSD = x_BSD + sinusoid(position_BS, c.d_model, table_dtype)
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
-        # A decoding state would be copied layer by layer; a loop updates it in place.
-        straight = state is None and unrolled(c) == "layers"
         block = Block
         if c.remat in ("block", "all_but_integrator", "auto"):
             keep = (TRAJECTORY,) if c.remat == "all_but_integrator" else ()
             policy = jax.checkpoint_policies.save_only_these_names(*keep)
             # prevent_cse is not needed inside a loop (jax.checkpoint), and costs time.
-            block = nn.remat(Block, prevent_cse=straight, policy=policy)
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
             length=c.num_layers,
@@ -142,7 +139,6 @@ class INLModel(Layer):
             split_rngs={"params": True, "dropout": True},
             in_axes=(state and LayerState(nn.broadcast, 0), nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            unroll=c.num_layers if straight else 1,
         )(c, self.deterministic, name="blocks")
         tokens = TokenSpan(position_BS, length_B)
         before = state and LayerState(state.layers, jnp.arange(c.num_layers))

@@ -98,7 +98,8 @@ def _feed_forward_backward(residuals, dy_BSD):
         dz_BSF @ up_kernel_DF.T,
         jnp.einsum("bsd,bsf->df", x_BSD, dz_BSF),
         dz_wide_BSF.sum(axis=(0, 1)).astype(z_BSF.dtype),
-        jnp.einsum("bsf,bsd->fd", gelu_BSF.astype(z_BSF.dtype), dy_BSD),
+        # So that a CPU transposes dy for the product, which is narrower than gelu(z).
+        jnp.einsum("bsd,bsf->df", dy_BSD, gelu_BSF.astype(z_BSF.dtype)).T,
         dy_BSD.astype(slope_BSF.dtype).sum(axis=(0, 1)).astype(dy_BSD.dtype),
     )
 

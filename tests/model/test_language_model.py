@@ -140,30 +140,6 @@ def test_remat_changes_nothing_but_memory(model_config, context):
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_straight_layers_compute_what_a_loop_does(model_config, context, remat):
-    ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
-    loop = model_config(context=context, remat=remat, unroll="none")
-    params = inl_jax.init_params(loop, jax.random.key(0))
-    found, wanted = (
-        loss_and_grad(dataclasses.replace(loop, unroll=unroll), params, ids)
-        for unroll in ("layers", "none")
-    )
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, found, wanted)
-
-
-def test_layers_are_straight_in_training_and_a_loop_in_decoding(model_config):
-    config = model_config(num_layers=3, num_iterations=0, context="attention", unroll="layers")
-    params, ids = model.abstract_params(config), jnp.zeros((1, 4), jnp.int32)
-    training = jax.jit(functools.partial(model.hidden_states, config)).lower(params, ids)
-    state = jax.eval_shape(functools.partial(model.init_decode_state, config, 1, 8))
-    decoding = jax.jit(functools.partial(model.decode, config)).lower(params, state, ids)
-    assert ["while" in lowered.as_text() for lowered in (training, decoding)] == [False, True]
-
-
 def scans(jaxpr, length):
     """The number of scans of this length in a program, nested ones included."""
     found = 0
