@@ -32,6 +32,7 @@ from inl_jax.files import json_text, write_text
 from inl_jax.terminal.command_line import exit_on_input_error, lines_on_stderr
 
 NAMES = [row.name for row in ROWS]
+COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,6 +74,7 @@ def measure(rows: Sequence[Row], flags: argparse.Namespace, command: str) -> lis
     """
     found: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * flags.minutes
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as cache,
         open(flags.out.with_suffix(".log"), "w+", errors="replace") as log,
@@ -80,7 +82,6 @@ def measure(rows: Sequence[Row], flags: argparse.Namespace, command: str) -> lis
         for row in rows:
             say(f"measuring {row.name}: {row.what}")
             left = deadline - time.monotonic()
-            records: Iterator[dict[str, Any]]
             if left < row.seconds and not flags.dry_run:
                 why = f"not started: {row.seconds} s are planned, {left:.0f} s are left"
                 records = iter([{"failed": why}])
@@ -91,11 +92,15 @@ def measure(rows: Sequence[Row], flags: argparse.Namespace, command: str) -> lis
                 if not found and "failed" in record:
                     raise InputError(record["failed"])
                 found.append({"row": row.name} | record)
-                report = {"command": command, "machine": found[0]["case"], "rows": found}
-                write_text(flags.out, json_text(report, indent=1) + "\n")
-                lines = [f"`{command}`: {found[0]['case']}", "", markdown([*map(in_words, found)])]
-                write_text(flags.out.with_suffix(".md"), "\n".join(lines) + "\n")
+                write_report(found, flags.out, command)
     return found
+
+
+def write_report(found: list[dict[str, Any]], out: Path, command: str) -> None:
+    head = {"command": command, "machine": found[0]["case"]}
+    write_text(out, json_text(head | {"rows": found}, indent=1) + "\n")
+    lines = [f"`{command}`: {head['machine']}", "", markdown([in_words(r) for r in found])]
+    write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 def in_words(record: dict[str, Any]) -> dict[str, str]:
@@ -120,7 +125,7 @@ def measure_apart(
       cache: directory of compiled programs, in which the rows share what XLA learns by timing.
       tiny: whether it is a dry run.
     """
-    xla_flags = [os.environ.get("XLA_FLAGS", ""), "" if tiny else row.xla_flags]
+    xla_flags = [os.environ.get("XLA_FLAGS", ""), COMPILE_FAST if tiny else row.xla_flags]
     env = os.environ | {
         "XLA_FLAGS": " ".join(xla_flags).strip(),  # XLA takes a blank for the name of a file
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
