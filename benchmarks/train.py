@@ -32,6 +32,7 @@ from harness import (
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.parallel.sharding import make_mesh, on, place, shardings_of
 from inl_jax.planning.cost import flops_per_token, utilization
+from inl_jax.planning.memory import compiled_bytes, memory_needed
 from inl_jax.planning.preflight import make_plan
 from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import init_state, make_layout
@@ -102,6 +103,8 @@ def training(config: TrainConfig, flags: argparse.Namespace) -> dict[str, Any]:
         "flops_per_token": flops,
         **share,
         "peak_bytes": peak_memory()[0],
+        "compiled_bytes": compiled_bytes(step.memory_analysis())[0],
+        "estimated_bytes": memory_needed(config, mesh, layout).device_bytes,
         "compile_seconds": compile_seconds,
     }
 
