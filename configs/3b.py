@@ -13,9 +13,9 @@ Memory     34.4 GiB at least, with one sequence at a time, estimated for one GPU
            float32 masters, two moments, accumulator. XLA's CUDA compiler says 34.4 and 40.8 GiB,
            and 6.8 GiB at least on each of 8 devices under fsdp (docs/memory.md).
 Time       Not measured yet for this size; one H100 is predicted to train at most 10,160 tokens/s
-           (python benchmarks/cuda_program.py --config configs/3b.py). 130,000 updates of 262,144 tokens are about
-           20 tokens per parameter. At an assumed 40% of its peak one H100 takes 15 days, at 10%
-           61 (inl estimate --config 3b --gpus h100 --mfu .4).
+           (python benchmarks/cuda_program.py --config configs/3b.py). 130,000 updates of 262,144
+           tokens are about 20 tokens per parameter. At an assumed 40% of its peak one H100 takes
+           15 days, at 10% 61 (inl estimate --config 3b --gpus h100 --mfu .4).
 Loss       Not measured yet for this size.
 """
 
