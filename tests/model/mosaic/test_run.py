@@ -98,7 +98,8 @@ def test_run_mosaic_works_in_a_scan_over_layers():
 COMPILE = """
 import jax
 from mosaic_cases import arrays, bfloat16
-from test_run import layers_gradient, mosaic, policies, TRAJECTORY
+from test_run import layers_gradient, mosaic, policies
+from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.planning.programs.xla import compile_for_cuda
 for policy in (None, policies.save_only_these_names(TRAJECTORY)):
     function, arguments = layers_gradient(mosaic(bfloat16()), arrays(64, 32)[1], policy=policy)
@@ -122,7 +123,6 @@ def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kep
     assert kernels.split() == ["3", "2"]
 
 
-@SLOW
 def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
     """Traced, not run: the interpreter has one memory for all devices of a process."""
     params, context, x, s = arrays(64, 32, num_iterations=2, rows=8)
