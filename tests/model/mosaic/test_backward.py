@@ -12,7 +12,7 @@ from integrator_cases import F32, inputs
 
 from inl_jax.config import ModelConfig
 from inl_jax.model.dynamics import Dynamics, hidden_from_context, step
-from inl_jax.model.dynamics_vjp import run_lean
+from inl_jax.model.dynamics_vjp import Loop, run_lean
 from inl_jax.model.mosaic.backward import H, backward, bytes_moved
 from inl_jax.model.mosaic.tiles import ROWS, WIDTH, Q, interpreted
 
@@ -39,7 +39,7 @@ def xla_gradients(args, dx, dynamics):
     params, from_context, x, s = args
 
     def run(params, from_context, x, s):
-        return run_lean(params, from_context, x, s, dynamics, 1)
+        return run_lean(params, from_context, x, s, dynamics, Loop())
 
     return jax.vjp(run, params, from_context.astype(dynamics.dtype), x, s)[1](dx)
 

@@ -40,15 +40,16 @@ def both(tokens, width, *, kappa=1.0, first=False):
     return found, State(new_x[0], new_v[0], hidden(new_r), new_rms[0, :, 0])
 
 
+@SLOW
 @pytest.mark.parametrize(
     "tokens, width, kappa, first",
     [
         (64, 32, 1.0, True),
-        pytest.param(64, 64, 1.0, False, marks=SLOW),
-        pytest.param(64, 64, INF, True, marks=SLOW),
-        pytest.param(64, 96, 0.3, True, marks=SLOW),
-        pytest.param(192, 128, INF, False, marks=SLOW),
-        pytest.param(128, 256, 1.0, False, marks=SLOW),
+        (64, 64, 1.0, False),
+        (64, 64, INF, True),
+        (64, 96, 0.3, True),
+        (192, 128, INF, False),
+        (128, 256, 1.0, False),
     ],
 )
 def test_iteration_is_a_step_within_the_rounding_of_its_products(tokens, width, kappa, first):

@@ -12,7 +12,7 @@ from mosaic_cases import arrays, bfloat16, distance
 
 from inl_jax.config import InputError
 from inl_jax.model.device import H100, Device, made_for
-from inl_jax.model.dynamics_vjp import run_lean
+from inl_jax.model.dynamics_vjp import Loop, run_lean
 from inl_jax.model.mosaic.run import integrator_kernel, run_mosaic
 from inl_jax.model.mosaic.tiles import interpreted
 from inl_jax.parallel import sharding
@@ -37,7 +37,7 @@ def mosaic(dynamics):
 
 
 def xla(dynamics):
-    return lambda *arguments: run_lean(*arguments, dynamics, 1)
+    return lambda *arguments: run_lean(*arguments, dynamics, Loop())
 
 
 def assert_as_near(found, wanted, exact):
@@ -45,7 +45,7 @@ def assert_as_near(found, wanted, exact):
 
     def check(path, found, wanted, exact):
         error = distance(found, exact), distance(wanted, exact)
-        assert error[0] <= 1.5 * error[1] + 1e-6, (jax.tree_util.keystr(path), error)
+        assert error[0] <= 2 * error[1] + 1e-6, (jax.tree_util.keystr(path), error)
 
     jax.tree_util.tree_map_with_path(check, found, wanted, exact)
 
@@ -98,7 +98,8 @@ def test_run_mosaic_works_in_a_scan_over_layers():
 COMPILE = """
 import jax
 from mosaic_cases import arrays, bfloat16
-from test_run import layers_gradient, mosaic, policies, TRAJECTORY
+from test_run import layers_gradient, mosaic, policies
+from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.planning.programs.xla import compile_for_cuda
 for policy in (None, policies.save_only_these_names(TRAJECTORY)):
     function, arguments = layers_gradient(mosaic(bfloat16()), arrays(64, 32)[1], policy=policy)
@@ -118,11 +119,10 @@ def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kep
     }
     command = [sys.executable, "-c", COMPILE]
     kernels = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-    # Two iterations; the second need not run again, because nothing reads the last state.
-    assert kernels.split() == ["3", "2"]
+    # Two iterations and two back; the second need not run again: nothing reads the last state.
+    assert kernels.split() == ["5", "4"]
 
 
-@SLOW
 def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
     """Traced, not run: the interpreter has one memory for all devices of a process."""
     params, context, x, s = arrays(64, 32, num_iterations=2, rows=8)
