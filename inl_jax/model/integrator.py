@@ -26,7 +26,7 @@ from inl_jax.model.dynamics import (
 )
 from inl_jax.model.dynamics_vjp import Loop, run_lean
 from inl_jax.model.layers import at_least_float32
-from inl_jax.model.mosaic.run import integrator_kernel, run_mosaic
+from inl_jax.model.mosaic.run_mosaic import integrator_kernel, run_mosaic
 from inl_jax.model.params import (
     by_row_shard,
     current_batch_shards,
@@ -63,7 +63,7 @@ def integrate(
       num_iterations: T.
       dynamics: constants of a step. Products are computed in `dynamics.dtype`. The state is kept
         in float32 (float64 if `x` is): in bfloat16 it would stop moving, 1 + 0.1 * 0.03 == 1.
-      kernel: "xla", or "mosaic" (`mosaic.run`), which has a gradient of its own.
+      kernel: "xla", or "mosaic" (`mosaic.run_mosaic`), which has a gradient of its own.
       gradient: "lean" (`dynamics_vjp`), or "autodiff" of the plain scan, for comparison.
       segment: iterations between the states that "lean" keeps.
       chunk: positions that go through all iterations together; 0 takes the whole sequence.

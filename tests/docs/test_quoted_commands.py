@@ -16,11 +16,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES.remove(ROOT / "docs" / "LOG.md")  # what was true on its day
 FENCED = re.compile(r"^( *)(```+)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-# Flags of other programs (sbatch, tensorboard, docker, sky, benchmarks/scaling.py), and one that
+# Flags of other programs (sbatch, tensorboard, docker, sky, benchmarks), and one that
 # stands for all of ours.
 OF_OTHERS = {
     *("--signal", "--time", "--logdir", "--build-arg", "--restart", "--num-nodes"),
-    *("--tokens_per_second", "--section.field"),
+    *("--tokens_per_second", "--section.field", "--only", "--list", "--dry_run"),
 }
 # A verb, under each of its names, and the words up to the next command.
 COMMAND = re.compile(

@@ -71,7 +71,9 @@ def test_recipe_leaves_what_is_explicit_as_it_is():
     for name in AUTO:
         half = with_fields(explicit, {name: "auto"})
         kept, chosen = {*AUTO} - {name}, recipe.choose(half, mesh, layout, plenty)
-        assert chosen == with_fields(explicit, {name: "block" if "remat" in name else 1})
+        assert chosen == with_fields(
+            explicit, {name: "all_but_integrator" if "remat" in name else 1}
+        )
         assert recipe.explain(half, chosen, mesh, layout, plenty).startswith(
             f"{name.removeprefix('model.')} auto: "
         )
@@ -91,10 +93,10 @@ def test_recipe_gives_every_device_of_a_mesh_whole_rows():
     # A number is lowered to fit the mesh although the other field is auto, and both are said.
     asked = with_fields(config, {"accumulate_steps": 48})
     chosen = recipe.choose(fit_to_mesh(asked, mesh), mesh, layout, 2**60)
-    assert (chosen.accumulate_steps, chosen.model.remat) == (6, "block")
+    assert (chosen.accumulate_steps, chosen.model.remat) == (6, "all_but_integrator")
     line = recipe.explain(asked, chosen, mesh, layout, 2**60)
     assert line.startswith("accumulate_steps 48 -> 6, so that each of 8 devices") and line.count(
-        "remat auto: 6 micro-batches of 1 sequence on each device, remat block: "
+        "remat auto: 6 micro-batches of 1 sequence on each device, remat all_but_integrator: "
     )
 
 

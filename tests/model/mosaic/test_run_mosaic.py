@@ -13,7 +13,7 @@ from mosaic_cases import arrays, bfloat16, distance
 from inl_jax.config import InputError
 from inl_jax.model.device import H100, Device, made_for
 from inl_jax.model.dynamics_vjp import Loop, run_lean
-from inl_jax.model.mosaic.run import integrator_kernel, run_mosaic
+from inl_jax.model.mosaic.run_mosaic import integrator_kernel, run_mosaic
 from inl_jax.model.mosaic.tiles import interpreted
 from inl_jax.parallel import sharding
 
