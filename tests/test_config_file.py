@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from inl_jax.config import InputError, TrainConfig, with_fields
+from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import (
     as_overrides,
     differences,
@@ -16,6 +16,7 @@ from inl_jax.config_file import (
     presets,
     read_lab_note,
 )
+from inl_jax.model.device import H100, made_for
 from inl_jax.model.language_model import param_count
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import memory_needed
@@ -189,11 +190,11 @@ def test_lab_notes_hold_the_figures_of_their_configs(name):
     assert note.num_params == param_count(config.model)
     millions = note.num_params / 1e6
     assert note.count == (f"{millions / 1e3:.2f}B" if millions >= 1e3 else f"{millions:.2f}M")
-    config = with_fields(config, {"model.compute_dtype": "bfloat16"})  # as on a GPU
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu")[:1])
     layout = make_layout(config, mesh)
-    config = choose(fit_to_mesh(config, mesh), mesh, layout, 0)  # the recipe that needs the least
-    needed = memory_needed(config, mesh, layout)
+    with made_for(H100):
+        config = choose(fit_to_mesh(config, mesh), mesh, layout, 0)  # what needs the least
+        needed = memory_needed(config, mesh, layout)
     memory = f"{needed.device_bytes / 2**30:.1f} GiB"
     if needed.host_bytes:
         memory += f" and {needed.host_bytes / 2**30:.1f} GiB of host memory"

@@ -20,6 +20,8 @@ from inl_jax.training.state import Layout
 from inl_jax.training.step import trace_step
 
 CACHE_DIR = "~/.cache/inl_jax/xla"
+KEPT_FROM = 0.1
+"""Seconds from which on a program is kept that took so long to compile."""
 
 
 def use_compile_cache() -> None:
@@ -37,6 +39,9 @@ def use_compile_cache() -> None:
             say(f"compiled programs are not kept: {error}")
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX keeps what took a second, and thus not the small programs of a start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
     if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
         say(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}")
     else:
