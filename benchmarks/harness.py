@@ -6,7 +6,6 @@ file's name and that `main` runs.
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig
+from inl_jax.limits import usable_cpus
 from inl_jax.model.integrator import Integrator
 from inl_jax.model.language_model import Block
 from inl_jax.model.layers import compute_dtype
@@ -237,9 +237,3 @@ def machine() -> str:
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.machine()}, {usable_cpus()} CPUs"
     return f"{name}, jax {jax.__version__}, Python {platform.python_version()}"
-
-
-def usable_cpus() -> int:
-    """The number of CPUs that this process may use."""
-    known = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -30,12 +30,12 @@ from harness import (
     matmul_shape,
     number,
     ratios,
-    usable_cpus,
     with_gradient,
 )
 
 from inl_jax.config import ModelConfig
 from inl_jax.console import say
+from inl_jax.limits import usable_cpus
 from inl_jax.model.language_model import init_params
 from inl_jax.planning.cost import flops_per_token
 from inl_jax.terminal.command_line import Parser

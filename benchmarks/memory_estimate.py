@@ -45,8 +45,8 @@ def memory_estimate(parser: Parser, argv: Sequence[str]) -> Report:
 def row(config: TrainConfig, sequences: int) -> dict:
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu")[:1])
     config = fit_to_mesh(config, mesh)
-    layout = make_layout(config, mesh)
     with made_for(H100):
+        layout = make_layout(config, mesh)
         estimated = memory_needed(config, mesh, layout).device_bytes
     say(f"compiling {config.name}, {sequences} sequences, remat {config.model.remat}")
     program = compile_abstractly(config, mesh, layout, "cuda")

@@ -24,9 +24,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from harness import Report, flags_only, interleaved, main, number, ratios, usable_cpus
+from harness import Report, flags_only, interleaved, main, number, ratios
 
 from inl_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, with_fields
+from inl_jax.limits import usable_cpus
 from inl_jax.parallel.sharding import make_mesh, on, place, shardings_of
 from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import init_state, make_layout

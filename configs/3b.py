@@ -8,7 +8,7 @@ Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 to
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
 Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
            sequences, remat block (inl estimate --config 3b). Other sizes: docs/memory.md.
-Memory     35.1 GiB at least, with one sequence at a time, estimated for one GPU; 41.7 GiB on an
+Memory     34.6 GiB at least, with one sequence at a time, estimated for one GPU; 41.0 GiB on an
            H100. Of these, 28.5 GiB are state, which is exact from shapes: bfloat16 weights and
            float32 masters, two moments, accumulator. XLA's CUDA compiler says 34.8 and 41.8 GiB,
            and 6.8 GiB at least on each of 8 devices under fsdp (docs/memory.md).

@@ -8,7 +8,7 @@ Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 to
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
 Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
            sequences, remat block (inl estimate --config 4b). Other sizes: docs/memory.md.
-Memory     51.3 GiB at least, with one sequence at a time, estimated for one GPU; 59.2 GiB on an
+Memory     50.8 GiB at least, with one sequence at a time, estimated for one GPU; 58.3 GiB on an
            H100. Of these, 42.3 GiB are state, which is exact from shapes: bfloat16 weights and
            float32 masters, two moments, accumulator. XLA's CUDA compiler says 50.3 GiB at least,
            and 9.3 GiB on each of 8 devices under fsdp (docs/memory.md).

@@ -8,7 +8,7 @@ Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 to
 Hardware   One GPU of 10 GB or more.
 Recipe     Chosen by the device's memory and said at the start: on one H100 4 micro-batches of 16
            sequences, remat block (inl estimate --config large). Other sizes: docs/memory.md.
-Memory     6.9 GiB at least, with one sequence at a time, estimated for one GPU; 13.2 GiB on an
+Memory     6.5 GiB at least, with one sequence at a time, estimated for one GPU; 12.4 GiB on an
            H100. Of these, 4.5 GiB are state, which is exact from shapes: float32 weights, two
            moments, accumulator.
 Time       Not measured yet for this size; 50,000 updates of 131,072 tokens are about

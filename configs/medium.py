@@ -6,7 +6,7 @@ Shape      D 768, 12 layers x 7 iterations, F 3072, sequences of up to 1024 toke
            mean context (--model.context mean) has 111,896,832 parameters, attention
            (--model.context attention) 123,705,600.
 Hardware   One GPU of 16 GB or more.
-Memory     4.9 GiB, estimated for one GPU (inl estimate --config medium). Of these, 1.7 GiB are
+Memory     4.4 GiB, estimated for one GPU (inl estimate --config medium). Of these, 1.7 GiB are
            state, which is exact from shapes: float32 weights, two moments, accumulator.
 Time       Not measured yet for this size; 40,000 updates of 65,536 tokens are about
            23 tokens per parameter.

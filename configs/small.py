@@ -6,7 +6,7 @@ Shape      D 512, 6 layers x 5 iterations, F 2048, sequences of up to 512 tokens
            mean context (--model.context mean) has 43,087,872 parameters, attention
            (--model.context attention) 46,238,208.
 Hardware   One GPU of 8 GB or more; a CPU, slowly.
-Memory     2.2 GiB, estimated for one GPU (inl estimate --config small). Of these, 0.6 GiB are
+Memory     1.8 GiB, estimated for one GPU (inl estimate --config small). Of these, 0.6 GiB are
            state, which is exact from shapes: float32 weights, two moments, accumulator.
 Time       Not measured yet for this size; 20,000 updates of 32,768 tokens are about
            15 tokens per parameter.

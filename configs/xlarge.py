@@ -8,7 +8,7 @@ Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 to
 Hardware   One GPU of 80 GB, or several with --mesh.fsdp N.
 Recipe     Chosen by the device's memory and said at the start: on one H100 8 micro-batches of 8
            sequences, remat block (inl estimate --config xlarge). Other sizes: docs/memory.md.
-Memory     17.6 GiB at least, with one sequence at a time, estimated for one GPU; 27.6 GiB on an
+Memory     17.2 GiB at least, with one sequence at a time, estimated for one GPU; 26.7 GiB on an
            H100. Of these, 13.5 GiB are state, which is exact from shapes: bfloat16 weights and
            float32 masters, two moments, accumulator.
 Time       Not measured yet for this size; 60,000 updates of 262,144 tokens are about

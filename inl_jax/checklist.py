@@ -21,6 +21,7 @@ from inl_jax.failures import MachineFailure
 from inl_jax.initial_weights import check_start, kept_tokenizer
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
+from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 from inl_jax.orbax import ocp
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import on
@@ -50,7 +51,7 @@ def check_setup(config: TrainConfig) -> None:
     """Says what is wrong with the software, the driver or the run directory. `train` calls it.
 
     Raises:
-      InputError: `config` is none, the attention kernel or a tracker is not here, or the run
+      InputError: `config` is none, a kernel or a tracker is not here, or the run
         directory cannot be written.
     """
     found = f"config={shown(config)}: must be a TrainConfig, as `load_config` gives"
@@ -189,6 +190,10 @@ def _check_kernel(config: TrainConfig) -> Finding:
     return attention_kernel(config.model), "", "ok"  # raises if this machine cannot run it
 
 
+def _check_integrator(config: TrainConfig) -> Finding:
+    return integrator_kernel(config.model), "", "ok"  # raises if this machine cannot run it
+
+
 def _check_trackers(config: TrainConfig) -> Finding:
     check_trackers(config.track)
     return ", ".join(("console", "metrics.jsonl", *config.track)), "", "ok"
@@ -212,6 +217,7 @@ SETUP_CHECKS = {
     "driver": _check_driver,
     "precision": _check_precision,
     "attention kernel": _check_kernel,
+    "integrator kernel": _check_integrator,
     "monitoring": _check_trackers,
     "run directory": _check_run_dir,
 }

@@ -20,6 +20,7 @@ from typing import Any
 import inl_jax
 from inl_jax.console import reason, say
 from inl_jax.files import json_text, read_bytes, write_text
+from inl_jax.limits import usable_cpus
 from inl_jax.redact import redact
 
 _PACKAGES = (
@@ -78,7 +79,7 @@ def environment() -> dict[str, Any]:
         "directory": os.getcwd(),
         "host": platform.node(),
         "os": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": usable_cpus(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),  # bytes
         "devices": {
             "platform": device.platform,

@@ -1,4 +1,4 @@
-"""Memory that this process may take of the machine."""
+"""Memory and CPUs that this process may take of the machine."""
 
 import os
 import resource
@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+
+
+def usable_cpus() -> int:
+    """The number of CPUs that this process may use."""
+    known = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def host_memory(root: Path = ROOT) -> int:

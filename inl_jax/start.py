@@ -71,6 +71,7 @@ def restore_or_init(
         position = resumed_position(saved, config, corpus)
         return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
     shardings = shardings_of(layout.state)
+    options = compile_options(shardings.step.mesh)  # it runs once
     if config.init_from:
         weights = find_weights(config.init_from, config.model)
         what, params = weights.read(config.model.param_dtype, shardings.params)
@@ -79,12 +80,13 @@ def restore_or_init(
             functools.partial(state_from_params, config=config),
             out_shardings=shardings,
             donate_argnums=0,
+            compiler_options=options,
         )
         return call_together(fresh, params), Start()
     say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
     fresh = jax.jit(
         functools.partial(init_state, config=config),
         out_shardings=shardings,
-        compiler_options=compile_options(shardings.step.mesh, num_params=0),
+        compiler_options=options,
     )
     return call_together(fresh, jax.random.key(config.seed)), Start()

@@ -1,3 +1,4 @@
+import os
 import resource
 
 import pytest
@@ -69,3 +70,9 @@ def test_host_memory_heeds_the_limits_of_the_process(machine, monkeypatch, kind)
 
     monkeypatch.setattr(resource, "getrlimit", getrlimit)
     assert limits.host_memory(machine("0::/\n", {})) == GIB
+
+
+def test_usable_cpus_are_those_that_the_process_is_bound_to(monkeypatch):
+    assert limits.usable_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert limits.usable_cpus() == os.cpu_count()

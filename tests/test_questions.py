@@ -67,7 +67,7 @@ def test_question_is_asked_again_after_a_wrong_answer_and_trains_the_same_run(
         "  data.paths: no such file or directory: nowhere; ",
         "  epochs nan: must be a positive number\n",
         "  batch_size 1.5: must be a positive whole number\n",
-        "\n  3b       1,698,414,592 parameters (1.70B)  35.1 GiB\n",
+        "\n  3b       1,698,414,592 parameters (1.70B)  34.6 GiB\n",
         "\ntime: ",
     ):
         assert line in out

@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
             f"--devices {flags.devices}: the mesh has {wanted} devices; add --devices {wanted}"
         )
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
-    layout = make_layout(config, mesh)
-    with as_on(gpu, flags):
+    with as_on(gpu, flags):  # from here on: a GPU of this machine must not be started
+        layout = make_layout(config, mesh)
         record = make_record(config, flags, gpu, mesh, layout)
         record |= budgets(config, flags, gpu, mesh, layout, record)
         if flags.json:

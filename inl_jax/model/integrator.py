@@ -158,8 +158,11 @@ class Integrator(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h_BSD, x_BSD, *, amplitude, dtype) -> jax.Array:
-        """The last state, from the context `h` and the initial state `x`; products in `dtype`."""
+    def __call__(self, h_BSD, x_BSD, *, amplitude, dtype, decoding: bool = False) -> jax.Array:
+        """The last state, from the context `h` and the initial state `x`; products in `dtype`.
+
+        Decoding takes no kernels: it has few tokens, and runs on other machines than the training.
+        """
         c = self.config
         D, C, Q = c.d_model, c.controller_width, len(CONTROLLERS)
         init = nn.initializers
@@ -193,12 +196,12 @@ class Integrator(nn.Module):
             params,
             h_BSD,
             x_BSD,
-            kernel=integrator_kernel(c),
+            kernel="xla" if decoding else integrator_kernel(c),
             gradient=c.integrator_gradient,
             segment=c.integrator_segment,
             remat=c.remat == "integrator",
             trajectory_dtype=jnp.bfloat16 if c.trajectory_dtype == "bfloat16" else None,
-            unroll=unrolled(c) == "iterations",
+            unroll=unrolled(c),
             **settings,
         )
 

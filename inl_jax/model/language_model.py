@@ -70,18 +70,19 @@ class Block(Layer):
         """Maps the stream and the mixer's state to new ones; see the equations above."""
         c = self.config
         D, F = c.d_model, c.d_ff
-        x_BSD = whole(x_BSD)
+        x_BSD, decoding = whole(x_BSD), state is not None
         mixer = MIXERS[c.context](c, name="context")
         if c.context == "mean":
             n_BSD = self.norm("norm1", x_BSD)
             h_BSD, state = mixer(n_BSD, state, tokens)
-            x_BSD = whole(x_BSD + self.dropout(self.integrator(h_BSD, n_BSD, amplitude)))
+            last_BSD = self.integrator(h_BSD, n_BSD, amplitude, decoding)
+            x_BSD = whole(x_BSD + self.dropout(last_BSD))
         else:
             h_BSD, state = mixer(x_BSD, state, tokens)
             x_BSD = whole(x_BSD + h_BSD)
             if c.num_iterations > 0:
                 n_BSD = self.norm("norm1", x_BSD)
-                moved_BSD = self.integrator(h_BSD, n_BSD, amplitude) - n_BSD
+                moved_BSD = self.integrator(h_BSD, n_BSD, amplitude, decoding) - n_BSD
                 x_BSD = whole(x_BSD + self.dropout(moved_BSD))
         n_BSD = self.norm("norm2", x_BSD)
         scaled = init.normal((2 * c.num_layers * F) ** -0.5)
@@ -94,10 +95,10 @@ class Block(Layer):
         )
         return x_BSD + self.dropout(out_BSD), state
 
-    def integrator(self, h_BSD, n_BSD, amplitude) -> jax.Array:
+    def integrator(self, h_BSD, n_BSD, amplitude, decoding: bool) -> jax.Array:
         """`x_T`, the last state from the initial state `n` with context `h`."""
-        layer = Integrator(self.config, name="integrator")
-        last_BSD = layer(h_BSD, n_BSD, amplitude=amplitude, dtype=compute_dtype(self.config))
+        layer, dtype = Integrator(self.config, name="integrator"), compute_dtype(self.config)
+        last_BSD = layer(h_BSD, n_BSD, amplitude=amplitude, dtype=dtype, decoding=decoding)
         return last_BSD.astype(n_BSD.dtype)
 
     def dropout(self, x_BSD) -> jax.Array:
@@ -158,7 +159,7 @@ class INLModel(Layer):
 def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters, each in a box with the logical names of its axes."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    # Through decoding, because `attention_kernel` raises on machines that cannot run it.
+    # Through decoding, because the choice of a kernel raises on machines that cannot run it.
     state = init_decode_state(config, 1, 1)
     return INLModel(config).init(key, ids, state, None, 0.0)["params"]
 

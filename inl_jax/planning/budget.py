@@ -11,7 +11,7 @@ from inl_jax.training.metrics import read_metrics
 
 ASSUMED_MFU = 0.1
 """Share of a GPU's peak where none is measured. The bytes that XLA's H100 program of the 3b moves
-allow 10.8% at most, as predicted (docs/cost.md)."""
+allow 15.8% at most, as predicted (docs/cost.md); programs do not reach such bounds."""
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
 _GUIDE_MINIMUM = ((2.3e9, 15e9), (1.5e9, 10e9))  # (parameters from, tokens): its 4B, its 3B

@@ -100,9 +100,10 @@ def _optimizer_bytes(state: Any) -> dict[tuple[str, str], int]:
 
 # Float32 values per token. In a block, beside what the integrator keeps: (in D, in F), by the type
 # of matrix products. While the gradient of one integrator iteration is computed: in D.
-_REST_OF_BLOCK = {"float32": (16, 3), "bfloat16": (6, 2)}
-_ITERATION = {"float32": 12, "bfloat16": 5}
-_SCORES = 3.75  # copies of a block's attention scores
+_REST_OF_BLOCK = {"float32": (11, 2), "bfloat16": (4, 1.5)}
+_ITERATION = {"float32": 12, "bfloat16": 6}
+_LOGITS = {"float32": 2, "bfloat16": 1}  # float32 copies of the logits of a chunk
+_SCORES = 1.4  # copies of a block's attention scores, which are never all there at once
 
 
 def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
@@ -127,15 +128,17 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     vector = max(4, width) * tokens
     in_D, in_F = _REST_OF_BLOCK[products]
     rest = vector * (in_D * D + in_F * c.d_ff / tensor)
+    scores = 0
     if c.context == "attention" and (
         c.attention_kernel == "xla" or (c.attention_kernel == "auto" and products == "float32")
     ):  # XLA holds the scores; cuDNN, which takes only 16-bit types, does not
-        rest += _SCORES * 4 * tokens * seq_len * c.num_heads / tensor
+        scores = _SCORES * 4 * tokens * seq_len * c.num_heads / tensor
     kept = working = 0
     if T > 0 and c.integrator_gradient == "autodiff":
         kept = vector * 17 * T * D / tensor
     elif T > 0:
-        kept = vector * (2 * -(-T // segment) * D / tensor + 4 * c.controller_width * T)
+        states = 1 if c.trajectory_dtype == "bfloat16" else 2  # x and v, in units of float32
+        kept = vector * (states * -(-T // segment) * D / tensor + 4 * c.controller_width * T)
         share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
         live = _ITERATION[products] + (2 * segment if segment > 1 else 0)
         working = vector * share * live * D / tensor
@@ -146,12 +149,12 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
         "block": (rest + kept, 0),
     }[c.remat]
     stream = tokens * D * compute_dtype(c).itemsize
-    activations = c.num_layers * (stream + every_block) + one_block + working
+    activations = c.num_layers * (stream + every_block) + one_block + working + scores
 
     chunk = chunk_tokens(config.loss_chunk, c.vocab_size, tokens)
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D
     table = max(4, width) * c.vocab_size // tensor  # one column of the embedding in float32
-    logits = table * (2 * chunk + columns)
+    logits = table * (_LOGITS[products] * chunk + columns)
     if width < 4:  # the embedding's gradient is accumulated in float32, apart from the others
         logits += table * D
     gathered = 0

@@ -29,6 +29,7 @@ from inl_jax.limits import host_memory
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
+from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
@@ -128,11 +129,12 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
       layout: from `make_layout`.
 
     Raises:
-      InputError: the attention kernel or the memory that the run needs is not here.
+      InputError: a kernel or the memory that the run needs is not here.
       DiskFull: there is no room for its checkpoints.
     """
     if config.model.context == "attention":
         attention_kernel(config.model)  # raises if this machine cannot run it
+    integrator_kernel(config.model)  # as above
     say(describe_model(config))
     recipe, *_ = check_recipe(asked, config, mesh, layout)
     if config != asked:

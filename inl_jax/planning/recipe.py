@@ -26,9 +26,9 @@ ALIKE = 1.05
 """Of recipes whose predicted times are within this ratio of the fastest, the one that needs the
 least memory is taken: the prediction cannot tell them apart."""
 
-# Microseconds for a token of the 3b in XLA's program for an H100, 4 sequences at a time: forward
-# and backward of all but the integrator, and of one iteration; what it costs to recompute an
-# iteration rather than keep it; and what it costs to keep the rest rather than recompute it.
+# Microseconds for a token of the 3b in XLA's program for an H100, beside what a micro-batch costs:
+# forward and backward of all but the integrator, and of one iteration; what it costs to recompute
+# an iteration rather than keep it; and what it costs to keep the rest rather than recompute it.
 _REST, _ITERATION, _ITERATION_AGAIN, _REST_KEPT = 20, 4.4, 0.45, 0.3
 # What a micro-batch costs beside its tokens, in tokens: gradients of weights that are added up, and
 # launches of kernels, which wider layers hide.

@@ -95,7 +95,6 @@ class Tokenizer:
         self.unknown_id = _unknown_id(rules, vocab)
         self._is_bytes = _without_end_token(rules) == _rules(_byte_backend())
         self._splits_as_gpt2 = not self._is_bytes and _splits_as_gpt2(rules)
-        self._fast = functools.cache(lambda: self._splits_as_gpt2 and fast_bpe.make(backend))
         self._bytes_of = _bytes_of(backend, vocab)
         decisive = "bytes" if self._is_bytes else json.dumps([*rules, self.end_id], sort_keys=True)
         self.fingerprint = hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest()
@@ -116,7 +115,7 @@ class Tokenizer:
         """The ids of every text, as `encode` gives them, computed on all cores."""
         if self._is_bytes:  # a byte is its id: 100 times as fast as the library
             return [np.frombuffer(t.encode(), np.uint8).astype(self.dtype) for t in texts]
-        if sum(map(len, texts)) >= _MUCH_TEXT and (fast := self._fast()):
+        if sum(map(len, texts)) >= _MUCH_TEXT and (fast := self._fast):
             if all(map(fast.agrees, texts)):
                 return [ids.astype(self.dtype) for ids in fast.encode_batch(texts)]
         with self._named():
@@ -124,6 +123,11 @@ class Tokenizer:
         # The end token may be an ordinary word of a WordLevel or Unigram model, which text can
         # then encode to. Other models never give it.
         return [self._without_end(np.array(encoding.ids, self.dtype)) for encoding in batch]
+
+    @functools.cached_property
+    def _fast(self) -> fast_bpe.FastBPE | None:
+        """tiktoken, if it is installed and gives the same ids."""
+        return fast_bpe.make(self._backend) if self._splits_as_gpt2 else None
 
     def token_starts(self, text: str) -> np.ndarray:
         """The character at which each token of `text` begins, int64 `[tokens]`."""

@@ -10,8 +10,8 @@ SMALL = 10**7
 """Parameters of the largest model whose training step is compiled quickly."""
 
 
-def compile_options(mesh: Mesh, *, num_params: int) -> dict[str, Any]:
-    """Options for the training step of a model, or for a program that runs once (0 parameters).
+def compile_options(mesh: Mesh, *, num_params: int = 0) -> dict[str, Any]:
+    """Options for the training step of a model of so many parameters, or for what runs once.
 
     On CPUs they compile a small program in two thirds of the time. It is about as fast; those of
     larger models may be a tenth slower. A GPU's programs take XLA's own options.

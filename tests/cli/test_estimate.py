@@ -42,7 +42,7 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
     assert estimate(*flags, "all", "h100", "--json")[1] == out
     code, out, _ = estimate(*flags, "rtx4090", "a100-80gb")
     *_, small, large, source = out.splitlines()
-    assert "1 x rtx4090    does not fit: needs 51.28 GiB, usable 22.07 GiB" in small
+    assert "1 x rtx4090    does not fit: needs 50.79 GiB, usable 22.07 GiB" in small
     assert "1 x a100-80gb" in large and "at $1.50/h" in large and "kWh at 400 W" in large
     assert source.startswith("price of rtx4090, a100-80gb: the published training guide")
     assert "10.00B tokens, 3.96 per parameter" in out and "advises 15.00B tokens" in out

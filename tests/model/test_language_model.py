@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from lively import lively_params
 
 import inl_jax
-from inl_jax.config import ModelConfig
+from inl_jax.config import InputError, ModelConfig
 from inl_jax.config_file import load_config
 from inl_jax.model import language_model as model
 from inl_jax.model.device import H100, made_for
@@ -116,6 +116,19 @@ def test_decode_never_needs_cudnn(model_config):
         state = model.init_decode_state(config, 1, 8)
         decode = jax.jit(functools.partial(model.decode, config))
         assert jnp.isfinite(decode(params, state, jnp.ones((1, 3), int))[0]).all()
+
+
+def test_decode_never_needs_the_kernels_of_the_integrator(model_config):
+    """Of a model that was trained by them, on a machine that cannot run them."""
+    config = model_config(integrator_kernel="mosaic", controller_width=64, d_model=32)
+    params = inl_jax.init_params(config, jax.random.key(0))
+    decode = functools.partial(model.decode, config)
+    logits, _ = jax.eval_shape(
+        decode, params, model.init_decode_state(config, 1, 8), jnp.ones((1, 3), int)
+    )
+    assert logits.shape == (1, config.vocab_size)
+    with pytest.raises(InputError, match="integrator_kernel=mosaic needs a Hopper GPU"):
+        jax.eval_shape(functools.partial(model.apply, config), params, jnp.ones((1, 3), int))
 
 
 def loss_and_grad(config, params, ids, dropout_key=None):

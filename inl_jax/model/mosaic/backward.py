@@ -28,24 +28,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from inl_jax.model.dynamics import Dynamics
+from inl_jax.model.dynamics import Dynamics, softplus
 from inl_jax.model.mosaic.tiles import (
+    BF16,
+    F32,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
     ROWS,
     WIDTH,
+    H,
     Q,
     bytes_of,
     call,
     load,
+    sigmoid,
     tiled,
     tiles,
     zeros,
 )
 
-H = Q * WIDTH
-BF16, F32 = jnp.bfloat16, jnp.float32
 COLUMNS = 16  # of a chunk: with 32, dr and what becomes of a chunk need more than 255 registers
 OPERAND = COLUMNS * 2  # bytes: the swizzle of every operand of a product
 ONES = 16  # columns of ones beside r: a product is not made faster by fewer
@@ -272,16 +274,16 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, do_s, new
         # The copies of the chunk before have read the buffers long ago.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         # In an order in which few values are needed at a time: each takes 8 registers, dr 128.
-        c, alpha0 = output(3), _sigmoid(output(0))
+        c, alpha0 = output(3), sigmoid(output(0))
         far = spread(1 - jnp.exp(-kappa * of_row("rms"))) if "rms" in refs else 1
         past = load(s["v"], MATRIX) - c if "v" in s else -c
         new_v = c + alpha0 * far * past
         o_beta = output(1)
-        beta = jnp.minimum(jnp.maximum(o_beta, 0) + jnp.log(1 + jnp.exp(-jnp.abs(o_beta))), 2 / dt)
-        slope = _sigmoid(o_beta)
+        beta = jnp.minimum(softplus(o_beta), 2 / dt)
+        slope = sigmoid(o_beta)
         e = load(s["x"], MATRIX) - of_column(4)
         new_v = new_v - beta * e + of_column(5)
-        gate = _sigmoid(output(2))
+        gate = sigmoid(output(2))
         dx = load(s["dx"], MATRIX) + left_open(0)
         if "pull_after" in refs:
             dx = dx + spread(of_row("pull_after")) * (e + dt * gate * new_v)
@@ -366,7 +368,3 @@ def _product_of(pairs):
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), F32))
-
-
-def _sigmoid(o):
-    return 1 / (1 + jnp.exp(-o))

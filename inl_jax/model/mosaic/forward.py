@@ -24,25 +24,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from inl_jax.model.dynamics import Dynamics
+from inl_jax.model.dynamics import Dynamics, softplus
 from inl_jax.model.mosaic.tiles import (
-    COLUMNS,
+    BF16,
+    F32,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
     ROWS,
     WIDTH,
+    H,
     Q,
     bytes_of,
     call,
     load,
+    sigmoid,
     tiled,
     zeros,
 )
 
-H = Q * WIDTH
+COLUMNS = 32  # of a chunk: with 64, the accumulators do not fit into 255 registers a thread
 SLOTS = 2  # chunks in shared memory: one that is computed, one that is loaded
-BF16, F32 = jnp.bfloat16, jnp.float32
 OPERAND = COLUMNS * 2  # bytes: the swizzle of every operand of a product
 
 
@@ -189,19 +191,19 @@ def _body(
             plgpu.barrier_wait(chunk_ready.at[slot])
             o = pl.run_scoped(outputs, *[plgpu.ACC((ROWS, COLUMNS), F32)] * Q)
             c = o[3] + per_channel(3)
-            alpha = _sigmoid(o[0] + per_channel(0))
+            alpha = sigmoid(o[0] + per_channel(0))
             if far_N is not None:
                 alpha = alpha * lax.broadcast_in_dim(far_N, (ROWS, COLUMNS), (0,))
             if state.v_ND is None:
                 v = c - alpha * c
             else:
                 v = c + alpha * (load(xv_s.at[slot, 1], MATRIX) - c)
-            beta = jnp.minimum(_softplus(o[1] + per_channel(1)), 2 / dt)
+            beta = jnp.minimum(softplus(o[1] + per_channel(1)), 2 / dt)
             x = load(xv_s.at[slot, 0], MATRIX)
             v = v - beta * (x - per_channel(Q)) + per_channel(Q + 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before
             new_s[1], operands_s[1] = v, v.astype(BF16)
-            x = x + dt * _sigmoid(o[2] + per_channel(2)) * v
+            x = x + dt * sigmoid(o[2] + per_channel(2)) * v
             new_s[0], operands_s[0] = x, x.astype(BF16)
             plgpu.commit_smem()
             for i, new_g in enumerate((out.x_ND, out.v_ND)):
@@ -229,11 +231,3 @@ def _body(
         plgpu.copy_smem_to_gmem(r_s.at[q], out.r_NH.at[rows, pl.ds(q * WIDTH, WIDTH)])
     plgpu.copy_smem_to_gmem(rms_s, out.rms_N.at[rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _sigmoid(o):
-    return 1 / (1 + jnp.exp(-o))
-
-
-def _softplus(o):
-    return jnp.maximum(o, 0) + jnp.log(1 + jnp.exp(-jnp.abs(o)))

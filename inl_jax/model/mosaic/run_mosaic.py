@@ -29,6 +29,9 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
     """
     if config.integrator_kernel != "mosaic":
         return "xla"
+    from inl_jax.model.mosaic.forward import COLUMNS
+    from inl_jax.model.mosaic.tiles import WIDTH
+
     device, needs = current_device(), "model.integrator_kernel=mosaic needs"
     instead = "or set model.integrator_kernel xla"
     require(
@@ -37,17 +40,20 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
     )
     for name, wanted in {
         "compute_dtype": ("auto", "bfloat16"),
-        "controller_width": (64,),
+        "controller_width": (WIDTH,),
         "integrator_gradient": ("lean",),
         "integrator_segment": (1,),
+        "trajectory_dtype": ("float32",),
+        "unroll": ("auto", "iterations"),
     }.items():
         value = getattr(config, name)
         require(
             value in wanted, f"{needs} model.{name}={wanted[-1]}, not {value}: set it, {instead}"
         )
     require(
-        config.d_model % 32 == 0,
-        f"{needs} a multiple of 32 as model.d_model, not {config.d_model}: set one, {instead}",
+        config.d_model % COLUMNS == 0,
+        f"{needs} a multiple of {COLUMNS} as model.d_model, not {config.d_model}: set one, "
+        f"{instead}",
     )
     return "mosaic"
 
@@ -65,10 +71,12 @@ def run_mosaic(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics) -> ja
         f"model.integrator_kernel=mosaic with mesh.{axis}={parts}: its kernels need all of D on "
         f"one device; set mesh.{axis} 1, or model.integrator_kernel xla",
     )
+    from inl_jax.model.mosaic.tiles import ROWS
+
     N = math.prod(x_BSD.shape[:2])
 
     def by_tokens(a, width):
-        return jnp.pad(a.reshape(N, width), [(0, -N % 64), (0, 0)])
+        return jnp.pad(a.reshape(N, width), [(0, -N % ROWS), (0, 0)])
 
     D, H = x_BSD.shape[-1], math.prod(from_context_BSQC.shape[2:])
     context_NH = by_tokens(from_context_BSQC, H)
@@ -100,16 +108,14 @@ def _run_forward(params, context_NH, x_ND, s_TD, dynamics):
         state = State(
             *checkpoint_name(tuple(iteration(state, weights, s_D, dynamics=dynamics)), TRAJECTORY)
         )
-    return state.x_ND, (params, context_NH, s_TD, kept)
+    return state.x_ND, (params, s_TD, kept)
 
 
 @jax.named_scope("integrator_backward")
 def _run_backward(dynamics, residuals, dx_ND):
     from inl_jax.model.mosaic.backward import backward
 
-    params, context_NH, s_TD, kept = residuals
-    d_params, d_context_NH, dx_ND, ds_TD = backward(params, s_TD, kept, dx_ND, dynamics=dynamics)
-    return d_params, d_context_NH.astype(context_NH.dtype), dx_ND, ds_TD
+    return backward(*residuals, dx_ND, dynamics=dynamics)
 
 
 _run.defvjp(_run_forward, _run_backward)

@@ -1,7 +1,7 @@
 """What the integrator's kernels are made of: tiles in shared memory, loads, how a kernel is called.
 
-A program, one warpgroup of 128 threads, owns ROWS tokens and goes through the width D in chunks of
-COLUMNS. Matrix products are wgmma instructions, copies between global and shared memory are TMA.
+A program, one warpgroup of 128 threads, owns ROWS tokens and goes through the width D in chunks.
+Matrix products are wgmma instructions, copies between global and shared memory are TMA.
 
 The tests interpret the kernels on a CPU: see `interpreted`.
 """
@@ -22,9 +22,10 @@ from inl_jax.internals import gpu_interpreter
 from inl_jax.model.dynamics import CONTROLLERS
 
 ROWS = 64  # tokens of a program: wgmma multiplies 64 rows
-COLUMNS = 32  # of the width: with 64, the accumulators do not fit into 255 registers a thread
 WIDTH = 64  # C, the width of a controller that the kernels are made for
 Q = len(CONTROLLERS)
+H = Q * WIDTH
+BF16, F32 = jnp.bfloat16, jnp.float32
 
 MATRIX = plgpu.Layout.WGMMA  # [ROWS, .] over the threads, as an accumulator of wgmma has it
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)  # [ROWS]
@@ -119,6 +120,11 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
     """Zeros in float32, in registers, spread over the threads as `layout` says."""
     array = jnp.zeros(shape, jnp.float32)
     return array if _interpreter.get() else plgpu.layout_cast(array, layout)
+
+
+def sigmoid(o: jax.Array) -> jax.Array:
+    """`jax.nn.sigmoid`, of operations that Mosaic has."""
+    return 1 / (1 + jnp.exp(-o))
 
 
 def bytes_of(specs: Any) -> int:

@@ -98,7 +98,7 @@ def test_run_mosaic_works_in_a_scan_over_layers():
 COMPILE = """
 import jax
 from mosaic_cases import arrays, bfloat16
-from test_run import layers_gradient, mosaic, policies
+from test_run_mosaic import layers_gradient, mosaic, policies
 from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.planning.programs.xla import compile_for_cuda
 for policy in (None, policies.save_only_these_names(TRAJECTORY)):
@@ -152,6 +152,8 @@ def test_run_mosaic_refuses_a_sharded_width():
         (H100, {"compute_dtype": "float32"}, "compute_dtype"),
         (H100, {"controller_width": 32}, "controller_width"),
         (H100, {"integrator_segment": 2}, "integrator_segment"),
+        (H100, {"trajectory_dtype": "bfloat16"}, "trajectory_dtype"),
+        (H100, {"unroll": "none"}, "unroll"),
         (H100, {"integrator_gradient": "autodiff"}, "integrator_gradient"),
         (H100, {"d_model": 48}, "d_model"),
     ],

@@ -32,36 +32,39 @@ console.tqdm.write = lambda line, **_: said.append(line)
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
 use_compile_cache()
 jax.jit(lambda x: x @ x)(jax.numpy.ones((5, 5)))
-print(json.dumps([sum(hits), said]))
+kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
+print(json.dumps([sum(hits), said, kept_from]))
 """
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def test_compile_cache_gives_a_second_process_what_the_first_compiled(tmp_path):
     cache = tmp_path / ".cache" / "inl_jax" / "xla"
-    hits, said = start(COMPILE, tmp_path, **KEEP_ALL)
+    hits, said, kept_from = start(COMPILE, tmp_path, **KEEP_ALL)
+    assert kept_from == 0  # as the user says
     files = set(cache.glob("*-cache"))
     assert hits == 0 and files and said == [f"compiled programs are kept in {cache}"]
-    hits, _ = start(COMPILE, tmp_path, **KEEP_ALL)
+    hits, *_ = start(COMPILE, tmp_path, **KEEP_ALL)
     assert hits == len(files) and set(cache.glob("*-cache")) == files
 
 
 def test_compile_cache_is_where_the_user_put_it(tmp_path):
     own = tmp_path / "own"
-    _, said = start(COMPILE, tmp_path, **KEEP_ALL, JAX_COMPILATION_CACHE_DIR=str(own))
+    _, said, _ = start(COMPILE, tmp_path, **KEEP_ALL, JAX_COMPILATION_CACHE_DIR=str(own))
     assert said == [f"compiled programs are kept in {own}"] and any(own.iterdir())
     assert not (tmp_path / ".cache").exists()
 
 
 def test_compile_cache_can_be_turned_off(tmp_path):
-    _, said = start(COMPILE, tmp_path, **KEEP_ALL, JAX_ENABLE_COMPILATION_CACHE="0")
+    _, said, kept_from = start(COMPILE, tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
+    assert kept_from == xla.KEPT_FROM < 1  # JAX's own would leave out small programs
     assert said == ["compiled programs are not kept: JAX's compilation cache is turned off"]
     assert not list(tmp_path.rglob("*-cache"))
 
 
 def test_compile_cache_does_without_a_home_to_write_to(tmp_path):
     (tmp_path / ".cache").write_text("a file where the directory should be")
-    hits, (said,) = start(COMPILE, tmp_path, **KEEP_ALL)
+    hits, (said,), _ = start(COMPILE, tmp_path, **KEEP_ALL)
     assert hits == 0 and said.startswith("compiled programs are not kept: ")
 
 
