@@ -156,6 +156,7 @@ class INLModel(Layer):
 # --- the model as functions of (config, params, ...)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters, each in a box with the logical names of its axes."""
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -164,7 +165,6 @@ def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     return INLModel(config).init(key, ids, state, None, 0.0)["params"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters as a plain dict of arrays, with layers stacked on axis 0 of `blocks`.
 
@@ -185,7 +185,8 @@ def unbox(boxed: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def boxed_shapes(config: ModelConfig) -> Any:
     """Shapes and types of `boxed_init`; nothing is allocated. Cached: do not change the tree."""
-    return jax.eval_shape(functools.partial(boxed_init, config), jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(functools.partial(boxed_init, config), key)
 
 
 def abstract_params(config: ModelConfig) -> Any:
