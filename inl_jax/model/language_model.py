@@ -140,6 +140,8 @@ class INLModel(Layer):
             split_rngs={"params": True, "dropout": True},
             in_axes=(state and LayerState(nn.broadcast, 0), nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces the block once more, and random numbers would differ without it.
+            check_constancy_invariants=self.is_initializing() or not self.deterministic,
         )(c, self.deterministic, name="blocks")
         tokens = TokenSpan(position_BS, length_B)
         before = state and LayerState(state.layers, jnp.arange(c.num_layers))
