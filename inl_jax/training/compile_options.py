@@ -18,15 +18,14 @@ def compile_options(mesh: Mesh, num_params: int, *, once: bool = False) -> dict[
     compile, and three times as long to run. A GPU's programs take XLA's own options.
     """
     on_cpu, small = mesh.devices.flat[0].platform == "cpu", num_params <= SMALL
-    return dict(_quick_on_cpus(level=1 - (once and small))) if on_cpu and (once or small) else {}
+    if not on_cpu or not (once or small):
+        return {}
+    level = 0 if once and small else 1
+    options = {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": False}
+    return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
 @functools.cache
-def _quick_on_cpus(level: int) -> tuple[tuple[str, Any], ...]:
-    options = {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": False}
-    return tuple((name, value) for name, value in options.items() if _is_known(name, value))
-
-
 def _is_known(name: str, value: Any) -> bool:
     """Whether this XLA has the option: they come and go."""
     try:
