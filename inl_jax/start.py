@@ -1,16 +1,19 @@
 """Where a run starts: from its newest checkpoint, from given weights, or from random ones."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from inl_jax.config import TrainConfig
 from inl_jax.console import say
 from inl_jax.curriculum import Read, read_so_far, resumed_position
 from inl_jax.data.corpus import Corpus
 from inl_jax.initial_weights import find_weights
-from inl_jax.parallel.processes import call_together
+from inl_jax.model.language_model import param_count
+from inl_jax.parallel.processes import call_later
 from inl_jax.parallel.sharding import shardings_of
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import read_config
@@ -52,10 +55,11 @@ def say_rate_change(config: TrainConfig, step: int) -> None:
 
 def restore_or_init(
     config: TrainConfig, layout: Layout, checkpoints: Checkpoints, corpus: Corpus
-) -> tuple[TrainState, Start]:
-    """The state to start from, and where that is.
+) -> tuple[Callable[[], TrainState], Start]:
+    """What makes the state to start from when it is called, once; and where that is.
 
-    A checkpoint is read straight into its shardings, and given weights are donated: memory never
+    A checkpoint is read at once, straight into its shardings. A program that makes the state is
+    compiled in a thread, beside the training step; given weights are donated to it. Memory never
     holds two states.
     """
     found = checkpoints.restore(split_state(layout.state))
@@ -69,9 +73,10 @@ def restore_or_init(
         saved = found["position"]
         read, stretch = read_so_far(saved, config, corpus), saved.get("stretch", ())
         position = resumed_position(saved, config, corpus)
-        return join_state(found), Start(found["step"], position, Stretch(*stretch), read)
+        state = join_state(found)
+        return lambda: state, Start(found["step"], position, Stretch(*stretch), read)
     shardings = shardings_of(layout.state)
-    options = compile_options(shardings.step.mesh)  # it runs once
+    options = compile_options(shardings.step.mesh, param_count(config.model), once=True)
     if config.init_from:
         weights = find_weights(config.init_from, config.model)
         what, params = weights.read(config.model.param_dtype, shardings.params)
@@ -82,11 +87,11 @@ def restore_or_init(
             donate_argnums=0,
             compiler_options=options,
         )
-        return call_together(fresh, params), Start()
+        return call_later(fresh, params), Start()
     say(f"starting from random weights, seed {config.seed}, in {config.run_dir}")
-    fresh = jax.jit(
-        functools.partial(init_state, config=config),
-        out_shardings=shardings,
-        compiler_options=options,
-    )
-    return call_together(fresh, jax.random.key(config.seed)), Start()
+
+    def fresh_state(seed):  # makes its key itself, which would be a program of its own
+        return init_state(jax.random.key(seed), config=config)
+
+    fresh = jax.jit(fresh_state, out_shardings=shardings, compiler_options=options)
+    return call_later(fresh, np.uint32(config.seed)), Start()

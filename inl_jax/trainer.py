@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
             ) as saved,
             contextlib.closing(MetricsLog(config.run_dir, on_record=on_record)) as log,
         ):
-            state, start = restore_or_init(fitted, layout, saved, corpus)
+            make_state, start = restore_or_init(fitted, layout, saved, corpus)
             at = {"step": start.step, "position": start.position}
             num_steps = count_steps(config, corpus, **at)
             curriculum = phases.make_curriculum(config, num_steps, read=start.read, **at)
@@ -102,16 +102,16 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 contextlib.closing(trackers),
                 contextlib.closing(run.gpu_use),
                 contextlib.closing(run.watchdog),
+                contextlib.closing(run.read()) as reader,  # from here on, while programs compile
             ):
                 stop.release()
                 announce(run)
+                step_fns = {} if run.is_over() else compile_steps(run, layout)
+                state = make_state()
                 run.catch_up(state)
                 ended = run.is_over(tell=True)
                 if not ended:
-                    step_fns = compile_steps(run, layout)
-                    samples = batches.training_samples(corpus, config.data, config.seed, curriculum)
-                    reading = contextlib.closing(run.read(samples))
-                    with reading as reader, run.watchdog.during(UPDATE):
+                    with run.watchdog.during(UPDATE):
                         state, ended = run.loop(step_fns, state, reader, stop)
                 stop.hold()  # what follows is quick, and must not be lost
         processes.gather()  # process 0 has written the log
@@ -198,18 +198,21 @@ class Run:
             return "complete"
         return "stopped early" if self.out_of_patience(step, tell=tell) else ""
 
-    def read(self, samples) -> Reader:
+    def read(self) -> Reader:
         """Starts reading this process's rows of the batches to come."""
         c = self.config
-        return Reader(
-            batches.training_batches(
+
+        def to_come():  # a generator: the thread that reads also imports grain
+            samples = batches.training_samples(self.corpus, c.data, c.seed, self.curriculum)
+            yield from batches.training_batches(
                 samples,
                 position=self.start.position,
                 batch_size=c.batch_size,
                 rows=local_rows(self.mesh, c.batch_size),
                 num_batches=self.num_steps - self.start.step,
             )
-        )
+
+        return Reader(to_come())
 
     def loop(self, step_fns, state, reader: Reader, stop: StopRequest) -> tuple[TrainState, str]:
         """Updates until the end or a stop; returns the state and how it ended."""

@@ -38,7 +38,8 @@ def test_exported_weights_start_a_run_on_any_mesh(train_config, tmp_path, said):
     begun = dataclasses.replace(config, init_from=str(exported))
     layout = make_layout(begun, mesh_of(fsdp=4))
     nothing_saved = SimpleNamespace(restore=lambda _: None)
-    state, start = restore_or_init(begun, layout, nothing_saved, None)
+    make_state, start = restore_or_init(begun, layout, nothing_saved, None)
+    state = make_state()
     assert_same(state.params, params)
     assert state.params["embedding"].sharding == layout.state.params["embedding"].sharding
     assert start == Start() and int(state.step) == 0

@@ -140,6 +140,8 @@ class INLModel(Layer):
             split_rngs={"params": True, "dropout": True},
             in_axes=(state and LayerState(nn.broadcast, 0), nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces the block once more, and random numbers would differ without it.
+            check_constancy_invariants=self.is_initializing() or not self.deterministic,
         )(c, self.deterministic, name="blocks")
         tokens = TokenSpan(position_BS, length_B)
         before = state and LayerState(state.layers, jnp.arange(c.num_layers))
@@ -156,6 +158,7 @@ class INLModel(Layer):
 # --- the model as functions of (config, params, ...)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters, each in a box with the logical names of its axes."""
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -164,7 +167,6 @@ def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
     return INLModel(config).init(key, ids, state, None, 0.0)["params"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters as a plain dict of arrays, with layers stacked on axis 0 of `blocks`.
 
@@ -185,7 +187,8 @@ def unbox(boxed: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def boxed_shapes(config: ModelConfig) -> Any:
     """Shapes and types of `boxed_init`; nothing is allocated. Cached: do not change the tree."""
-    return jax.eval_shape(functools.partial(boxed_init, config), jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(functools.partial(boxed_init, config), key)
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -204,6 +205,18 @@ def call_together(jitted: Any, *args: Any, **fields: Any) -> Any:
         jitted.lower(*args, **fields).compile()  # the call finds the program
         gather()
     return jitted(*args, **fields)
+
+
+def call_later(jitted: Any, *args: Any) -> Callable[[], Any]:
+    """Compiles `jitted(*args)` in a thread, beside what this one does.
+
+    Returns:
+      A function to call once: it waits for the program and runs it, once every process does.
+    """
+    pool = ThreadPoolExecutor(1)
+    compiled = pool.submit(jitted.lower(*args).compile)
+    pool.shutdown(wait=False)
+    return lambda: meeting_first(compiled.result())(*args)
 
 
 def check_same(what: str, value: str, advice: str) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.model.language_model import abstract_params, init_params
-from inl_jax.parallel.sharding import param_shardings, with_shardings
+from inl_jax.parallel.sharding import on, param_shardings, with_shardings
 from inl_jax.training import spikes
 from inl_jax.training.optim import (
     init_optimizer,
@@ -69,7 +69,9 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
       InputError: the model does not divide over the mesh, or the state is to be in host memory and
         this platform has none that devices can reach.
     """
-    shapes, on_every_device = abstract_params(config.model), NamedSharding(mesh, P())
+    with on(mesh):  # as when it is run: JAX then traces the initialisation once
+        shapes = abstract_params(config.model)
+    on_every_device = NamedSharding(mesh, P())
     sharded = with_shardings(shapes, param_shardings(mesh, config.model))
     params = sharded
     if config.mesh.fsdp_shards == "optimizer":

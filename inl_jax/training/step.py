@@ -187,7 +187,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
     """
     start = time.perf_counter()
     say("compiling the training step ...")
-    options = compile_options(mesh, num_params=param_count(config.model))
+    options = compile_options(mesh, param_count(config.model))
     compiled = trace_step(config, mesh, layout).lower().compile(compiler_options=options)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
     memory, held = compiled.memory_analysis(), num_bytes(layout.state)

@@ -94,6 +94,10 @@ def test_programs_meet_the_other_processes_after_compiling_and_before_they_run(a
 
     assert processes.call_together(program, 1) == 2 and as_one_of_two == ["compiled", "met"]
     as_one_of_two.clear()
+    later = processes.call_later(program, 1.0)
+    assert as_one_of_two == ["compiled"]
+    assert later() == 2 and as_one_of_two == ["compiled", "met"]
+    as_one_of_two.clear()
     compiled = processes.meeting_first(running)
     assert as_one_of_two == [] and [compiled(1), compiled(2)] == [2, 3]
     assert as_one_of_two == ["met", "ran", "ran"], "once"
@@ -113,8 +117,9 @@ def test_every_program_that_exchanges_is_met_for(
             return None, None  # on to the loop of single tokens
         raise Met
 
-    for module in (evaluation, integrator_probe, decoding, start):
+    for module in (evaluation, integrator_probe, decoding):
         monkeypatch.setattr(module, "call_together", call_together)
+    monkeypatch.setattr(start, "call_later", call_together)
     nothing_saved = SimpleNamespace(restore=lambda abstract: None)
     layout, text = make_layout(config, mesh), make_corpus(text_file)
     windows = data.eval_batches(text, seq_len=32, batch_size=8, max_sequences=8)
@@ -128,7 +133,7 @@ def test_every_program_that_exchanges_is_met_for(
         with pytest.raises(Met):
             use()
     assert met_for == [
-        "init_state",
+        "fresh_state",
         "eval_step",
         "_watch",
         "read_first",

@@ -12,9 +12,10 @@ from inl_jax.training.state import init_state
 
 def test_compile_options_are_those_of_xla_for_large_models_alone(train_config):
     mesh = make_mesh(train_config().mesh)
-    assert options.compile_options(mesh, num_params=options.SMALL)
-    assert options.compile_options(mesh)
-    assert options.compile_options(mesh, num_params=options.SMALL + 1) == {}
+    step, larger = (options.compile_options(mesh, options.SMALL + n) for n in range(2))
+    assert step and not larger
+    small, large = (options.compile_options(mesh, options.SMALL + n, once=True) for n in range(2))
+    assert large == step != small, "what runs once is worth less"
 
 
 def test_compile_options_that_xla_does_not_know_are_left_out():
@@ -24,7 +25,7 @@ def test_compile_options_that_xla_does_not_know_are_left_out():
 
 def test_state_before_the_first_update_depends_on_the_options_by_rounding_alone(train_config):
     config = train_config(model={"num_layers": 1, "num_iterations": 1})
-    quick = options.compile_options(make_mesh(config.mesh))
+    quick = options.compile_options(make_mesh(config.mesh), 0, once=True)
     init = functools.partial(init_state, config=config)
     key = jax.random.key(3)
     found, usual = (jax.jit(init, compiler_options=chosen)(key) for chosen in (quick, {}))

@@ -5,7 +5,9 @@ import pytest
 from conftest import assert_same
 
 from inl_jax.config import MeshConfig
+from inl_jax.model import language_model
 from inl_jax.model.device import H100, made_for
+from inl_jax.model.layers import feed_forward
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.training import spikes
 from inl_jax.training.optim import make_optimizer
@@ -48,6 +50,23 @@ def compiled(config):
     with on(mesh):
         layout = make_layout(config, mesh)
         return compile_step(config, mesh, layout), layout
+
+
+@pytest.mark.slow
+def test_step_and_first_state_trace_no_block_in_vain(train_config, monkeypatch):
+    blocks = []
+    count = lambda *args: (blocks.append(1), feed_forward(*args))[1]  # noqa: E731
+    monkeypatch.setattr(language_model, "feed_forward", count)
+    config = train_config(model=SMALL | {"d_ff": 36, "dropout": 0.0})  # of no other test
+    mesh = make_mesh(config.mesh)
+    layout = make_layout(config, mesh)
+    with on(mesh):
+        trace_step(config, mesh, layout)
+        for_layout_and_step = len(blocks)
+        first = lambda seed: init_state(jax.random.key(seed), config=config)  # noqa: E731
+        jax.jit(first).trace(np.uint32(0))
+    assert for_layout_and_step == 3  # flax traces the loop over layers twice, if it is to draw
+    assert len(blocks) == 3, "the first state has been traced for the layout"
 
 
 @pytest.mark.parametrize(
