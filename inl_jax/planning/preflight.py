@@ -31,7 +31,7 @@ from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
+from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import memory_found, memory_needed, shares_host
 from inl_jax.planning.memory_advice import memory_advice
@@ -134,7 +134,8 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     """
     if config.model.context == "attention":
         attention_kernel(config.model)  # raises if this machine cannot run it
-    integrator_kernel(config.model)  # as above
+    with on(mesh):
+        integrator_kernel(config.model)  # as above
     say(describe_model(config))
     recipe, *_ = check_recipe(asked, config, mesh, layout)
     if config != asked:

@@ -33,6 +33,25 @@ def test_evaluate_reads_the_whole_split_whatever_the_batch_size_and_mesh(trained
     np.testing.assert_allclose(whole["perplexity"], np.exp(whole["loss"]))
 
 
+def test_evaluate_reads_a_run_of_another_device(trained, inl, tmp_path):
+    """As it was trained on eight Hopper GPUs, of which none is here."""
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
+    there = {"model.integrator_kernel": "mosaic", "model.remat": "auto", "mesh.fsdp": 8}
+    there |= {"accumulate_steps": "auto", "optim.state_memory": "pinned_host"}
+    config = with_fields(read_config(run_dir), there | {"run_dir": str(run_dir)})
+    record_run(config, load_tokenizer("bytes"))
+    losses = []
+    for run in (trained[1], run_dir):
+        code, out, err = inl("evaluate", run, "--json")
+        assert code == 0, err
+        losses.append(json.loads(out)["loss"])
+    assert err.splitlines()[1] == (
+        "model.integrator_kernel=mosaic: not for this model on this device; xla computes the same, "
+        "but for rounding"
+    )
+    assert losses[0] == losses[1]
+
+
 def test_evaluate_reads_any_text_and_counts_its_bytes(trained, inl, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("a text of its own, as short as it is")
