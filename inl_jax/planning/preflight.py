@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
@@ -132,10 +132,7 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
       InputError: a kernel or the memory that the run needs is not here.
       DiskFull: there is no room for its checkpoints.
     """
-    if config.model.context == "attention":
-        attention_kernel(config.model)  # raises if this machine cannot run it
-    with on(mesh):
-        integrator_kernel(config.model)  # as above
+    check_kernels(config.model, mesh)
     say(describe_model(config))
     recipe, *_ = check_recipe(asked, config, mesh, layout)
     if config != asked:
@@ -143,6 +140,14 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     for check in examine(MACHINE_CHECKS, asked, config, mesh, layout):
         what = "WARNING: " * (check.verdict == "warning") + check.name
         say(f"{what}: needs {check.wanted}; found {check.found}")
+
+
+def check_kernels(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises `InputError` if the current device lacks a kernel that a training asks for."""
+    if config.context == "attention":
+        attention_kernel(config)
+    with on(mesh):
+        integrator_kernel(config)
 
 
 def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 import numpy as np
+import pytest
 
 from inl_jax.config import with_fields
 from inl_jax.config_file import load_config
@@ -33,6 +34,7 @@ def test_evaluate_reads_the_whole_split_whatever_the_batch_size_and_mesh(trained
     np.testing.assert_allclose(whole["perplexity"], np.exp(whole["loss"]))
 
 
+@pytest.mark.slow  # tests/sampling reads such a run in the default tests
 def test_evaluate_reads_a_run_of_another_device(trained, inl, tmp_path):
     """As it was trained on eight Hopper GPUs, of which none is here."""
     run_dir = shutil.copytree(trained[1], tmp_path / "run")
