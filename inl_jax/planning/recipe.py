@@ -43,7 +43,7 @@ class Costs(NamedTuple):
 GPU = Costs(20, 4.4, 0.45, 0.3, 780, 520 * 2048)
 # Fitted to updates of 2,048 tokens on 2 cores, at widths 128 and 512. A token takes so long that
 # the weights' gradients cost little beside it, and to compute again costs more than to read.
-CPU = Costs(20, 4, 1, -0.5, 40, 0)
+CPU = Costs(20, 4, 1, 0, 40, 0)
 
 
 class Recipe(NamedTuple):

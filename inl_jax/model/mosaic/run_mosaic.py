@@ -59,7 +59,8 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
     mesh, (axis,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("channels",))
     parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
     require(
-        parts == 1, f"{needs} all of D on one device, not mesh.{axis}={parts}: set 1, {instead}"
+        parts == 1,
+        f"{needs} all of D on one device, not mesh.{axis}={parts}: set mesh.{axis} 1, {instead}",
     )
     return "mosaic"
 
