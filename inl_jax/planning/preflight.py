@@ -61,8 +61,11 @@ class Plan(NamedTuple):
     layout: Layout
 
 
-def plan_run(config: TrainConfig) -> Plan:
+def plan_run(config: TrainConfig) -> tuple[Plan, str]:
     """Fits a run to its mesh, says what it needs and what this machine has. Nothing is allocated.
+
+    Returns:
+      How it will be laid out; and why so, in one line.
 
     Raises:
       InputError: the processes have different configs, or the mesh, the memory or the attention
@@ -71,8 +74,7 @@ def plan_run(config: TrainConfig) -> Plan:
     """
     check_same_config(config)
     plan = make_plan(config)
-    check_machine(config, *plan)
-    return plan
+    return plan, check_machine(config, *plan)
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -119,7 +121,7 @@ def check_same_config(config: TrainConfig) -> None:
     )
 
 
-def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> str:
     """Says what the run needs and what this machine has, before anything is allocated.
 
     Args:
@@ -128,11 +130,13 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
       mesh: from `make_mesh`.
       layout: from `make_layout`.
 
+    Returns:
+      How the run was fitted, and why so, in one line.
+
     Raises:
       InputError: a kernel or the memory that the run needs is not here.
       DiskFull: there is no room for its checkpoints.
     """
-    check_kernels(config.model, mesh)
     say(describe_model(config))
     recipe, *_ = check_recipe(asked, config, mesh, layout)
     if config != asked:
@@ -140,6 +144,7 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     for check in examine(MACHINE_CHECKS, asked, config, mesh, layout):
         what = "WARNING: " * (check.verdict == "warning") + check.name
         say(f"{what}: needs {check.wanted}; found {check.found}")
+    return recipe
 
 
 def check_kernels(config: ModelConfig, mesh: Mesh) -> None:
@@ -161,6 +166,7 @@ def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: La
 
 
 def _check_devices(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    check_kernels(config.model, mesh)
     device, there = mesh.devices.flat[0], jax.device_count()
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     idle = device.platform != "cpu" and mesh.size < there

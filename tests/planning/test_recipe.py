@@ -173,7 +173,9 @@ def test_run_resumed_on_a_smaller_device_chooses_anew_with_equal_results(
                 continue
         assert read_config(config.run_dir) == config
         starts = json.loads((Path(config.run_dir) / "env.json").read_text())["starts"]
-        return result, [start["recipe"] for start in starts]
+        recipes = [start["recipe"] for start in starts]
+        assert all(one.pop("why").startswith("accumulate_steps auto and rem") for one in recipes)
+        return result, recipes
 
     large, (alone,) = run("large", -1)
     assert alone == {"remat": "all_but_integrator", "micro_batches": 1}
