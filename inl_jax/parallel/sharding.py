@@ -76,7 +76,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     if devices is None:
         devices = jax.devices()
         if devices[0].platform == "cpu" and len(devices) == 1:
-            hint = " (JAX_NUM_CPU_DEVICES=8 makes eight of a CPU)"
+            hint = "; JAX_NUM_CPU_DEVICES=8 makes eight of a CPU"
     sizes, n = {axis: getattr(config, axis) for axis in AXES}, len(devices)
     known = math.prod(size for size in sizes.values() if size != "rest")
     shape = tuple(n // known if size == "rest" else size for size in sizes.values())
@@ -86,8 +86,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     ):
         fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"{fields}: the product must be the number of devices, and there are {n}; change them, "
-            f"as to --mesh.data rest --mesh.fsdp 1 --mesh.tensor 1, which fits any{hint}"
+            f"{fields}: the product must be the number of devices, and there are {n}{hint}; "
+            "--mesh.data rest --mesh.fsdp 1 --mesh.tensor 1 fits any number"
         )
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:
