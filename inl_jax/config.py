@@ -153,8 +153,9 @@ class TrainConfig:
     """Sequences of an update, over all devices and micro-batches."""
     accumulate_steps: int | Literal["auto"] = 1
     """Micro-batches of an update. More of them need less memory and give the same mean gradient. If
-    a micro-batch has fewer rows than there are devices, fewer micro-batches are made. auto: as many
-    as the device's memory asks for, chosen at the start (docs/memory.md)."""
+    a micro-batch has fewer rows than there are devices, fewer micro-batches are made. auto: the
+    fastest number that fits the device's memory, chosen and said at the start (docs/memory.md). It
+    divides the rows of each device, so a power of 2 as batch_size leaves most choice."""
     loss_chunk: int | Literal["auto"] = "auto"
     """Tokens of one device whose logits exist at once, in training and evaluation; 0 takes all.
     auto: 256 on a CPU, more if the vocabulary is small; 2048 on other devices, fewer if it is

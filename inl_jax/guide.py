@@ -87,7 +87,7 @@ def guide_config(
         "num_steps": 0,
         "num_epochs": num_epochs,
         "batch_size": batch_size,
-        "accumulate_steps": 1,
+        "accumulate_steps": "auto",
         "run_dir": save_dir,
     }
     config = with_fields(load_config(model_size), fields)

@@ -60,12 +60,13 @@ class ModelConfig:
     """Type of matrix products. auto: bfloat16 on accelerators, float32 on CPU."""
     attention_kernel: Literal["auto", "cudnn", "xla"] = "auto"
     """Kernel for attention over whole sequences. cudnn: flash attention, bfloat16 on CUDA only.
-    auto: cudnn on CUDA, xla elsewhere. For attention only."""
+    auto: cudnn on CUDA, xla elsewhere. Training is refused if its kernel is missing; a trained
+    model is evaluated all the same, by xla. For attention only."""
     remat: Literal["auto", "none", "integrator", "all_but_integrator", "block"] = "block"
     """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
     iterations. all_but_integrator: the rest of a block (with autodiff this is block: only lean
-    marks what is kept). block: all of a block; only its input is kept. auto: what the device's
-    memory asks for, chosen at the start of a run (docs/memory.md); elsewhere block."""
+    marks what is kept). block: all of a block; only its input is kept. auto: the fastest that fits
+    the device's memory, chosen and said at the start of a run (docs/memory.md); else block."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
     """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
@@ -75,7 +76,8 @@ class ModelConfig:
     """Type in which lean keeps (x, v). bfloat16 halves that memory and rounds the gradient."""
     integrator_kernel: Literal["auto", "xla", "mosaic"] = "auto"
     """xla: any device. mosaic: kernels of our own for Hopper GPUs, with products in bfloat16
-    (docs/kernels.md). auto: xla, until a GPU has run the kernels."""
+    (docs/kernels.md). auto: xla, until a GPU has run the kernels. If they are missing, training is
+    refused, and a trained model is evaluated by xla."""
     integrator_chunk: int = 0
     """Positions that go through all iterations together. With 0: the whole sequence."""
     unroll: Literal["auto", "none", "iterations"] = "auto"

@@ -65,7 +65,8 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
     with StopRequest(answers=first) as stop, muted(not first):
         check_setup(config)
         config = pinned(config)
-        fitted, mesh, layout = plan = plan_run(config)
+        plan, why = plan_run(config)
+        fitted, mesh, layout = plan
         corpus = prepare_data(config, kept_tokenizer(config))
         check_start(config, corpus.tokenizer)
         identity = Identity(config, corpus.tokenizer)
@@ -94,7 +95,7 @@ def train(config: TrainConfig, *, on_record: Callable[[Record], None] | None = N
                 record_run(config, corpus.tokenizer)
                 if processes.first():
                     chosen = {"remat": fitted.model.remat, "micro_batches": fitted.accumulate_steps}
-                    record_environment(config.run_dir, recipe=chosen)
+                    record_environment(config.run_dir, recipe=chosen | {"why": why})
             trackers = Trackers(
                 config.track, config.run_dir, project=config.project, step=start.step
             )

@@ -165,7 +165,7 @@ def read_model(flags):
     from inl_jax.sampling import LanguageModel
     from inl_jax.storage.run_dir import read_config
 
-    config = at_depth(read_config(flags.checkpoint).model, flags)
+    at_depth(read_config(flags.checkpoint).model, flags)  # a mistake is told before a long read
     use_compile_cache()
     mesh = mesh_from(flags)
     if mesh is not None and flags.batch_size % batch_shards(mesh):
@@ -175,4 +175,4 @@ def read_model(flags):
         )
     with signals.held():
         model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh)
-    return dataclasses.replace(model, config=config)
+    return dataclasses.replace(model, config=at_depth(model.config, flags))

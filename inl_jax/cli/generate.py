@@ -75,13 +75,13 @@ def main(argv: Sequence[str]) -> int:
     Sampling(**{name: getattr(flags, name) for name in names})  # checks them
     names += ["max_new_tokens", "stop", "seed", "ignore_end"]
     settings = {name: getattr(flags, name) for name in names}
-    depth = at_depth(read_config(flags.checkpoint).model, flags)
+    at_depth(read_config(flags.checkpoint).model, flags)  # a mistake is told before a long read
     signals.unwind(patience=None if flags.interactive else signals.PATIENCE)
     with lines_on_stderr():
         use_compile_cache()
         with signals.held():
             model = LanguageModel.from_run(flags.checkpoint, step=flags.step, mesh=mesh_from(flags))
-        model = dataclasses.replace(model, config=depth)
+        model = dataclasses.replace(model, config=at_depth(model.config, flags))
         if flags.interactive:
             Chat(model, prompts[0], settings).run()
             return 0

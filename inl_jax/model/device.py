@@ -17,6 +17,10 @@ class Device(NamedTuple):
     platform: str  # "cpu", "gpu" or "tpu", as JAX calls it
     capability: tuple[int, ...] | None = None  # CUDA compute capability; None on other devices
 
+    def __str__(self) -> str:
+        """`cpu`, or `gpu 9.0`."""
+        return f"{self.platform} {'.'.join(map(str, self.capability or ()))}".rstrip()
+
 
 H100 = Device("gpu", (9, 0))
 

@@ -86,7 +86,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
     ):
         fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"{fields}: the product must be the number of devices, and there are {n}{hint}"
+            f"{fields}: the product must be the number of devices, and there are {n}{hint}; "
+            "--mesh.data rest --mesh.fsdp 1 --mesh.tensor 1 fits any number"
         )
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, TrainConfig
+from inl_jax.config import InputError, ModelConfig, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
@@ -31,7 +31,7 @@ from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 from inl_jax.parallel import processes
-from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
+from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
 from inl_jax.planning.memory import memory_found, memory_needed, shares_host
 from inl_jax.planning.memory_advice import memory_advice
@@ -61,8 +61,11 @@ class Plan(NamedTuple):
     layout: Layout
 
 
-def plan_run(config: TrainConfig) -> Plan:
+def plan_run(config: TrainConfig) -> tuple[Plan, str]:
     """Fits a run to its mesh, says what it needs and what this machine has. Nothing is allocated.
+
+    Returns:
+      How it will be laid out; and why so, in one line.
 
     Raises:
       InputError: the processes have different configs, or the mesh, the memory or the attention
@@ -71,8 +74,7 @@ def plan_run(config: TrainConfig) -> Plan:
     """
     check_same_config(config)
     plan = make_plan(config)
-    check_machine(config, *plan)
-    return plan
+    return plan, check_machine(config, *plan)
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -119,7 +121,7 @@ def check_same_config(config: TrainConfig) -> None:
     )
 
 
-def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> None:
+def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> str:
     """Says what the run needs and what this machine has, before anything is allocated.
 
     Args:
@@ -128,13 +130,13 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
       mesh: from `make_mesh`.
       layout: from `make_layout`.
 
+    Returns:
+      How the run was fitted, and why so, in one line.
+
     Raises:
       InputError: a kernel or the memory that the run needs is not here.
       DiskFull: there is no room for its checkpoints.
     """
-    if config.model.context == "attention":
-        attention_kernel(config.model)  # raises if this machine cannot run it
-    integrator_kernel(config.model)  # as above
     say(describe_model(config))
     recipe, *_ = check_recipe(asked, config, mesh, layout)
     if config != asked:
@@ -142,6 +144,15 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     for check in examine(MACHINE_CHECKS, asked, config, mesh, layout):
         what = "WARNING: " * (check.verdict == "warning") + check.name
         say(f"{what}: needs {check.wanted}; found {check.found}")
+    return recipe
+
+
+def check_kernels(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises `InputError` if the current device lacks a kernel that a training asks for."""
+    if config.context == "attention":
+        attention_kernel(config)
+    with on(mesh):
+        integrator_kernel(config)
 
 
 def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
@@ -155,6 +166,7 @@ def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: La
 
 
 def _check_devices(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
+    check_kernels(config.model, mesh)
     device, there = mesh.devices.flat[0], jax.device_count()
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     idle = device.platform != "cpu" and mesh.size < there

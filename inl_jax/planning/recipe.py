@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import plural, size
+from inl_jax.model.device import current_device
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards
 from inl_jax.planning.memory import memory_found, memory_needed
@@ -26,13 +27,23 @@ ALIKE = 1.05
 """Of recipes whose predicted times are within this ratio of the fastest, the one that needs the
 least memory is taken: the prediction cannot tell them apart."""
 
-# Microseconds for a token of the 3b in XLA's program for an H100, beside what a micro-batch costs:
-# forward and backward of all but the integrator, and of one iteration; what it costs to recompute
-# an iteration rather than keep it; and what it costs to keep the rest rather than recompute it.
-_REST, _ITERATION, _ITERATION_AGAIN, _REST_KEPT = 20, 4.4, 0.45, 0.3
-# What a micro-batch costs beside its tokens, in tokens: gradients of weights that are added up, and
-# launches of kernels, which wider layers hide.
-_ADDED, _LAUNCHED = 780, 520 * 2048
+
+class Costs(NamedTuple):
+    """What a step costs: for each token, in a unit of its own; for each micro-batch, in tokens."""
+
+    rest: float  # forward and backward of all but the integrator
+    iteration: float  # the same of one iteration
+    iteration_again: float  # to recompute an iteration rather than keep it
+    rest_kept: float  # to keep the rest rather than recompute it
+    added: float  # to add up a micro-batch's gradients of weights
+    launched: float  # to launch its kernels, at width 1: wider layers hide it
+
+
+# Fitted to the bytes that XLA's CUDA program of the 3b moves (docs/memory.md), in microseconds.
+GPU = Costs(20, 4.4, 0.45, 0.3, 780, 520 * 2048)
+# Fitted to updates of 2,048 tokens on 2 cores, at widths 128 and 512. A token takes so long that
+# the weights' gradients cost little beside it, and to compute again costs more than to read.
+CPU = Costs(20, 4, 1, 0, 40, 0)
 
 
 class Recipe(NamedTuple):
@@ -87,23 +98,23 @@ def recipes(
 
 
 def predicted_time(config: TrainConfig, mesh: Mesh) -> float:
-    """Time of an update on a GPU, in microseconds for one token of a layer as the 3b's are.
+    """Time of an update, in the unit of `Costs`; no GPU has measured it.
 
-    Fitted to the bytes that XLA's CUDA program of the 3b moves (docs/memory.md); no GPU has
-    measured it. The exchange between devices is left out. It serves to compare the recipes of one
-    run, and says nothing of other runs.
+    The exchange between devices is left out. It serves to compare the recipes of one run on the
+    current device, and says nothing of other runs.
 
     Args:
       config: the run, without auto, fitted to `mesh`.
       mesh: from `make_mesh`.
     """
-    c = config.model
-    again = _ITERATION_AGAIN if c.remat in ("integrator", "block") else 0
-    per_token = _REST + c.num_iterations * (_ITERATION + again)
+    c, costs = config.model, CPU if current_device().platform == "cpu" else GPU
+    again = costs.iteration_again if c.remat in ("integrator", "block") else 0
+    per_token = costs.rest + c.num_iterations * (costs.iteration + again)
     if c.remat in ("none", "integrator"):
-        per_token += _REST_KEPT
+        per_token += costs.rest_kept
     tokens = config.batch_size // batch_shards(mesh) * config.data.seq_len
-    return per_token * (tokens + config.accumulate_steps * (_ADDED + _LAUNCHED / c.d_model))
+    micro_batch = costs.added + costs.launched / c.d_model
+    return per_token * (tokens + config.accumulate_steps * micro_batch)
 
 
 def memory_of_each(mesh: Mesh) -> int:
@@ -150,6 +161,8 @@ def _explain_choice(asked, config, mesh, layout, memory, shared) -> str:
     line = " and ".join(f"{name.removeprefix('model.')} auto" for name in left_open)
     line += f": {_describe(config, mesh)}: {size(mine.num_bytes)} of {size(memory)}"
     faster = [recipe for recipe in found if recipe.time < mine.time]
+    if mine.num_bytes > memory:
+        return f"{line}, and every other recipe needs more"
     if not faster:
         return f"{line}; none is predicted to be faster"
     fitting = [recipe for recipe in faster if MARGIN * recipe.num_bytes <= memory]

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from inl_jax.config import ModelConfig
 from inl_jax.files import user_path
-from inl_jax.parallel.sharding import param_shardings
+from inl_jax.model.kernels import with_kernels_found_here
+from inl_jax.parallel.sharding import on, param_shardings
 from inl_jax.sampling.choice import Sampling
 from inl_jax.sampling.continuation import Continuation, grown
 from inl_jax.sampling.decoding import pieces, read_prompts
@@ -37,7 +38,9 @@ class LanguageModel:
     def from_run(
         cls, run_dir: str | Path, *, step: int | str = "latest", mesh: Mesh | None = None
     ) -> "LanguageModel":
-        """The model of a run directory.
+        """The model of a run directory, wherever it was trained.
+
+        A line says so if xla takes the place of a kernel that the run names and this device lacks.
 
         Args:
           run_dir: the run.
@@ -50,6 +53,8 @@ class LanguageModel:
         run_dir = user_path(run_dir, "run_dir")
         config = read_config(run_dir).model
         shardings = None if mesh is None else param_shardings(mesh, config)
+        with on(mesh):
+            config = with_kernels_found_here(config)
         _, params = read_params(run_dir, config, step=step, shardings=shardings)
         return cls(config, params, read_tokenizer(run_dir), mesh)
 

@@ -49,6 +49,13 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
     assert "at 10% MFU, assumed; none is measured on a GPU yet" in out
 
 
+def test_estimate_refuses_a_kernel_that_the_device_lacks(estimate):
+    flags = ["--config", "large", "--model.integrator_kernel", "mosaic", "--device"]
+    code, _, err = estimate(*flags, "a100-40gb")
+    assert code == 2 and "needs a Hopper GPU, compute capability 9.x, not gpu 8.0" in err
+    assert estimate(*flags, "h100")[0] == 0
+
+
 def test_estimate_chooses_a_recipe_for_each_gpu_and_leaves_an_explicit_one(estimate):
     flags = ["--config", "3b", "--tokens", "10e9", "--gpus", "rtx4090", "a100-40gb", "h100"]
     _, out, _ = estimate(*flags, "--json")

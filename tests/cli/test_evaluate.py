@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 import numpy as np
+import pytest
 
 from inl_jax.config import with_fields
 from inl_jax.config_file import load_config
@@ -31,6 +32,26 @@ def test_evaluate_reads_the_whole_split_whatever_the_batch_size_and_mesh(trained
     split = evaluate("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
     np.testing.assert_allclose(split["loss"], whole["loss"], rtol=1e-5)
     np.testing.assert_allclose(whole["perplexity"], np.exp(whole["loss"]))
+
+
+@pytest.mark.slow  # tests/sampling reads such a run in the default tests
+def test_evaluate_reads_a_run_of_another_device(trained, inl, tmp_path):
+    """As it was trained on eight Hopper GPUs, of which none is here."""
+    run_dir = shutil.copytree(trained[1], tmp_path / "run")
+    there = {"model.integrator_kernel": "mosaic", "model.remat": "auto", "mesh.fsdp": 8}
+    there |= {"accumulate_steps": "auto", "optim.state_memory": "pinned_host"}
+    config = with_fields(read_config(run_dir), there | {"run_dir": str(run_dir)})
+    record_run(config, load_tokenizer("bytes"))
+    losses = []
+    for run in (trained[1], run_dir):
+        code, out, err = inl("evaluate", run, "--json")
+        assert code == 0, err
+        losses.append(json.loads(out)["loss"])
+    assert err.splitlines()[1] == (
+        "model.integrator_kernel=mosaic: not for this model on this device; xla computes the same, "
+        "but for rounding"
+    )
+    assert losses[0] == losses[1]
 
 
 def test_evaluate_reads_any_text_and_counts_its_bytes(trained, inl, tmp_path):

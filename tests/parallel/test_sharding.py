@@ -210,7 +210,7 @@ def test_make_mesh_fills_the_devices_or_says_why_not(monkeypatch):
     assert tuple(make_mesh(MeshConfig(data=1, tensor="rest")).shape.values()) == (1, 1, 8)
     assert make_mesh(MeshConfig(data=2, fsdp=2)).devices.ravel().tolist() == jax.devices()[:4]
     for wrong in (MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=16)):
-        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8$"
+        fields = f"mesh.data={wrong.data}, mesh.fsdp={wrong.fsdp}.* there are 8; --mesh"
         with pytest.raises(InputError, match=fields):
             make_mesh(wrong)
     alone = SimpleNamespace(process_index=0, platform="cpu")

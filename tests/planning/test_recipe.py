@@ -44,6 +44,13 @@ def layout_of(model, mesh):
     return make_layout(TrainConfig(model=model), mesh)
 
 
+@pytest.fixture
+def on_h100():
+    """What is planned is planned for a GPU."""
+    with made_for(H100):
+        yield
+
+
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=12, deadline=None)
 @given(batch_size=st.integers(1, 60), shares=st.tuples(*[st.floats(0, 1.5)] * 2))
@@ -63,7 +70,7 @@ def test_recipe_fits_is_as_fast_as_any_that_fits_and_gains_by_memory(model, batc
     assert chosen[0].num_bytes <= chosen[1].num_bytes and chosen[0].time >= chosen[1].time
 
 
-def test_recipe_leaves_what_is_explicit_as_it_is():
+def test_recipe_leaves_what_is_explicit_as_it_is(on_h100):
     config, mesh, layout = open_run()
     plenty = 2**60
     explicit = with_fields(config, {"accumulate_steps": 24, "model.remat": "integrator"})
@@ -83,7 +90,7 @@ def test_recipe_leaves_what_is_explicit_as_it_is():
     )
 
 
-def test_recipe_gives_every_device_of_a_mesh_whole_rows():
+def test_recipe_gives_every_device_of_a_mesh_whole_rows(on_h100):
     for shape in ((2, 1, 1), (2, 2, 2), (1, 8, 1)):
         config, mesh, layout = open_run(batch_size=48, mesh=mesh_of(*shape))
         for one in recipe.recipes(config, mesh, layout):
@@ -100,16 +107,31 @@ def test_recipe_gives_every_device_of_a_mesh_whole_rows():
     )
 
 
-def test_recipe_of_the_3b_takes_four_sequences_at_a_time_on_80_gb():
+def test_recipe_of_the_3b_takes_four_sequences_at_a_time_on_80_gb(on_h100):
     mesh = mesh_of()
     config = load_config("3b")
     layout, usable = make_layout(config, mesh), find_gpu("h100").usable_memory
-    with made_for(H100):
-        chosen = recipe.choose(config, mesh, layout, usable)
-        line = recipe.explain(config, chosen, mesh, layout, usable)
+    chosen = recipe.choose(config, mesh, layout, usable)
+    line = recipe.explain(config, chosen, mesh, layout, usable)
     assert (chosen.accumulate_steps, chosen.model.remat) == (16, "block")
     head = "accumulate_steps auto and remat auto: 16 micro-batches of 4 sequences, remat block: "
     assert line.startswith(head) and " GiB of 73.28 GiB; 8 micro-batches of 8 sequences, " in line
+
+
+def test_recipe_on_a_cpu_keeps_the_iterations_and_takes_few_sequences_at_a_time():
+    """A CPU takes so long for a token that a micro-batch costs little beside its tokens."""
+    config, mesh, layout = open_run()
+    here = recipe.choose(config, mesh, layout, 2**60, shared=True)
+    assert (here.accumulate_steps, here.model.remat) == (8, "all_but_integrator")
+    with made_for(H100):
+        assert recipe.choose(config, mesh, layout, 2**60).accumulate_steps == 1
+
+
+def test_recipe_says_if_none_fits():
+    config, mesh, layout = open_run()
+    least = recipe.recipes(config, mesh, layout)[0]
+    line = recipe.explain(config, least.config, mesh, layout, least.num_bytes - 1)
+    assert line.endswith(", and every other recipe needs more")
 
 
 def test_memory_of_each_is_that_of_the_smallest_device_of_all_processes(monkeypatch):
@@ -149,10 +171,12 @@ def test_run_resumed_on_a_smaller_device_chooses_anew_with_equal_results(
                 continue
         assert read_config(config.run_dir) == config
         starts = json.loads((Path(config.run_dir) / "env.json").read_text())["starts"]
-        return result, [start["recipe"] for start in starts]
+        recipes = [start["recipe"] for start in starts]
+        assert all(one.pop("why").startswith("accumulate_steps auto and rem") for one in recipes)
+        return result, recipes
 
     large, (alone,) = run("large", -1)
-    assert alone == {"remat": "block", "micro_batches": 1}
+    assert alone == {"remat": "all_but_integrator", "micro_batches": 1}
     for name, mesh in (("smaller", 1), ("wider", 2)):
         other, (first, second) = run(name, -1, 0, mesh=mesh)
         assert first == alone != second

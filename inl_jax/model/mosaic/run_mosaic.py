@@ -25,7 +25,8 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
     """What `config.integrator_kernel` names; auto is xla, because no GPU has run the kernels yet.
 
     Raises:
-      InputError: the kernels are asked for, but are not made for this device or this model.
+      InputError: the kernels are asked for, but are not made for this device or this model, or the
+        current mesh shards D.
     """
     if config.integrator_kernel != "mosaic":
         return "xla"
@@ -35,7 +36,7 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
     device, needs = current_device(), "model.integrator_kernel=mosaic needs"
     instead = "or set model.integrator_kernel xla"
     require(
-        device.platform == "gpu" and device.capability[0] == 9,
+        device.capability is not None and device.capability[0] == 9,
         f"{needs} a Hopper GPU, compute capability 9.x, not {device}: run it on one, {instead}",
     )
     for name, wanted in {
@@ -55,22 +56,17 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
         f"{needs} a multiple of {COLUMNS} as model.d_model, not {config.d_model}: set one, "
         f"{instead}",
     )
-    return "mosaic"
-
-
-def run_mosaic(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics) -> jax.Array:
-    """`dynamics.run` with products in bfloat16 and a state in float32, by kernels.
-
-    Raises:
-      InputError: the current mesh shards D.
-    """
     mesh, (axis,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("channels",))
     parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
     require(
         parts == 1,
-        f"model.integrator_kernel=mosaic with mesh.{axis}={parts}: its kernels need all of D on "
-        f"one device; set mesh.{axis} 1, or model.integrator_kernel xla",
+        f"{needs} all of D on one device, not mesh.{axis}={parts}: set mesh.{axis} 1, {instead}",
     )
+    return "mosaic"
+
+
+def run_mosaic(params, from_context_BSQC, x_BSD, s_TD, dynamics: Dynamics) -> jax.Array:
+    """`dynamics.run` with products in bfloat16 and a state in float32, by kernels."""
     from inl_jax.model.mosaic.tiles import ROWS
 
     N = math.prod(x_BSD.shape[:2])

@@ -139,16 +139,12 @@ def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
     assert "f32[1,64,32]" in program and "f32[64,32]" in program
 
 
-def test_run_mosaic_refuses_a_sharded_width():
-    with sharding.on(mesh_of(tensor=2)), pytest.raises(InputError, match=r"mesh\.tensor=2"):
-        run_mosaic(*arrays(64, 32), bfloat16())
-
-
 @pytest.mark.parametrize(
     "device, fields, named",
     [
-        (Device("cpu"), {}, "Hopper"),
-        (Device("gpu", (8, 0)), {}, "Hopper"),
+        (Device("cpu"), {}, "Hopper GPU, compute capability 9.x, not cpu: "),
+        (Device("gpu", (8, 0)), {}, "not gpu 8.0: "),
+        (Device("gpu"), {}, "not gpu: "),  # of another maker
         (H100, {"compute_dtype": "float32"}, "compute_dtype"),
         (H100, {"controller_width": 32}, "controller_width"),
         (H100, {"integrator_segment": 2}, "integrator_segment"),
@@ -164,6 +160,13 @@ def test_integrator_kernel_refuses_by_name_what_the_kernels_are_not_made_for(
     fits = {"d_model": 64, "controller_width": 64, "integrator_kernel": "mosaic"}
     with made_for(device), pytest.raises(InputError, match=named):
         integrator_kernel(model_config(**fits | fields))
+
+
+def test_integrator_kernel_refuses_a_sharded_width(model_config):
+    config = model_config(d_model=64, controller_width=64, integrator_kernel="mosaic")
+    with made_for(H100), sharding.on(mesh_of(tensor=2)):
+        with pytest.raises(InputError, match=r"all of D on one device, not mesh\.tensor=2: "):
+            integrator_kernel(config)
 
 
 def test_integrator_kernel_is_mosaic_only_if_asked_for(model_config):
