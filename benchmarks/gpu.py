@@ -80,13 +80,13 @@ def measure(rows: Sequence[Row], flags: argparse.Namespace, command: str) -> lis
     ):
         for row in rows:
             say(f"measuring {row.name}: {row.what}")
-            left = deadline - time.monotonic()
-            if left < row.seconds and not flags.dry_run:
-                why = f"not started: {row.seconds} s are planned, {left:.0f} s are left"
+            planned, left = row.seconds, max(0, deadline - time.monotonic())
+            if left == 0 or (left < planned and not flags.dry_run):
+                why = f"not started: {planned} s are planned, {left:.0f} s are left"
                 records = iter([{"failed": why}])
             else:
                 # The first row waits until the machine has read JAX and CUDA from its disk.
-                limit = left if flags.dry_run or not found else min(left, 2 * row.seconds)
+                limit = left if flags.dry_run or not found else min(left, 2 * planned)
                 records = measure_apart(row, limit, log, cache, tiny=flags.dry_run)
             for record in records:
                 if not found and "failed" in record:
