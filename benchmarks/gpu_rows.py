@@ -177,21 +177,20 @@ def offload(tiny: bool) -> Records:
         "batch_size": 1,
         "accumulate_steps": 1,
     }
-    seconds, host_bytes = {}, []
-    for memory in ("pinned_host", "device"):  # the one that takes less of the device first
-        plan = make_plan(config_of("3b_16gb", tiny, fields | {"optim.state_memory": memory}))
-        host_bytes.append(memory_needed(*plan).host_bytes)
+    plans = {  # the one that takes less of the device comes first
+        memory: make_plan(config_of("3b_16gb", tiny, fields | {"optim.state_memory": memory}))
+        for memory in ("pinned_host", "device")
+    }
+    seconds = {}
+    for memory, plan in plans.items():
         found = updates(plan.config, 3)
         seconds[memory] = found["seconds_per_update"]
         yield {"case": f"state_memory {memory}"} | found
-    moved = 2 * sum(host_bytes)  # there and back
+    moved = 2 * memory_needed(*plans["pinned_host"]).host_bytes  # there and back
     added = seconds["pinned_host"] - seconds["device"]
-    yield {
-        "case": "added by pinned_host",
-        "seconds_per_update": added,
-        "moved_bytes": moved,
-        "gb_per_second": 1e-9 * moved / added,
-    }
+    rate = {"gb_per_second": 1e-9 * moved / added} if added > 0 else {}
+    found = {"seconds_per_update": added, "moved_bytes": moved}
+    yield {"case": "added by pinned_host"} | found | rate
 
 
 def loss_chunks(tiny: bool) -> Records:
