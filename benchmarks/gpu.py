@@ -9,7 +9,6 @@ device.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -81,12 +80,13 @@ def measure(rows: Sequence[Row], flags: argparse.Namespace, command: str) -> lis
     ):
         for row in rows:
             say(f"measuring {row.name}: {row.what}")
-            left = deadline - time.monotonic()
-            if left < row.seconds and not flags.dry_run:
-                why = f"not started: {row.seconds} s are planned, {left:.0f} s are left"
+            planned, left = row.seconds, max(0, deadline - time.monotonic())
+            if left == 0 or (left < planned and not flags.dry_run):
+                why = f"not started: {planned} s are planned, {left:.0f} s are left"
                 records = iter([{"failed": why}])
             else:
-                limit = left if flags.dry_run else min(left, 2 * row.seconds)
+                # The first row waits until the machine has read JAX and CUDA from its disk.
+                limit = left if flags.dry_run or not found else min(left, 2 * planned)
                 records = measure_apart(row, limit, log, cache, tiny=flags.dry_run)
             for record in records:
                 if not found and "failed" in record:
@@ -128,7 +128,8 @@ def measure_apart(
     xla_flags = [os.environ.get("XLA_FLAGS", ""), COMPILE_FAST if tiny else row.xla_flags]
     env = os.environ | {
         "XLA_FLAGS": " ".join(xla_flags).strip(),  # XLA takes a blank for the name of a file
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
+        "XLA_CLIENT_MEM_FRACTION": ".95",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "",  # its old name: JAX refuses to start with both
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -157,16 +158,16 @@ def measure_apart(
 
 def measure_here(row: Row, *, tiny: bool) -> None:
     """Prints a line of JSON for each record of a row. If it fails, the last line says why."""
-    stdout = sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
+    with os.fdopen(os.dup(1), "w") as records:
+        os.dup2(2, 1)  # what libraries print goes to the log
+        try:
             for record in row.measure(tiny):
-                print(json_text(record), file=stdout, flush=True)
-    except InputError as error:
-        sys.exit(first_line(error))
-    except Exception as error:
-        traceback.print_exc()
-        sys.exit(f"{type(error).__name__}: {first_line(error)}")
+                print(json_text(record), file=records, flush=True)
+        except InputError as error:
+            sys.exit(first_line(error))
+        except Exception as error:
+            traceback.print_exc()
+            sys.exit(f"{type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

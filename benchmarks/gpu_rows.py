@@ -21,10 +21,11 @@ from harness import (
     make_parser,
     with_gradient,
 )
-from train import training
+from train import peak_memory, training
 
 from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
 from inl_jax.config_file import load_config
+from inl_jax.console import first_line
 from inl_jax.model.device import H100, made_for
 from inl_jax.model.language_model import init_decode_state, init_params
 from inl_jax.planning.memory import memory_needed
@@ -42,14 +43,14 @@ TINY = {  # of a dry run
     "model.num_heads": 2,
     "model.num_kv_heads": 1,
     "model.max_seq_len": 32,
-    "model.unroll": "none",
     "data.seq_len": 32,
     "batch_size": 4,
 }
 
-
 SIZES = ("small", "medium", "large", "xlarge", "4b")
-REMATS = ("none", "all_but_integrator", "integrator", "block")
+REMATS = ("block", "all_but_integrator", "integrator", "none")  # by the memory that they take
+
+fresh_params = jax.jit(init_params, static_argnums=0)
 
 
 class Row(NamedTuple):
@@ -66,6 +67,14 @@ class Row(NamedTuple):
 def config_of(name: str, tiny: bool, fields: Mapping[str, Any]) -> TrainConfig:
     """A config of one device with fields replaced, and with the shapes of a dry run if `tiny`."""
     return with_fields(load_config(name), {"mesh.data": 1} | fields | (TINY if tiny else {}))
+
+
+def attempt(case: str, records: Records) -> Records:
+    """The records of a case, and why it failed if it did: the cases after it are measured too."""
+    try:
+        yield from records
+    except jax.errors.JaxRuntimeError as error:  # out of memory, for one
+        yield {"case": case, "failed": first_line(error)[:300]}
 
 
 # --- the card
@@ -86,7 +95,9 @@ def device(tiny: bool) -> Records:
 
     @jax.jit
     def multiply(x, w):
-        return jax.lax.fori_loop(0, times, lambda _, x: x @ w, x)
+        for _ in range(times):  # a loop would copy x in each turn
+            x = x @ w
+        return x
 
     @jax.jit
     def launch(short):
@@ -131,25 +142,33 @@ def train(
     config = make_plan(config_of(name, tiny, fields)).config
     sequences = sequences or config.batch_size // config.accumulate_steps
     config = with_fields(config, {"batch_size": 2 * sequences, "accumulate_steps": 2})
-    found = training(config, argparse.Namespace(warmup=1, updates=2))
     recipe = f"{sequences} sequences at a time, remat {config.model.remat}"
-    yield {"case": case or recipe} | found
+    yield {"case": case or recipe} | updates(config, 2)
+
+
+def updates(config: TrainConfig, number: int) -> dict[str, Any]:
+    """Speed and memory of so many updates, without the peak if an earlier case's was higher."""
+    before = peak_memory()[0]
+    found = training(config, argparse.Namespace(warmup=1, updates=number))
+    if found["peak_bytes"] <= before:
+        del found["peak_bytes"]
+    return found
 
 
 def sizes(tiny: bool) -> Records:
     for name in ("small",) if tiny else SIZES:
-        yield from train(tiny, name=name, case=name, fields={})
+        yield from attempt(name, train(tiny, name=name, case=name, fields={}))
 
 
 def remats(tiny: bool) -> Records:
     fields = {"model.num_layers": 10, "model.num_iterations": 5}
     for remat in ("block",) if tiny else REMATS:
-        more = fields | {"model.remat": remat}
-        yield from train(tiny, case=f"remat {remat}", sequences=1, fields=more)
+        case, more = f"remat {remat}", fields | {"model.remat": remat}
+        yield from attempt(case, train(tiny, case=case, sequences=1, fields=more))
 
 
 def offload(tiny: bool) -> Records:
-    """What an update takes longer if masters and moments are in host memory."""
+    """How much longer an update takes if masters and moments are in host memory."""
     fields = {
         "model.num_layers": 8,
         "model.num_iterations": 1,
@@ -158,20 +177,20 @@ def offload(tiny: bool) -> Records:
         "batch_size": 1,
         "accumulate_steps": 1,
     }
+    plans = {  # the one that takes less of the device comes first
+        memory: make_plan(config_of("3b_16gb", tiny, fields | {"optim.state_memory": memory}))
+        for memory in ("pinned_host", "device")
+    }
     seconds = {}
-    for memory in ("device", "pinned_host"):
-        plan = make_plan(config_of("3b_16gb", tiny, fields | {"optim.state_memory": memory}))
-        found = training(plan.config, argparse.Namespace(warmup=1, updates=3))
+    for memory, plan in plans.items():
+        found = updates(plan.config, 3)
         seconds[memory] = found["seconds_per_update"]
         yield {"case": f"state_memory {memory}"} | found
-    moved = 2 * memory_needed(*plan).host_bytes  # there and back
+    moved = 2 * memory_needed(*plans["pinned_host"]).host_bytes  # there and back
     added = seconds["pinned_host"] - seconds["device"]
-    yield {
-        "case": "added by pinned_host",
-        "seconds_per_update": added,
-        "moved_bytes": moved,
-        "gb_per_second": 1e-9 * moved / added,
-    }
+    rate = {"gb_per_second": 1e-9 * moved / added} if added > 0 else {}
+    found = {"seconds_per_update": added, "moved_bytes": moved}
+    yield {"case": "added by pinned_host"} | found | rate
 
 
 def loss_chunks(tiny: bool) -> Records:
@@ -187,9 +206,10 @@ def loss_chunks(tiny: bool) -> Records:
 
 def integrator_programs(
     tiny: bool, *, rows: int, tokens: int, num_iterations: int, kappa: float
-) -> tuple[dict[str, Callable], tuple[jax.Array, ...]]:
+) -> tuple[dict[str, dict[str, Callable]], tuple[jax.Array, ...]]:
     """The 3b's integrator by kernels, by XLA, and in float32, and (params, h, x) to call it with.
 
+    Each is two programs, `forward(*arrays)` and `both(dy, *arrays)`, which also returns gradients.
     A dry run interprets the kernels.
     """
 
@@ -205,10 +225,10 @@ def integrator_programs(
         }
         return config_of("3b", tiny, {f"model.{n}": value for n, value in fields.items()}).model
 
-    def program(dtype, kernel):
-        function = integrator_fn(config(dtype, kernel))
+    def programs_of(dtype, kernel):
+        forward = integrator_fn(config(dtype, kernel))
 
-        def run(*arrays):
+        def run(function, *arrays):  # a function with its gradient: both are traced in the stack
             with ExitStack() as stack:
                 if tiny:
                     from inl_jax.model.mosaic.tiles import interpreted
@@ -219,15 +239,17 @@ def integrator_programs(
                     stack.enter_context(jax.default_matmul_precision("highest"))
                 return function(*arrays)
 
-        return run
+        functions = {"forward": forward, "both": with_gradient(forward)}
+        return {name: jax.jit(functools.partial(run, f)) for name, f in functions.items()}
 
     c = config("float32", "xla")
-    params = jax.tree.map(lambda p: p[0], init_params(c, jax.random.key(0))["blocks"]["integrator"])
+    blocks = fresh_params(c, jax.random.key(0))["blocks"]
+    params = jax.tree.map(lambda p: p[0], blocks["integrator"])
     h_BSD, x_BSD = jax.random.normal(jax.random.key(1), (2, rows, tokens, c.d_model))
     programs = {
-        "mosaic": program("bfloat16", "mosaic"),
-        "xla": program("bfloat16", "xla"),
-        "float32": program("float32", "xla"),
+        "mosaic": programs_of("bfloat16", "mosaic"),
+        "xla": programs_of("bfloat16", "xla"),
+        "float32": programs_of("float32", "xla"),
     }
     return programs, (params, h_BSD, x_BSD)
 
@@ -244,8 +266,7 @@ def kernels_equal(tiny: bool) -> Records:
             tiny, rows=rows, tokens=tokens, num_iterations=1 if tiny else 3, kappa=kappa
         )
         dy = jax.random.normal(jax.random.key(2), arrays[1].shape)
-        jitted = {name: jax.jit(with_gradient(run)) for name, run in programs.items()}
-        found = {name: run(dy, *arrays) for name, run in jitted.items()}
+        found = {name: of["both"](dy, *arrays) for name, of in programs.items()}
         forward, gradients = {}, {}
         for name in ("mosaic", "xla"):
             y_error, grad_errors = relative_errors(found[name], found["float32"])
@@ -254,7 +275,7 @@ def kernels_equal(tiny: bool) -> Records:
         wrong = [n for n, e in gradients["mosaic"].items() if e > 1.5 * gradients["xla"][n] + 1e-6]
         if forward["mosaic"] > 1.5 * forward["xla"] + 1e-6:
             wrong.insert(0, "the state")
-        again = [jitted["mosaic"](dy, *arrays) for _ in range(1 if tiny else 5)]
+        again = [programs["mosaic"]["both"](dy, *arrays) for _ in range(1 if tiny else 5)]
         differences = [max(jax.tree.leaves(relative_errors(a, found["mosaic"]))) for a in again]
         yield {
             "case": f"{rows} x {tokens} tokens, kappa {kappa:g}",
@@ -288,8 +309,8 @@ def kernels_time(tiny: bool) -> Records:
         tiny, rows=rows, tokens=tokens, num_iterations=T, kappa=1.0
     )
     for name in ("xla", "mosaic"):
-        forward = jax_contender(jax.jit(programs[name]), *arrays)
-        both = jax_contender(jax.jit(with_gradient(programs[name])), arrays[2], *arrays)
+        forward = jax_contender(programs[name]["forward"], *arrays)
+        both = jax_contender(programs[name]["both"], arrays[2], *arrays)
         contenders = {"forward": forward, "forward_and_backward": both}
         seconds = interleaved(contenders, rounds=1 if tiny else 5)
         yield {"case": name} | {
@@ -307,23 +328,28 @@ def decode(tiny: bool, *, context: str) -> Records:
     The prompts are not read before decoding: its time does not depend on what the cache holds.
     """
     c = config_of("3b", tiny, {"model.context": context}).model
-    params = init_params(c, jax.random.key(0))
-    new, early, late, room = (4, 3, 20, 32) if tiny else (32, 100, 4000, 4096)
-    for batch_size in (1, 256) if tiny else (1, 64, 256):
-        for position in (early, late):
-            if batch_size == 256:
-                if position == late:  # keys and values of 256 x 4096 tokens take 80 GiB
-                    continue
-                room = position + new
-            seconds = [
-                decoding_seconds(c, params, batch_size, position, room, new) for _ in range(2)
-            ]
-            rate = batch_size * new / seconds[1]  # the first call compiles
-            yield {"case": f"batch {batch_size}, position {position}", "tokens_per_second": rate}
-    for batch_size, length in ((1, late),) if tiny else ((64, early), (1, late)):
-        seconds = [prefill_seconds(c, params, batch_size, length) for _ in range(2)]
-        rate = batch_size * length / seconds[1]
-        yield {"case": f"prefill of {batch_size} x {length}", "tokens_per_second": rate}
+    params = fresh_params(c, jax.random.key(0))
+    new, early, late, most = (4, 3, 20, 32) if tiny else (32, 100, 4000, 4096)
+    for batch_size, position, room in (
+        (1, early, most),
+        (1, late, most),
+        (64, early, most),
+        (64, late, most),
+        (256, early, early + new),  # keys and values of 256 x 4096 tokens would take 80 GiB
+    ):
+        case = f"batch {batch_size}, position {position}"
+        run = functools.partial(decoding_seconds, c, params, batch_size, position, room, new)
+        yield from attempt(case, speed(case, run, batch_size * new))
+    for batch_size, length in ((64, early), (1, late)):
+        case = f"prefill of {batch_size} x {length}"
+        run = functools.partial(prefill_seconds, c, params, batch_size, length)
+        yield from attempt(case, speed(case, run, batch_size * length))
+
+
+def speed(case: str, run: Callable[[], float], tokens: int) -> Records:
+    """Tokens per second of a call that takes `run()` seconds."""
+    run()  # compiles
+    yield {"case": case, "tokens_per_second": tokens / run()}
 
 
 def decoding_seconds(
@@ -388,7 +414,13 @@ ROWS = (  # the most important first; `device` says whether there is a GPU
             "docs/memory.md peak memory",
         ),
     ),
-    Row("kernels_equal", 45, "kernels beside XLA's form and float32, T 3", kernels_equal),
+    Row(
+        "kernels_equal",
+        45,
+        "kernels beside XLA's form and float32, T 3",
+        kernels_equal,
+        xla_flags="--xla_gpu_autotune_level=0",  # many programs, whose speed does not matter
+    ),
     Row(
         "train_mosaic",
         55,

@@ -22,7 +22,7 @@ from inl_jax.planning.programs.xla import compile_abstractly, use_no_device
 from inl_jax.terminal.command_line import Parser
 from inl_jax.training.state import make_layout
 
-REMATS = get_args(field_types()["model.remat"])
+_, *REMATS = get_args(field_types()["model.remat"])  # all but auto
 
 
 def memory_estimate(parser: Parser, argv: Sequence[str]) -> Report:

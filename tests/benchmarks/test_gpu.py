@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,10 @@ LEFT_OUT = r"Loss  |Rows for a GPU say|Attention was not measured"
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("gpu")
+
+
+def rows_of(gpu):
+    return sys.modules[gpu.Row.__module__]
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def measure(gpu, monkeypatch, tmp_path):
 
 
 def device(row, limit, tiny):
-    yield {"case": "NVIDIA H100"}
+    yield {"case": "NVIDIA H100", "limit": limit}
 
 
 def test_the_plan_of_all_rows_takes_less_than_nine_minutes(gpu, capsys):
@@ -82,6 +87,7 @@ def test_a_row_that_fails_loses_only_itself_and_what_it_measured_stays(gpu, meas
             Row("works", 20, "", works),
         ]
     )
+    assert rows[0]["limit"] > 500  # a cold start
     assert rows[1:3] == [
         {"row": "fails", "case": "first", "seconds": 1.5},
         {"row": "fails", "failed": "out of memory"},
@@ -105,6 +111,47 @@ def test_a_process_that_crashes_or_takes_too_long_says_so_in_one_line(gpu, tmp_p
     assert outcome(first + "sys.exit('one\\ntwo')") == [{"case": "a"}, {"failed": "two"}]
     assert outcome(first + "os.abort()")[1]["failed"].startswith("ended by signal 6: ")
     assert outcome(first + "time.sleep(60)", 0.5)[1:] == [{"failed": "stopped after 0 s"}]
+
+
+def test_jax_takes_the_memory_fraction_of_a_row_whatever_the_user_has_set(
+    gpu, tmp_path, monkeypatch
+):
+    script, names = (
+        tmp_path / "child.py",
+        ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"],
+    )
+    script.write_text(f"import json, os; print(json.dumps([os.environ[n] for n in {names}]))")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    for name in names:
+        monkeypatch.setenv(name, ".5")
+    with open(tmp_path / "log", "w+") as log:
+        (found,) = gpu.measure_apart(gpu.ROWS[0], 60, log, str(tmp_path), tiny=True)
+    assert sorted(found) == ["", ".95"]  # JAX refuses both
+
+
+def test_what_a_library_prints_is_no_record(gpu, capfd):
+    def noisy(tiny):
+        os.write(1, b"from C\n")
+        yield {"case": "a"}
+
+    gpu.measure_here(gpu.Row("row", 1, "", noisy), tiny=True)
+    assert capfd.readouterr() == ('{"case": "a"}\n', "from C\n")
+
+
+def test_a_case_that_runs_out_of_memory_does_not_cost_the_next(gpu):
+    def fails():
+        yield {"case": "a"}
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nand a list")
+
+    found = list(rows_of(gpu).attempt("b", fails()))
+    assert found == [{"case": "a"}, {"case": "b", "failed": "RESOURCE_EXHAUSTED: no memory"}]
+
+
+def test_the_peak_of_an_earlier_case_is_not_taken_for_that_of_a_later_one(gpu, monkeypatch):
+    rows, peaks = rows_of(gpu), iter([3, 5, 5, 5])
+    monkeypatch.setattr(rows, "peak_memory", lambda: (next(peaks), ""))
+    monkeypatch.setattr(rows, "training", lambda *_: {"peak_bytes": next(peaks)})
+    assert [rows.updates(None, 1) for _ in range(2)] == [{"peak_bytes": 5}, {}]
 
 
 @pytest.fixture(scope="module")

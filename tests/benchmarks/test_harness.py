@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -149,6 +150,19 @@ def test_residual_widths_are_as_counted_by_hand(benchmark):
 def test_memory_of_a_3b_blocks_gradient_is_a_fifth_of_autodiffs(measure):
     found = measure("memory", "--config", "3b")
     assert 5 * found["temp_bytes"] <= found["temp_bytes_autodiff"]
+
+
+@pytest.mark.slow
+def test_memory_estimate_has_a_row_for_each_remat(measure, benchmark, monkeypatch):
+    module = benchmark("memory_estimate")
+    program = types.SimpleNamespace(memory=None)
+    monkeypatch.setattr(module, "use_no_device", lambda compiler: None)
+    monkeypatch.setattr(module, "compile_abstractly", lambda *_: program)
+    monkeypatch.setattr(module, "compiled_bytes", lambda memory: (2**20, 0))
+    rows = measure("memory_estimate", *TINY, "--sequences", "1")["rows"]
+    remats = ["none", "integrator", "all_but_integrator", "block"]
+    assert [row["remat"] for row in rows] == remats
+    assert all(row["ratio"] == row["estimated_bytes"] / 2**20 > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_train_answers_a_mistake_with_one_line_and_exit_code_2(tmp_path, overrid
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow  # tests/planning/test_xla.py tries flags by default
+@pytest.mark.slow  # tests/planning/programs/test_xla.py tries flags by default
 def test_train_applies_the_compiler_flags_of_the_config_before_jax_starts(tmp_path):
     flags = "--xla_flags=--xla_gpu_enable_latency_hiding_scheduler=true --xla_made_up=1"
     code, out, err, _ = run_inl("train", "--config", "tiny", "--dry_run", flags, cwd=tmp_path)
