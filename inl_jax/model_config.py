@@ -62,10 +62,11 @@ class ModelConfig:
     """Kernel for attention over whole sequences. cudnn: flash attention, bfloat16 on CUDA only.
     auto: cudnn on CUDA, xla elsewhere. For attention only."""
     remat: Literal["auto", "none", "integrator", "all_but_integrator", "block"] = "block"
-    """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
-    iterations. all_but_integrator: the rest of a block (with autodiff this is block: only lean
-    marks what is kept). block: all of a block; only its input is kept. auto: what the device's
-    memory asks for, chosen at the start of a run (docs/memory.md); elsewhere block."""
+    """What the backward pass recomputes to save memory. none: nothing, or on a CPU what takes no
+    matrix product, which also saves time. integrator: the integrator's iterations.
+    all_but_integrator: the rest of a block (with autodiff this is block: only lean marks what is
+    kept). block: all of a block; only its input is kept. auto: what the device's memory asks for,
+    chosen at the start of a run (docs/memory.md); elsewhere block."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
     """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""
