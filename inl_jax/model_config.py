@@ -63,10 +63,11 @@ class ModelConfig:
     auto: cudnn on CUDA, xla elsewhere. Training is refused if its kernel is missing; a trained
     model is evaluated all the same, by xla. For attention only."""
     remat: Literal["auto", "none", "integrator", "all_but_integrator", "block"] = "block"
-    """What the backward pass recomputes to save memory. none: nothing. integrator: the integrator's
-    iterations. all_but_integrator: the rest of a block (with autodiff this is block: only lean
-    marks what is kept). block: all of a block; only its input is kept. auto: the fastest that fits
-    the device's memory, chosen and said at the start of a run (docs/memory.md); else block."""
+    """What the backward pass recomputes to save memory. none: nothing, or on a CPU what takes no
+    matrix product, which also saves time. integrator: the integrator's iterations.
+    all_but_integrator: the rest of a block (with autodiff this is block: only lean marks what is
+    kept). block: all of a block; only its input is kept. auto: the fastest that fits the device's
+    memory, chosen and said at the start of a run (docs/memory.md); else block."""
     integrator_gradient: Literal["lean", "autodiff"] = "lean"
     """lean: the gradient written out by hand, which keeps about 2 vectors of width D per token and
     iteration. autodiff: automatic differentiation of the plain scan, about 17, for comparison."""

@@ -29,9 +29,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import ModelConfig
+from inl_jax.model.device import current_device
 from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.model.integrator import Integrator
 from inl_jax.model.layers import (
+    PRODUCT,
     Layer,
     at_least_float32,
     compute_dtype,
@@ -106,6 +108,20 @@ class Block(Layer):
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x_BSD)
 
 
+def kept_names(config: ModelConfig) -> tuple[str, ...] | None:
+    """Names of the arrays that a block keeps for its gradient; None keeps all that it reads.
+
+    A CPU fills and copies the stacks of what all layers keep, so there `remat none` recomputes what
+    takes no product: it costs less than to keep it. Autodiff would compute the iterations again.
+    """
+    lean = config.integrator_gradient == "lean" or config.num_iterations == 0
+    if config.remat == "none" and lean and current_device().platform == "cpu":
+        return PRODUCT, TRAJECTORY
+    return {"none": None, "integrator": None, "all_but_integrator": (TRAJECTORY,)}.get(
+        config.remat, ()
+    )
+
+
 class INLModel(Layer):
     """Embedding, blocks, final norm: token ids to hidden vectors."""
 
@@ -128,9 +144,8 @@ class INLModel(Layer):
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
         block = Block
-        if c.remat in ("block", "all_but_integrator", "auto"):
-            keep = (TRAJECTORY,) if c.remat == "all_but_integrator" else ()
-            policy = jax.checkpoint_policies.save_only_these_names(*keep)
+        if (names := kept_names(c)) is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
             # prevent_cse is not needed inside a loop (jax.checkpoint), and costs time.
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(

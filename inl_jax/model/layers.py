@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import current_device
@@ -37,6 +38,16 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 def at_least_float32(x_or_dtype) -> jnp.dtype:
     """The type for norms, sums and states: float32, or float64 if the array or type given is."""
     return jnp.promote_types(jnp.float32, getattr(x_or_dtype, "dtype", x_or_dtype))
+
+
+# --- what a block keeps for its gradient
+
+PRODUCT = "product"  # the name by which a remat policy can save the results of products
+
+
+def kept(tree):
+    """The arrays under the name `PRODUCT`: from these the rest of a block takes no product."""
+    return checkpoint_name(tree, PRODUCT)
 
 
 # --- norms
@@ -81,7 +92,7 @@ def feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D) ->
 
 
 def _feed_forward(x_BSD, up_kernel_DF, up_bias_F, down_kernel_FD, down_bias_D):
-    z_BSF = x_BSD @ up_kernel_DF + up_bias_F
+    z_BSF = kept(x_BSD @ up_kernel_DF + up_bias_F)
     gelu_BSF, _ = _gelu_and_slope(z_BSF)
     y_BSD = gelu_BSF.astype(z_BSF.dtype) @ down_kernel_FD + down_bias_D
     return y_BSD, (x_BSD, z_BSF, up_kernel_DF, down_kernel_FD)

@@ -191,6 +191,19 @@ def test_remat_saves_memory_in_order(model_config):
     assert kept("block") < kept("integrator") < kept("none", 4) < kept("none")
 
 
+def test_remat_none_keeps_only_products_on_a_cpu(model_config):
+    """The stream, q, k, v, attention's output and sums, h and z."""
+    config = model_config(context="attention", remat="none", num_iterations=0, d_ff=96)
+    params, ids = model.abstract_params(config), jnp.zeros((2, 12), jnp.int32)
+    loss = lambda p: model.hidden_states(config, p, ids).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    forward = next(e for e in program.jaxpr.eqns if e.primitive.name == "scan")
+    stacks = forward.outvars[forward.params["num_carry"] :]
+    D, H, k = config.d_model, config.num_heads, config.num_kv_heads * config.head_dim
+    kept = sum(math.prod(a.aval.shape) for a in stacks)
+    assert kept == config.num_layers * ids.size * (D + (D + k + k) + (D + H) + D + config.d_ff)
+
+
 @pytest.mark.parametrize("context", ONE_QUICK)
 def test_program_size_does_not_grow_with_layers_or_iterations(model_config, context):
     def size(**fields):

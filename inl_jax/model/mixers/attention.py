@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import current_device
-from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, rms_norm
+from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept, rms_norm
 from inl_jax.model.mixers.blocked_attention import blocked_attention
 from inl_jax.model.mixers.kv_cache import attend_with_cache
 from inl_jax.model.mixers.span import TokenSpan
@@ -38,16 +38,16 @@ class AttentionContext(Layer):
         dtype = at_least_float32(n_BSD)
         q_scale = self.declare("query_scale", init.ones, (K,), (None,), dtype)
         k_scale = self.declare("key_scale", init.ones, (K,), (None,), dtype)
-        q = rms_norm(jnp.einsum("bsd,dhk->bshk", n_BSD, query), q_scale)
-        k = rms_norm(jnp.einsum("bsd,dgk->bsgk", n_BSD, key), k_scale)
+        q = rms_norm(kept(jnp.einsum("bsd,dhk->bshk", n_BSD, query)), q_scale)
+        k = rms_norm(kept(jnp.einsum("bsd,dgk->bsgk", n_BSD, key)), k_scale)
         q, k = rotate(q, tokens.position_BS), rotate(k, tokens.position_BS)
-        v = jnp.einsum("bsd,dgk->bsgk", n_BSD, value)
+        v = kept(jnp.einsum("bsd,dgk->bsgk", n_BSD, value))
         if state is None:
             out_BSHK, new_BGSK = attend(q, k, v, kernel=attention_kernel(c)), None
         else:
             new_BGSK = {"key": k.swapaxes(1, 2), "value": v.swapaxes(1, 2)}
             out_BSHK = attend_with_cache(q, new_BGSK, state, tokens)
-        return jnp.einsum("bshk,hkd->bsd", out_BSHK, output), new_BGSK
+        return kept(jnp.einsum("bshk,hkd->bsd", out_BSHK, output)), new_BGSK
 
     @staticmethod
     def state_shapes(config: ModelConfig, batch_size: int, max_len: int):

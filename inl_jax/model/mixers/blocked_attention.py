@@ -14,7 +14,7 @@ block, N keys up to its end.
 import jax
 import jax.numpy as jnp
 
-from inl_jax.model.layers import at_least_float32
+from inl_jax.model.layers import at_least_float32, kept
 
 BLOCKS = 4  # at most, each written out: the program grows with them
 SMALLEST = 64  # queries in a block: products of fewer rows are slower
@@ -60,8 +60,8 @@ def _forward(q_BGRSK, k_BGSK, v_BGSK):
         )
         outs.append((o_BGRQK / sum_BGRQ1).astype(q_BGRQK.dtype))
         logsums.append(top_BGRQ1 + jnp.log(sum_BGRQ1))
-    o_BGRSK = jnp.concatenate(outs, axis=-2)
-    return o_BGRSK, (q_BGRSK, k_BGSK, v_BGSK, o_BGRSK, jnp.concatenate(logsums, axis=-2))
+    o_BGRSK, l_BGRS1 = kept([jnp.concatenate(parts, axis=-2) for parts in (outs, logsums)])
+    return o_BGRSK, (q_BGRSK, k_BGSK, v_BGSK, o_BGRSK, l_BGRS1)
 
 
 def _backward(residuals, do_BGRSK):

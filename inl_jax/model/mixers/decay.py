@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.layers import Layer, at_least_float32, compute_dtype
+from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept
 from inl_jax.model.mixers.mean import projection
 from inl_jax.model.mixers.span import TokenSpan, last_real
 
@@ -50,7 +50,7 @@ def _linear_scan(decay_D, drive_BSD):
 
 
 def _decay_scan_forward(u_BSD, decay_D, h0_BD):
-    h_BSD = decay_scan(u_BSD, decay_D, h0_BD)
+    h_BSD = kept(decay_scan(u_BSD, decay_D, h0_BD))
     return h_BSD, (u_BSD, decay_D, h0_BD, h_BSD)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.layers import Layer, at_least_float32, compute_dtype
+from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept
 from inl_jax.model.mixers.span import TokenSpan, last_real
 
 init = nn.initializers
@@ -49,4 +49,4 @@ def projection(layer: Layer, n_BSD) -> jax.Array:
     """`u = n Wc + bc`, the input of mean and decay."""
     D = layer.config.d_model
     kernel = layer.declare("kernel", init.normal(D**-0.5), (D, D), ("embed", "channels"))
-    return n_BSD @ kernel + layer.declare("bias", init.zeros, (D,), ("channels",))
+    return kept(n_BSD @ kernel + layer.declare("bias", init.zeros, (D,), ("channels",)))
