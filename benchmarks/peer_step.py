@@ -2,8 +2,8 @@
 
 python benchmarks/peer_step.py CASE CONTENDER UPDATES
 
-As a program it prints the most bytes that a process held which made these updates and nothing else:
-each side is imported only where it runs.
+As a program its last line is the most bytes that a process held which made these updates and
+nothing else: each side is imported only where it runs.
 """
 
 import functools

@@ -84,7 +84,7 @@ def peak_alone(name: str, contender: str) -> int:
         stdout=subprocess.PIPE,
         text=True,
     )
-    return int(done.stdout)
+    return int(done.stdout.splitlines()[-1])  # below the lines of the compiler
 
 
 if __name__ == "__main__":
