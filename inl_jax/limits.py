@@ -1,5 +1,6 @@
-"""Memory and CPUs that this process may take of the machine."""
+"""Memory and CPUs that this process may take of the machine, and memory that it returns."""
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -58,3 +59,12 @@ def _of_process() -> Iterator[int]:
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             yield soft
+
+
+def return_freed_memory() -> None:
+    """Returns memory that this process has freed to the system, where the C library is glibc.
+
+    glibc keeps what is freed in small pieces, such as a compiler's, and large arrays cannot use it.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

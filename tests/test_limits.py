@@ -1,5 +1,7 @@
 import os
+import platform
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,16 @@ def test_usable_cpus_are_those_that_the_process_is_bound_to(monkeypatch):
     assert limits.usable_cpus() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     assert limits.usable_cpus() == os.cpu_count()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no malloc_trim")
+def test_return_freed_memory_returns_what_lies_between_small_pieces():
+    def resident():
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    pieces = [b"x" * 2**14 for _ in range(2**11)]
+    del pieces[:-1]  # the last one lies above the others
+    before = resident()
+    limits.return_freed_memory()
+    assert resident() < before - 2**24

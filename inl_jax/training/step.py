@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from inl_jax.config import TrainConfig
 from inl_jax.console import say, size
 from inl_jax.failures import MachineFailure
+from inl_jax.limits import return_freed_memory
 from inl_jax.model.language_model import hidden_states, param_count
 from inl_jax.model.layers import at_least_float32
 from inl_jax.model.losses import mean_loss
@@ -190,6 +191,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
     options = compile_options(mesh, param_count(config.model))
     compiled = trace_step(config, mesh, layout).lower().compile(compiler_options=options)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
+    return_freed_memory()
     memory, held = compiled.memory_analysis(), num_bytes(layout.state)
     in_place = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
     if in_place < held:

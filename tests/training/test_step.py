@@ -175,6 +175,14 @@ def test_compile_step_says_if_the_state_is_held_twice(train_config, monkeypatch,
     assert "WARNING: only 0 bytes of the state's" in said[-1]
 
 
+@pytest.mark.slow
+def test_compile_step_returns_what_the_compiler_has_freed(train_config, monkeypatch):
+    calls = []
+    monkeypatch.setattr("inl_jax.training.step.return_freed_memory", lambda: calls.append(1))
+    compiled(train_config(model=SMALL))
+    assert calls
+
+
 @pytest.mark.slow  # by default test_language_model.py, of the loss and its gradient
 @pytest.mark.parametrize("context", ["decay", "mean", "attention"])
 def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
