@@ -75,6 +75,7 @@ def our_step(config: TrainConfig) -> Callable[[int], None]:
     """Updates of our training step, its state donated and made first, as in a run."""
     import jax
 
+    from inl_jax.model.language_model import param_count
     from inl_jax.parallel.sharding import make_mesh, on, place, shardings_of
     from inl_jax.training.compile_options import compile_options
     from inl_jax.training.state import init_state, make_layout
@@ -85,7 +86,7 @@ def our_step(config: TrainConfig) -> Callable[[int], None]:
     fresh = jax.jit(
         functools.partial(init_state, config=config),
         out_shardings=shardings_of(layout.state),
-        compiler_options=compile_options(mesh),
+        compiler_options=compile_options(mesh, param_count(config.model), once=True),
     )
     with on(mesh):
         state = fresh(jax.random.key(0))
