@@ -37,6 +37,7 @@ from inl_jax.model.mosaic.tiles import (
     PER_ROW,
     ROWS,
     WIDTH,
+    ZERO,
     H,
     Q,
     bytes_of,
@@ -45,6 +46,7 @@ from inl_jax.model.mosaic.tiles import (
     sigmoid,
     tiled,
     tiles,
+    write_zero,
     zeros,
 )
 
@@ -161,7 +163,7 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
         "r_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "dr_after_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "row_s": plgpu.SMEM((2, ROWS), F32),
-        "zero_s": plgpu.SMEM((8,), jnp.int32),
+        "zero_s": ZERO,
         "do_s": tiled((Q, ROWS, COLUMNS), BF16),
         "new_s": tiled((2, ROWS, COLUMNS), F32),
         "ds_s": plgpu.SMEM((1, COLUMNS), F32),
@@ -251,10 +253,7 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, do_s, new
     def spread(per_row):
         return lax.broadcast_in_dim(per_row, (ROWS, COLUMNS), (0,))
 
-    # Added to the indices of buffers that stay the same: the compiler cannot see that it is 0.
-    # Otherwise it computes all their addresses before the loop over chunks, and spills registers.
-    zero_s[0] = jnp.int32(0)
-    plgpu.commit_smem()
+    write_zero(zero_s)
 
     def chunk(index, *buffers, dr_accs):
         *buffers, sum_N = buffers

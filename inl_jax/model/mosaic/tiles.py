@@ -31,6 +31,8 @@ MATRIX = plgpu.Layout.WGMMA  # [ROWS, .] over the threads, as an accumulator of 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)  # [ROWS]
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [.]
 
+ZERO = plgpu.SMEM((1,), jnp.int32)  # for `write_zero`
+
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 
 
@@ -120,6 +122,16 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
     """Zeros in float32, in registers, spread over the threads as `layout` says."""
     array = jnp.zeros(shape, jnp.float32)
     return array if _interpreter.get() else plgpu.layout_cast(array, layout)
+
+
+def write_zero(zero_s: Any) -> None:
+    """Writes the zero that each chunk reads and adds to the indices of buffers that stay the same.
+
+    The compiler cannot see that it is 0. Otherwise it computes the addresses of all buffers before
+    the loop over chunks, and spills registers.
+    """
+    zero_s[0] = jnp.int32(0)
+    plgpu.commit_smem()
 
 
 def sigmoid(o: jax.Array) -> jax.Array:
