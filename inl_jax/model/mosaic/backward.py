@@ -181,17 +181,24 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
 
 
 def bytes_moved(N: int, D: int) -> int:
-    """Bytes that one iteration of `N` tokens reads from global memory and writes to it, each once.
-
-    Not counted: every program reads the weights again, from the L2 cache.
-    """
+    """Bytes that one iteration of `N` tokens reads from global memory and writes, each once."""
     spec = jax.ShapeDtypeStruct
     wide, hidden, scalar = spec((N, D), F32), spec((N, H), BF16), spec((N,), F32)
-    kernel = spec((Q, WIDTH, D), BF16)
-    weights = Weights(kernel, kernel, spec((2 * Q, WIDTH, D), BF16), spec((6, D), F32))
     state, after = (wide, wide, hidden, scalar), After(wide, wide, hidden, scalar)
-    inputs = _inputs(state, after, weights, kappa=1.0)
+    inputs = _inputs(state, after, _weights(D), kappa=1.0)
     return bytes_of((inputs, _outputs(inputs)))
+
+
+def bytes_read_again(N: int, D: int) -> int:
+    """Bytes of weights that all programs but the first read again, from the L2 cache."""
+    return (N // ROWS - 1) * bytes_of(_weights(D))
+
+
+def _weights(D: int) -> Weights:
+    """Shapes and types of the weights."""
+    spec = jax.ShapeDtypeStruct
+    output, state = spec((Q, WIDTH, D), BF16), spec((2 * Q, WIDTH, D), BF16)
+    return Weights(output, spec((Q, D, WIDTH), BF16), state, spec((6, D), F32))
 
 
 def _inputs(state, after: After, weights: Weights, kappa: float) -> dict[str, Any]:

@@ -119,12 +119,15 @@ def specs(N: int, D: int) -> tuple[State, Weights, Any]:
 
 
 def bytes_moved(N: int, D: int) -> int:
-    """Bytes that one iteration of `N` tokens reads from global memory and writes to it, each once.
-
-    Not counted: every program reads the weights again, from the L2 cache.
-    """
+    """Bytes that one iteration of `N` tokens reads from global memory and writes, each once."""
     inputs = specs(N, D)
     return bytes_of((inputs, inputs[0]))
+
+
+def bytes_read_again(N: int, D: int) -> int:
+    """Bytes of weights that all programs but the first read again, from the L2 cache."""
+    _, weights, s_D = specs(N, D)
+    return (N // ROWS - 1) * bytes_of((weights._replace(context_NH=None), s_D))
 
 
 def _body(

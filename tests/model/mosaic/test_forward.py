@@ -8,7 +8,7 @@ import pytest
 from mosaic_cases import C, Q, arrays, bfloat16, distance
 
 from inl_jax.model.dynamics import step
-from inl_jax.model.mosaic.forward import State, Weights, bytes_moved, iteration
+from inl_jax.model.mosaic.forward import State, Weights, bytes_moved, bytes_read_again, iteration
 from inl_jax.model.mosaic.tiles import interpreted
 
 SLOW = pytest.mark.slow
@@ -63,6 +63,12 @@ def test_iteration_moves_at_most_40_kb_per_token():
     N, D = 4 * 4096, 2048
     state = 2 * 2 * 4 * D  # x and v in float32, in and out
     assert state * N < bytes_moved(N, D) <= 40_000 * N
+
+
+def test_each_program_of_an_iteration_reads_the_weights():
+    D, vectors = 2048, 6 * 4 * 2048
+    weights = 2 * 3 * Q * C * D + vectors
+    assert [bytes_read_again(n * 64, D) for n in (1, 2, 256)] == [0, weights, 255 * weights]
 
 
 COMPILE = """
