@@ -4,13 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import integrator_cases
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import mesh_of
-from mosaic_cases import arrays, bfloat16, distance
+from integrator_cases import F32, F64, layer_params
+from mosaic_cases import BF16, C, arrays, bfloat16, distance
 
-from inl_jax.config import InputError
+from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import H100, Device, made_for
 from inl_jax.model.dynamics_vjp import TRAJECTORY, Loop, run_lean
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel, run_mosaic
@@ -68,6 +70,37 @@ def test_run_mosaic_is_run_lean_within_bfloat16(rows, tokens, width, T, kappa):
     with interpreted():
         by_kernels = jax.jit(functools.partial(value_and_gradients, mosaic(narrow)))
         assert_as_near(by_kernels((params, context, x, s)), wanted, exact)
+
+
+def gradient_errors(tokens, width, num_iterations):
+    """How far each gradient is off in bfloat16, beside float64: by XLA's form, by the kernels."""
+    config = ModelConfig(d_model=width, controller_width=C, num_heads=1)
+    params = layer_params(config, scale=0.05)
+    h, x = jax.random.normal(jax.random.key(5), (2, 1, tokens, width))
+
+    def gradients(dtype, wide, **options):
+        arrays = jax.tree.map(lambda a: a.astype(wide), (params, h, x))
+        found = integrator_cases.value_and_gradients(
+            *arrays, dtype=dtype, num_iterations=num_iterations, **options
+        )
+        return dict(zip(("parameters", "h", "x", "amplitude"), found[1], strict=True))
+
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: a.astype(F32), gradients(F64, F64))
+    by_xla = jax.tree.map(distance, gradients(BF16, F32), exact)
+    with interpreted():
+        by_kernels = gradients(BF16, F32, kernel="mosaic")
+    return jax.tree.map(lambda *errors: errors, by_xla, jax.tree.map(distance, by_kernels, exact))
+
+
+@SLOW
+def test_gradients_by_the_kernels_are_as_near_to_float64_as_those_by_xla():
+    errors = gradient_errors(tokens=200, width=128, num_iterations=3)
+    errors.pop("amplitude")  # one number, which cancels: its error is luck
+    for path, (by_xla, by_kernels) in jax.tree_util.tree_leaves_with_path(
+        errors, is_leaf=lambda a: isinstance(a, tuple)
+    ):
+        assert by_kernels <= 1.5 * by_xla, (jax.tree_util.keystr(path), by_xla, by_kernels)
 
 
 def layers_gradient(run, context, *, policy):
