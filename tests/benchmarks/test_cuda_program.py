@@ -24,7 +24,7 @@ AT_MOST = {
     },
     "mosaic": {
         "us_per_token": 61,
-        "us_per_token_with_l2": 63,
+        "us_per_token_with_l2": 66,
         "kernels": 220_000,
         "kb_per_token_iteration_forward": 40,
         "kb_per_token_iteration_backward": 110,
