@@ -1,9 +1,10 @@
 """Reads the text of a program that XLA compiled for a GPU: its kernels, their bytes and their FLOP.
 
 An instruction outside of fusions is a kernel. A kernel reads once what it needs of its operands and
-writes its outputs once; caches are not modelled, and a product that reads an operand again counts
-it once. What an update in place leaves alone is neither read nor written. The kernels of a loop
-count as often as the loop runs. Memory of the host counts as memory of the GPU.
+writes its outputs once; a product that reads an operand again counts it once. Only kernels of
+Mosaic say what they read again, from the L2 cache. What an update in place leaves alone is neither
+read nor written. The kernels of a loop count as often as the loop runs. Memory of the host counts
+as memory of the GPU.
 """
 
 import json
@@ -133,6 +134,7 @@ class Kernel(NamedTuple):
     bytes_read: int
     bytes_written: int
     flops: int  # of matrix products
+    bytes_again: int = 0  # read once more, from the L2 cache; known of kernels of Mosaic alone
 
     @property
     def times(self) -> int:
@@ -207,7 +209,9 @@ def _split(text: str, separator: str) -> list[str]:
 # --- kernels
 
 
-def kernels(program: Program, mosaic_bytes: Callable[[str, Array], int]) -> list[Kernel]:
+def kernels(
+    program: Program, mosaic_bytes: Callable[[str, Array], tuple[int, int]]
+) -> list[Kernel]:
     """The kernels of a program, in its order.
 
     A loop counts once if XLA does not know how often it runs. An asynchronous operation is one
@@ -215,8 +219,8 @@ def kernels(program: Program, mosaic_bytes: Callable[[str, Array], int]) -> list
 
     Args:
       program: from `parse`.
-      mosaic_bytes: bytes that a kernel of Mosaic moves, by its op_name and its first operand. XLA's
-        text shows neither them nor that kernel's FLOP, which count as 0.
+      mosaic_bytes: bytes that a kernel of Mosaic moves, and that it reads again, by its op_name and
+        its first operand. XLA's text shows neither them nor that kernel's FLOP, which count as 0.
 
     Raises:
       ValueError: the program branches, and the text does not say where to.
@@ -269,15 +273,16 @@ def _kernel(program, computation, loops, origin, mosaic_bytes) -> Kernel:
         op_names = [i.op_name for i in (computation.root, *computation.instructions.values())]
     op_name = next(filter(None, (instruction.op_name, *op_names, origin)), "")
     read, written = _traffic(program, computation)
-    flops = _flops(program, computation)
+    flops, again = _flops(program, computation), 0
     if kind == "custom-call":
         kind = instruction.attributes["custom_call_target"].strip('"')
         if kind.startswith("__cudnn$fmha"):
             flops = _attention_flops(computation)
         elif kind.startswith("mosaic_gpu"):
             operand = computation.instructions[instruction.operands[0]].outputs[0]
-            read = mosaic_bytes(op_name, operand) - written
-    return Kernel(instruction.name, kind, op_name, loops, read, written, flops)
+            moved, again = mosaic_bytes(op_name, operand)
+            read = moved - written
+    return Kernel(instruction.name, kind, op_name, loops, read, written, flops, again)
 
 
 # --- bytes

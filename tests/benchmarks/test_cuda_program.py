@@ -24,6 +24,7 @@ AT_MOST = {
     },
     "mosaic": {
         "us_per_token": 61,
+        "us_per_token_with_l2": 66,
         "kernels": 220_000,
         "kb_per_token_iteration_forward": 40,
         "kb_per_token_iteration_backward": 110,
@@ -119,14 +120,21 @@ def test_a_report_of_ptxas_gives_registers_and_spills(module, text):
     assert module("ptxas").read_report(text) == ("body_mosaic_gpu_kernel", 168, 56 + 60)
 
 
-def kernel(hlo, op_name, num_bytes, times=1, flops=0):
-    return hlo.Kernel("k", "kLoop", op_name, (hlo.Loop("w", times),), num_bytes, 0, flops)
+def kernel(hlo, op_name, num_bytes, times=1, flops=0, again=0):
+    return hlo.Kernel("k", "kLoop", op_name, (hlo.Loop("w", times),), num_bytes, 0, flops, again)
 
 
 def test_kernels_take_as_long_as_their_bytes_or_their_products(module):
     least_seconds, hlo = module("cuda_program").least_seconds, module("hlo")
     assert least_seconds(kernel(hlo, "", 3_000_000)) == pytest.approx(1e-6)
     assert least_seconds(kernel(hlo, "", 3_000_000, flops=1580 * 10**6)) == pytest.approx(2e-6)
+
+
+def test_what_a_kernel_reads_again_passes_the_l2_cache_alone(module):
+    cuda_program, hlo = module("cuda_program"), module("hlo")
+    of_weights = kernel(hlo, "", 1_000_000, again=10_000_000)
+    assert cuda_program.least_seconds(of_weights) == pytest.approx(1 / 3 * 1e-6)
+    assert cuda_program.l2_seconds(of_weights) == pytest.approx(2e-6)
 
 
 def test_forward_is_the_mean_of_both_passes_and_backward_of_one(module, train_config):

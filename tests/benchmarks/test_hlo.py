@@ -11,12 +11,15 @@ import pytest
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """`kernels(text)`: the kernels of a program. Mosaic's move 1000 bytes for each row."""
+    """`kernels(text)`: the kernels of a program. Mosaic's move 1000 bytes a row, read 7 again."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     hlo = importlib.import_module("hlo")
 
     def of(text):
-        return hlo.kernels(hlo.parse(text), lambda op_name, array: 1000 * array.dims[0])
+        def mosaic_bytes(op_name, array):
+            return 1000 * array.dims[0], 7 * array.dims[0]
+
+        return hlo.kernels(hlo.parse(text), mosaic_bytes)
 
     yield of
     sys.modules.pop("hlo")
@@ -226,3 +229,4 @@ ENTRY %main (x: f32[64,32]) -> f32[64,32] {
 }
 """)
     assert kernel.num_bytes == 64 * 1000 and kernel.bytes_written == 64 * 32 * 4
+    assert kernel.bytes_again == 64 * 7

@@ -37,6 +37,7 @@ from inl_jax.model.mosaic.tiles import (
     PER_ROW,
     ROWS,
     WIDTH,
+    ZERO,
     H,
     Q,
     bytes_of,
@@ -45,6 +46,7 @@ from inl_jax.model.mosaic.tiles import (
     sigmoid,
     tiled,
     tiles,
+    write_zero,
     zeros,
 )
 
@@ -161,7 +163,7 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
         "r_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "dr_after_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "row_s": plgpu.SMEM((2, ROWS), F32),
-        "zero_s": plgpu.SMEM((8,), jnp.int32),
+        "zero_s": ZERO,
         "do_s": tiled((Q, ROWS, COLUMNS), BF16),
         "new_s": tiled((2, ROWS, COLUMNS), F32),
         "ds_s": plgpu.SMEM((1, COLUMNS), F32),
@@ -179,17 +181,24 @@ def iteration_backward(state, after: After, weights: Weights, *, dynamics: Dynam
 
 
 def bytes_moved(N: int, D: int) -> int:
-    """Bytes that one iteration of `N` tokens reads from global memory and writes to it, each once.
-
-    Not counted: every program reads the weights again, from the L2 cache.
-    """
+    """Bytes that one iteration of `N` tokens reads from global memory and writes, each once."""
     spec = jax.ShapeDtypeStruct
     wide, hidden, scalar = spec((N, D), F32), spec((N, H), BF16), spec((N,), F32)
-    kernel = spec((Q, WIDTH, D), BF16)
-    weights = Weights(kernel, kernel, spec((2 * Q, WIDTH, D), BF16), spec((6, D), F32))
     state, after = (wide, wide, hidden, scalar), After(wide, wide, hidden, scalar)
-    inputs = _inputs(state, after, weights, kappa=1.0)
+    inputs = _inputs(state, after, _weights(D), kappa=1.0)
     return bytes_of((inputs, _outputs(inputs)))
+
+
+def bytes_read_again(N: int, D: int) -> int:
+    """Bytes of weights that all programs but the first read again, from the L2 cache."""
+    return (N // ROWS - 1) * bytes_of(_weights(D))
+
+
+def _weights(D: int) -> Weights:
+    """Shapes and types of the weights."""
+    spec = jax.ShapeDtypeStruct
+    output, state = spec((Q, WIDTH, D), BF16), spec((2 * Q, WIDTH, D), BF16)
+    return Weights(output, spec((Q, D, WIDTH), BF16), state, spec((6, D), F32))
 
 
 def _inputs(state, after: After, weights: Weights, kappa: float) -> dict[str, Any]:
@@ -251,10 +260,7 @@ def _body(refs, *, dynamics: Dynamics, r_s, dr_after_s, row_s, zero_s, do_s, new
     def spread(per_row):
         return lax.broadcast_in_dim(per_row, (ROWS, COLUMNS), (0,))
 
-    # Added to the indices of buffers that stay the same: the compiler cannot see that it is 0.
-    # Otherwise it computes all their addresses before the loop over chunks, and spills registers.
-    zero_s[0] = jnp.int32(0)
-    plgpu.commit_smem()
+    write_zero(zero_s)
 
     def chunk(index, *buffers, dr_accs):
         *buffers, sum_N = buffers

@@ -33,6 +33,7 @@ from inl_jax.model.mosaic.tiles import (
     PER_ROW,
     ROWS,
     WIDTH,
+    ZERO,
     H,
     Q,
     bytes_of,
@@ -40,6 +41,7 @@ from inl_jax.model.mosaic.tiles import (
     load,
     sigmoid,
     tiled,
+    write_zero,
     zeros,
 )
 
@@ -83,6 +85,7 @@ def iteration(state: State, weights: Weights, s_D, *, dynamics: Dynamics) -> Sta
     scratch = {
         "r_s": tiled((Q, ROWS, WIDTH), BF16, swizzle=OPERAND),
         "rms_s": plgpu.SMEM((ROWS,), F32),
+        "zero_s": ZERO,
         "xv_s": tiled((SLOTS, 2, ROWS, COLUMNS), F32),
         "Wo_s": tiled((SLOTS, Q, WIDTH, COLUMNS), BF16),
         "Ws_s": tiled((SLOTS, 2, COLUMNS, H), BF16, swizzle=OPERAND),
@@ -116,12 +119,15 @@ def specs(N: int, D: int) -> tuple[State, Weights, Any]:
 
 
 def bytes_moved(N: int, D: int) -> int:
-    """Bytes that one iteration of `N` tokens reads from global memory and writes to it, each once.
-
-    Not counted: every program reads the weights again, from the L2 cache.
-    """
+    """Bytes that one iteration of `N` tokens reads from global memory and writes, each once."""
     inputs = specs(N, D)
     return bytes_of((inputs, inputs[0]))
+
+
+def bytes_read_again(N: int, D: int) -> int:
+    """Bytes of weights that all programs but the first read again, from the L2 cache."""
+    _, weights, s_D = specs(N, D)
+    return (N // ROWS - 1) * bytes_of((weights._replace(context_NH=None), s_D))
 
 
 def _body(
@@ -133,6 +139,7 @@ def _body(
     dynamics,
     r_s,
     rms_s,
+    zero_s,
     xv_s,
     Wo_s,
     Ws_s,
@@ -171,6 +178,7 @@ def _body(
     for j in range(min(SLOTS, D // COLUMNS)):
         fetch(jnp.int32(j))
     plgpu.barrier_wait(hidden_ready)
+    write_zero(zero_s)
     far_N = None
     if not math.isinf(kappa):
         far_N = 1 - jnp.exp(-kappa * load(rms_s, PER_ROW))
@@ -178,6 +186,7 @@ def _body(
     def all_chunks(hidden_acc):
         def chunk(j, sum_N):
             slot, columns = lax.rem(j, SLOTS), pl.ds(j * COLUMNS, COLUMNS)
+            zero = zero_s[0]
 
             def per_channel(i):
                 a_K = load(vectors_s.at[slot, i], PER_COLUMN)
@@ -185,7 +194,7 @@ def _body(
 
             def outputs(*accs):
                 for q in range(Q):
-                    plgpu.wgmma(accs[q], r_s.at[q], Wo_s.at[slot, q])
+                    plgpu.wgmma(accs[q], r_s.at[q + zero], Wo_s.at[slot, q])
                 return [acc[...] for acc in accs]
 
             plgpu.barrier_wait(chunk_ready.at[slot])
@@ -202,13 +211,13 @@ def _body(
             x = load(xv_s.at[slot, 0], MATRIX)
             v = v - beta * (x - per_channel(Q)) + per_channel(Q + 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before
-            new_s[1], operands_s[1] = v, v.astype(BF16)
+            new_s[1 + zero], operands_s[1 + zero] = v, v.astype(BF16)
             x = x + dt * sigmoid(o[2] + per_channel(2)) * v
-            new_s[0], operands_s[0] = x, x.astype(BF16)
+            new_s[zero], operands_s[zero] = x, x.astype(BF16)
             plgpu.commit_smem()
             for i, new_g in enumerate((out.x_ND, out.v_ND)):
-                plgpu.copy_smem_to_gmem(new_s.at[i], new_g.at[rows, columns])
-                plgpu.wgmma(hidden_acc, operands_s.at[i], Ws_s.at[slot, i])
+                plgpu.copy_smem_to_gmem(new_s.at[i + zero], new_g.at[rows, columns])
+                plgpu.wgmma(hidden_acc, operands_s.at[i + zero], Ws_s.at[slot, i])
             plgpu.wgmma_wait(0)
             e = x - per_channel(Q)
             sum_N = sum_N + jnp.sum(e * e, axis=1)

@@ -8,9 +8,11 @@ The tests interpret the kernels on a CPU: see `interpreted`.
 
 import contextlib
 import contextvars
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +33,30 @@ MATRIX = plgpu.Layout.WGMMA  # [ROWS, .] over the threads, as an accumulator of 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)  # [ROWS]
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [.]
 
-_interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
+ZERO = plgpu.SMEM((1,), jnp.int32)  # for `write_zero`
+
+
+class _Interpreter(NamedTuple):
+    params: Any
+    on_host: bool
+
+
+_interpreter: contextvars.ContextVar[_Interpreter | None] = contextvars.ContextVar(
+    "interpreter", default=None
+)
+_one_on_host = threading.Lock()
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels that are traced inside are interpreted on a CPU. For tests: it is very slow."""
-    token = _interpreter.set(gpu_interpreter())
+def interpreted(*, on_host: bool = False) -> Iterator[None]:
+    """Kernels that are traced inside are interpreted on a CPU. For tests: it is very slow.
+
+    Args:
+      on_host: each kernel is a call to the host, which JAX can recompute and run on each device.
+        Such a call holds a thread of XLA and needs another: set NPROC, how many XLA starts, to more
+        than there are devices, or they wait for each other forever.
+    """
+    token = _interpreter.set(_Interpreter(gpu_interpreter(), on_host))
     try:
         yield
     finally:
@@ -54,6 +73,7 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
       num_tokens: N, a multiple of ROWS.
       scratch: buffers in shared memory and barriers.
     """
+    interpreter = _interpreter.get()
     kernel = plgpu.kernel(
         body,
         out_type=out,
@@ -61,9 +81,22 @@ def call(body: Callable, *, out: Any, num_tokens: int, scratch: dict[str, Any]) 
         grid_names=("program",),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=_interpreter.get(),
+        interpret=interpreter and interpreter.params,
     )
+    if interpreter and interpreter.on_host:
+        kernel = _on_host(kernel, out)
     return _by_row_shard(kernel)
+
+
+def _on_host(kernel: Callable, out: Any) -> Callable:
+    """`kernel` as a call to the host, one at a time: the interpreter has one memory for all."""
+    run = jax.jit(kernel)
+
+    def interpret(*arrays):
+        with _one_on_host, interpreted():
+            return jax.block_until_ready(run(*arrays))
+
+    return functools.partial(jax.pure_callback, interpret, out)
 
 
 def _by_row_shard(kernel: Callable) -> Callable:
@@ -120,6 +153,16 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
     """Zeros in float32, in registers, spread over the threads as `layout` says."""
     array = jnp.zeros(shape, jnp.float32)
     return array if _interpreter.get() else plgpu.layout_cast(array, layout)
+
+
+def write_zero(zero_s: Any) -> None:
+    """Writes the zero that each chunk reads and adds to the indices of buffers that stay the same.
+
+    The compiler cannot see that it is 0. Otherwise it computes the addresses of all buffers before
+    the loop over chunks, and spills registers.
+    """
+    zero_s[0] = jnp.int32(0)
+    plgpu.commit_smem()
 
 
 def sigmoid(o: jax.Array) -> jax.Array:

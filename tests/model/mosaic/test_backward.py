@@ -13,7 +13,7 @@ from integrator_cases import F32, inputs
 from inl_jax.config import ModelConfig
 from inl_jax.model.dynamics import Dynamics, hidden_from_context, step
 from inl_jax.model.dynamics_vjp import Loop, run_lean
-from inl_jax.model.mosaic.backward import H, backward, bytes_moved
+from inl_jax.model.mosaic.backward import H, backward, bytes_moved, bytes_read_again
 from inl_jax.model.mosaic.tiles import ROWS, WIDTH, Q, interpreted
 
 SLOW = pytest.mark.slow
@@ -141,6 +141,12 @@ def test_backward_moves_less_than_seventy_kilobytes_of_a_token():
     """At the 3b's width; what XLA's products move beside it is 38."""
     many = 1 << 20  # so that the weights, read once, weigh nothing
     assert 66 < bytes_moved(many, 2048) / many / 1000 < 70
+
+
+def test_each_program_of_the_gradient_reads_the_weights_and_one_of_them_twice():
+    D, vectors = 2048, 6 * 4 * 2048
+    weights = 2 * 4 * H * D + vectors
+    assert [bytes_read_again(n * ROWS, D) for n in (1, 2)] == [0, weights]
 
 
 COMPILE = """

@@ -4,15 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import integrator_cases
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import mesh_of
-from mosaic_cases import arrays, bfloat16, distance
+from integrator_cases import F32, F64, layer_params
+from mosaic_cases import BF16, C, arrays, bfloat16, distance
 
-from inl_jax.config import InputError
+from inl_jax.config import InputError, ModelConfig
 from inl_jax.model.device import H100, Device, made_for
-from inl_jax.model.dynamics_vjp import Loop, run_lean
+from inl_jax.model.dynamics_vjp import TRAJECTORY, Loop, run_lean
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel, run_mosaic
 from inl_jax.model.mosaic.tiles import interpreted
 from inl_jax.parallel import sharding
@@ -20,7 +22,11 @@ from inl_jax.parallel import sharding
 ROOT = Path(__file__).parents[3]
 SLOW = pytest.mark.slow
 INF = float("inf")
-policies = jax.checkpoint_policies
+# What the gradient of a layer finds kept.
+POLICIES = {
+    "nothing": None,
+    "the trajectory": jax.checkpoint_policies.save_only_these_names(TRAJECTORY),
+}
 
 
 def value_and_gradients(run, arguments):
@@ -66,6 +72,37 @@ def test_run_mosaic_is_run_lean_within_bfloat16(rows, tokens, width, T, kappa):
         assert_as_near(by_kernels((params, context, x, s)), wanted, exact)
 
 
+def gradient_errors(tokens, width, num_iterations):
+    """How far each gradient is off in bfloat16, beside float64: by XLA's form, by the kernels."""
+    config = ModelConfig(d_model=width, controller_width=C, num_heads=1)
+    params = layer_params(config, scale=0.05)
+    h, x = jax.random.normal(jax.random.key(5), (2, 1, tokens, width))
+
+    def gradients(dtype, wide, **options):
+        arrays = jax.tree.map(lambda a: a.astype(wide), (params, h, x))
+        found = integrator_cases.value_and_gradients(
+            *arrays, dtype=dtype, num_iterations=num_iterations, **options
+        )
+        return dict(zip(("parameters", "h", "x", "amplitude"), found[1], strict=True))
+
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: a.astype(F32), gradients(F64, F64))
+    by_xla = jax.tree.map(distance, gradients(BF16, F32), exact)
+    with interpreted():
+        by_kernels = gradients(BF16, F32, kernel="mosaic")
+    return jax.tree.map(lambda *errors: errors, by_xla, jax.tree.map(distance, by_kernels, exact))
+
+
+@SLOW
+def test_gradients_by_the_kernels_are_as_near_to_float64_as_those_by_xla():
+    errors = gradient_errors(tokens=200, width=128, num_iterations=3)
+    errors.pop("amplitude")  # one number, which cancels: its error is luck
+    for path, (by_xla, by_kernels) in jax.tree_util.tree_leaves_with_path(
+        errors, is_leaf=lambda a: isinstance(a, tuple)
+    ):
+        assert by_kernels <= 1.5 * by_xla, (jax.tree_util.keystr(path), by_xla, by_kernels)
+
+
 def layers_gradient(run, context, *, policy):
     """The gradient of two layers in a scan, as a function; and its arguments."""
     params, _, x, s = arrays(64, 32, num_iterations=2)
@@ -81,27 +118,51 @@ def layers_gradient(run, context, *, policy):
     return jax.grad(total, (0, 1)), (layers, x)
 
 
-@SLOW
-def test_run_mosaic_works_in_a_scan_over_layers():
+def check_layers(*, policy, on_host):
     def gradients(run, context):
-        function, arguments = layers_gradient(run, context, policy="keep all")
+        function, arguments = layers_gradient(run, context, policy=policy)
         return jax.jit(function)(*arguments)
 
     context = arrays(64, 32)[1]
     wide = bfloat16()._replace(dtype=jnp.dtype("float32"))
     exact = gradients(xla(wide), context.astype(wide.dtype))
     wanted = gradients(xla(bfloat16()), context)
-    with interpreted():
+    with interpreted(on_host=on_host):
         assert_as_near(gradients(mosaic(bfloat16()), context), wanted, exact)
+
+
+@SLOW
+def test_run_mosaic_works_in_a_scan_over_layers():
+    check_layers(policy="keep all", on_host=False)
+
+
+def alone(code):
+    """What a process of its own prints, in which XLA has threads for many calls to the host."""
+    paths = map(str, (ROOT, ROOT / "tests", Path(__file__).parent))
+    environment = os.environ | {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "NPROC": "32",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@SLOW
+@pytest.mark.parametrize("kept", POLICIES)
+def test_run_mosaic_works_if_the_gradient_recomputes_layers(kept):
+    alone(f"import test_run_mosaic as t; t.check_layers(policy=t.POLICIES[{kept!r}], on_host=True)")
 
 
 COMPILE = """
 import jax
 from mosaic_cases import arrays, bfloat16
-from test_run_mosaic import layers_gradient, mosaic, policies
-from inl_jax.model.dynamics_vjp import TRAJECTORY
+from test_run_mosaic import POLICIES, layers_gradient, mosaic
 from inl_jax.planning.programs.xla import compile_for_cuda
-for policy in (None, policies.save_only_these_names(TRAJECTORY)):
+for policy in POLICIES.values():
     function, arguments = layers_gradient(mosaic(bfloat16()), arrays(64, 32)[1], policy=policy)
     text = compile_for_cuda(jax.jit(function).trace(*arguments), 1).text
     print(text.count('custom_call_target="mosaic_gpu'))
@@ -110,29 +171,43 @@ for policy in (None, policies.save_only_these_names(TRAJECTORY)):
 
 @SLOW
 def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kept():
-    """Compiled, not run: JAX cannot differentiate the interpreter under remat."""
+    """As compiled for a GPU."""
     pytest.importorskip("jax_cuda12_plugin", reason="make cuda installs XLA's CUDA compiler")
-    paths = map(str, (ROOT, ROOT / "tests", Path(__file__).parent))
-    environment = os.environ | {
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, "-c", COMPILE]
-    kernels = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    kernels = alone(COMPILE)
     # Two iterations and two back; the second need not run again: nothing reads the last state.
     assert kernels.split() == ["5", "4"]
 
 
+def of_each_row(run):
+    """`run`, of each row alone, as `integrate` calls it on a mesh."""
+
+    def of_rows(params, context, x, s):
+        return jax.vmap(lambda c, x: run(params, c[None], x[None], s)[0])(context, x)
+
+    return of_rows
+
+
+def check_mesh():
+    params, context, x, s = arguments = arrays(40, 32, num_iterations=2, rows=8)
+    wide = bfloat16()._replace(dtype=jnp.dtype("float32"))
+    wanted = value_and_gradients(xla(bfloat16()), arguments)
+    exact = value_and_gradients(xla(wide), (params, context.astype(wide.dtype), x, s))
+    on_mesh = jax.jit(functools.partial(value_and_gradients, of_each_row(mosaic(bfloat16()))))
+    with sharding.on(mesh_of(data=8)), interpreted(on_host=True):
+        found = on_mesh(arguments)
+    assert found[0].sharding.shard_shape(x.shape) == (1, *x.shape[1:])
+    assert_as_near(found, wanted, exact)
+
+
+@SLOW
+def test_run_mosaic_on_a_mesh_is_run_lean_within_bfloat16():
+    alone("from test_run_mosaic import check_mesh; check_mesh()")
+
+
 def test_run_mosaic_on_a_mesh_calls_a_kernel_for_each_device_with_its_rows():
-    """Traced, not run: the interpreter has one memory for all devices of a process."""
+    """Traced, not run."""
     params, context, x, s = arrays(64, 32, num_iterations=2, rows=8)
-    dynamics = bfloat16()
-
-    def run(context, x):
-        return jax.vmap(lambda c, x: run_mosaic(params, c[None], x[None], s, dynamics)[0])(
-            context, x
-        )
-
+    run = functools.partial(of_each_row(mosaic(bfloat16())), params, s=s)
     with sharding.on(mesh_of(data=8)), interpreted():
         program = str(jax.make_jaxpr(run)(context, x))
     assert program.count("shard_map[") == 2  # one an iteration
