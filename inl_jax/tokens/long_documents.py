@@ -145,7 +145,7 @@ class Encoder:
         if part.cut:
             self._held, self._ids, self._given = part, ids, first
             return ready
-        return np.concatenate([ready, ids[first:]])
+        return np.concatenate([ready, ids[first:]]) if part.before else ids
 
     def _find_seam(
         self, part: Part, ids: np.ndarray, common: Common | None

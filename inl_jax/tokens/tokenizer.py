@@ -122,7 +122,7 @@ class Tokenizer:
         if self._characters >= _MUCH_TEXT:
             with _making_fast:
                 fast = self._fast
-            if fast and all(map(fast.agrees, texts)):
+            if fast and fast.agrees("".join(texts)):
                 return [ids.astype(self.dtype) for ids in fast.encode_batch(texts)]
         with self._named():
             batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
