@@ -112,7 +112,7 @@ def trained(name: str, kind: str, text: Path, directory: str) -> dict:
 def prepared(name: str, kind: str, text: Path, cache: str) -> dict:
     """Seconds, memory and fingerprint of the corpus, and the rate of the encoder alone."""
     if kind == "tokenizers":
-        fast_bpe.make = lambda backend: None
+        fast_bpe.make = lambda backend, dtype: None
     before, start = peak(), time.perf_counter()
     corpus = prepare(DataConfig(paths=(str(text),), tokenizer=name, cache_dir=cache))
     seconds = time.perf_counter() - start

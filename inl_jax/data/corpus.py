@@ -248,6 +248,7 @@ def _encode(
       directory: train.bin and validation.bin are written there.
       total_bytes: size of the text, for the progress; 0 if unknown.
     """
+    count: Counter[str] = Counter()
 
     def pieces() -> Iterator[_Piece]:
         for document in documents:
@@ -283,7 +284,6 @@ def _encode(
         if batch:
             yield batch
 
-    count: Counter[str] = Counter()
     digests = {split: hashlib.blake2b(digest_size=16) for split in ("train", "validation")}
     end = np.array([tokenizer.end_id], tokenizer.dtype)
     with (

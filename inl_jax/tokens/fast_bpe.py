@@ -26,7 +26,7 @@ from inl_jax.console import say
 # takes half the time of alternatives tried in turn. White space before a word is a single one.
 _PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
 _OF_EACH_CLASS = ("a", "1", ".", "\n")  # letters, numbers, others, white space
-_BETWEEN = "\0"  # is no token if a text has it, but splits texts that are encoded at once
+_BETWEEN = "\0"  # the special token between texts that are encoded at once; none of them has it
 _UNKNOWN, _SAME, _OTHER = range(3)  # class of a character, as the two libraries see it
 _BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -48,21 +48,20 @@ class FastBPE:
     def __init__(self, split: Any, ranks: dict[bytes, int], ids: np.ndarray):
         """Takes the tokenizers library's pre-tokenizer, the tokens' ranks, and the id of each."""
         self._split = split
-        self._ids = ids
+        self._ids = np.append(ids, ids[:1])  # the last one stands for _BETWEEN and is not given out
         self._encoding = _encoding(ranks)
         self._verdicts = np.zeros(sys.maxunicode + 1, np.uint8)  # by character
         self._verdicts[:128] = _SAME
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of every text. Other threads run meanwhile, and may encode as well."""
+        encode = self._encoding.encode_to_numpy
         if any(_BETWEEN in text for text in texts):
-            return [
-                self._ids[self._encoding.encode_to_numpy(t, disallowed_special=())] for t in texts
-            ]
-        ranks = self._encoding.encode_to_numpy(_BETWEEN.join(texts), allowed_special="all")
-        ends = np.flatnonzero(ranks == len(self._ids))
-        ids = self._ids[np.delete(ranks, ends)]
-        return np.split(ids, ends - np.arange(len(ends)))[: len(texts)]
+            return [self._ids[encode(text, disallowed_special=())] for text in texts]
+        ranks = encode(_BETWEEN.join(texts), allowed_special="all")
+        ids, between = self._ids[ranks], np.flatnonzero(ranks == len(self._ids) - 1).tolist()
+        spans = zip([0, *(i + 1 for i in between)], [*between, len(ids)], strict=True)
+        return [ids[start:stop] for start, stop in spans][: len(texts)]
 
     def agrees(self, text: str) -> bool:
         """Whether the tokenizers library puts every character of `text` into the same class."""
@@ -88,8 +87,12 @@ class FastBPE:
         return next(pair for pair in pairs if len(self._split.pre_tokenize_str(pair)) == 1)
 
 
-def make(backend: tokenizers.Tokenizer) -> FastBPE | None:
+def make(backend: tokenizers.Tokenizer, dtype: np.dtype) -> FastBPE | None:
     """A `FastBPE` with the ids of `backend`, which splits text as GPT-2 does and no further.
+
+    Args:
+      backend: the tokenizer.
+      dtype: of the ids.
 
     Returns None if tiktoken is not installed, or would give other ids.
     """
@@ -113,7 +116,7 @@ def make(backend: tokenizers.Tokenizer) -> FastBPE | None:
         return None
     if any(len(backend.model.tokenize(token)) > 1 for token in joined):
         return None
-    return FastBPE(backend.pre_tokenizer, ranks, np.array([vocab[t] for t in tokens], np.uint32))
+    return FastBPE(backend.pre_tokenizer, ranks, np.array([vocab[t] for t in tokens], dtype))
 
 
 def _encoding(ranks: dict[bytes, int]) -> Any:

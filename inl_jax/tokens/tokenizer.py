@@ -123,7 +123,7 @@ class Tokenizer:
             with _making_fast:
                 fast = self._fast
             if fast and fast.agrees("".join(texts)):
-                return [ids.astype(self.dtype) for ids in fast.encode_batch(texts)]
+                return fast.encode_batch(texts)
         with self._named():
             batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         # The end token may be an ordinary word of a WordLevel or Unigram model, which text can
@@ -133,7 +133,7 @@ class Tokenizer:
     @functools.cached_property
     def _fast(self) -> fast_bpe.FastBPE | None:
         """tiktoken, if it is installed and gives the same ids."""
-        return fast_bpe.make(self._backend) if self._splits_as_gpt2 else None
+        return fast_bpe.make(self._backend, self.dtype) if self._splits_as_gpt2 else None
 
     def token_starts(self, text: str) -> np.ndarray:
         """The character at which each token of `text` begins, int64 `[tokens]`."""
