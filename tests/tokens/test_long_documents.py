@@ -73,7 +73,7 @@ def test_encoder_encodes_in_all_threads_and_reads_no_further_than_needed(monkeyp
     together, real = threading.Barrier(2), tokenizer.encode_batch
     monkeypatch.setattr(long_documents, "usable_cpus", lambda: 2)
     monkeypatch.setattr(
-        tokenizer, "encode_batch", lambda texts: (together.wait(10), real(texts))[1]
+        tokenizer, "encode_batch", lambda texts: (together.wait(60), real(texts))[1]
     )
     batches = ([Part(str(i))] for i in range(12) if read.append(i) is None)
     with ThreadPoolExecutor(2) as pool:
