@@ -31,18 +31,19 @@ from inl_jax.data.cache import (
 )
 from inl_jax.data.pins import pinned_paths, pinned_tokenizer
 from inl_jax.data.token_files import TokenFiles
+from inl_jax.limits import usable_cpus
 from inl_jax.text.documents import Document, read_documents, split_file
 from inl_jax.text.sources import Entry, find_entries
 from inl_jax.tokens import tokenizer as tokenizers
 from inl_jax.tokens.long_documents import Encoder, Part, parts
 from inl_jax.tokens.tokenizer import Tokenizer
 
-BATCH_BYTES = 2**22
-"""UTF-8 bytes per call of the tokenizer, which needs about 50 times as much memory for the call."""
+BATCH_BYTES = 2**18
+"""UTF-8 bytes per call of the tokenizer, which may need 50 times as much memory for the call."""
 BPE_SAMPLE_BYTES = 2**26
 """The most text, in UTF-8 bytes, that a BPE is trained on."""
-SAMPLES, SAMPLE_LENGTH = 8, 1000
-"""Samples of each BATCH_BYTES, and their characters, that are encoded and decoded again."""
+SAMPLED_BYTES, SAMPLES, SAMPLE_LENGTH = 2**22, 8, 1000
+"""Samples of each SAMPLED_BYTES, and their characters, that are encoded and decoded again."""
 SECONDS_PER_LINE = 10
 """Time between two lines of progress if there is no terminal to show a bar on."""
 
@@ -188,27 +189,39 @@ def _write_tokens(
     size_known = all_text and data.max_documents == 0
     total = sum(entry.size() for entry in entries) if size_known else 0
 
-    meta, hashes = _encode(documents(), fraction, tokenizer, directory, total)
+    threshold = _threshold(documents(), fraction)
+    skipped.clear()
+    meta = _encode(documents(), threshold, tokenizer, directory, total)
     if meta["documents"] == 0:
         specs = ", ".join(entry.spec for entry in entries)
         rows = _say_skipped(skipped)
         column = ", or set data.column" if rows else ""
         raise InputError(f"data.paths: no text in {specs}{rows}; name others{column}")
-    if hashes and 0 < fraction < 1:
-        low, high = hashes
-        threshold = None
-        if meta["train_tokens"] == 0:
-            threshold = high if low < high else 0.0  # trains on the highest, or on all if equal
-        elif meta["validation_tokens"] == 0 and low < high:
-            threshold = math.nextafter(low, 1.0)
-        if threshold is not None:  # there are few documents, so a second reading is cheap
-            skipped.clear()
-            meta, _ = _encode(documents(), threshold, tokenizer, directory, total)
     if one_file:
         meta["documents"] = 1  # its two parts count as one
     meta |= {"rows_without_text": skipped["all"], "rows_with_half": skipped["half"]}
     _say_summary(meta, max(time.monotonic() - started, 1e-3))
     return meta
+
+
+def _threshold(documents: Iterable[Document], fraction: float) -> float:
+    """`fraction`, or the nearest number such that the hashes of documents lie on both sides of it.
+
+    Reads no further than to a document on either side.
+    """
+    if not 0 < fraction < 1:
+        return fraction
+    low, high = 1.0, 0.0
+    for document in documents:
+        if document.split:
+            return fraction
+        found = _hash_fraction(document)
+        low, high = min(low, found), max(high, found)
+        if low < fraction <= high:
+            return fraction
+    if low < fraction:
+        return high if low < high else 0.0  # trains on the highest, or on all if equal
+    return math.nextafter(low, 1.0) if low < high else fraction
 
 
 class _Piece(NamedTuple):
@@ -225,8 +238,8 @@ def _encode(
     tokenizer: Tokenizer,
     directory: Path,
     total_bytes: int,
-) -> tuple[dict[str, Any], tuple[float, float] | None]:
-    """Writes the tokens of `documents`.
+) -> dict[str, Any]:
+    """Writes the tokens of `documents`; returns fields of `TokenFiles`.
 
     Args:
       documents: read once.
@@ -234,19 +247,14 @@ def _encode(
       tokenizer: encodes them.
       directory: train.bin and validation.bin are written there.
       total_bytes: size of the text, for the progress; 0 if unknown.
-
-    Returns:
-      the fields of `TokenFiles`; the lowest and the highest hash, None if no document was hashed.
     """
-    hashes: list[float] = []
+    count: Counter[str] = Counter()
 
     def pieces() -> Iterator[_Piece]:
         for document in documents:
             split = document.split
             if not split and 0 < threshold < 1:
-                fraction = _hash_fraction(document)
-                hashes[:] = [min([fraction, *hashes]), max([fraction, *hashes])]
-                split = "validation" if fraction < threshold else "train"
+                split = "validation" if _hash_fraction(document) < threshold else "train"
             split = split or ("validation" if threshold else "train")
             part = None
             for part in parts(document.pieces(), tokenizer):
@@ -254,9 +262,20 @@ def _encode(
             if part:
                 yield _Piece(Part(""), split, 0)
 
+    def sampled() -> Iterator[_Piece]:
+        texts, size = [], 0
+        for piece in pieces():
+            yield piece
+            texts.append(piece.part.text[:SAMPLE_LENGTH])
+            size += piece.num_bytes + 64
+            if size >= SAMPLED_BYTES:
+                count.update(_try_round_trip(texts, tokenizer))
+                texts, size = [], 0
+        count.update(_try_round_trip(texts, tokenizer))
+
     def batches() -> Iterator[list[_Piece]]:
         batch, size = [], 0
-        for piece in pieces():
+        for piece in sampled():
             batch.append(piece)
             size += piece.num_bytes + 64  # 64: a million tiny rows take memory, too
             if size >= BATCH_BYTES:
@@ -265,33 +284,32 @@ def _encode(
         if batch:
             yield batch
 
-    count: Counter[str] = Counter()
     digests = {split: hashlib.blake2b(digest_size=16) for split in ("train", "validation")}
     end = np.array([tokenizer.end_id], tokenizer.dtype)
-    encoder = Encoder(tokenizer)
     with (
         open(directory / "train.bin", "wb") as train,
         open(directory / "validation.bin", "wb") as validation,
-        ThreadPoolExecutor(1) as reader,  # reads the next batch while this one is encoded
+        ThreadPoolExecutor(usable_cpus()) as encoding,  # while this thread reads and writes
         progress_bar(total_bytes, unit="B") as bar,
     ):
         files = {"train": train, "validation": validation}
         started = said = time.monotonic()
-        stream = batches()
-        ahead = reader.submit(next, stream, None)
-        while batch := ahead.result():
-            ahead = reader.submit(next, stream, None)
-            count.update(_try_round_trip([piece.part.text for piece in batch], tokenizer))
-            encoded = encoder.encode([piece.part for piece in batch])
-            for piece, ids in zip(batch, encoded, strict=True):
-                ids = ids if piece.part.text else end
-                files[piece.split].write(ids.data)
-                digests[piece.split].update(ids.data)
+        written, read = itertools.tee(batches())
+        parts_read = ([piece.part for piece in batch] for batch in read)
+        encoded = Encoder(tokenizer, encoding).encode(parts_read)
+        for batch, batch_ids in zip(written, encoded, strict=True):
+            ids_of = {split: [end[:0]] for split in files}
+            for piece, ids in zip(batch, batch_ids, strict=True):
+                ids_of[piece.split].append(ids if piece.part.text else end)
                 count["documents"] += not piece.part.text
                 count["bad_utf8"] += piece.part.bad_utf8
-                count["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unknown_id))
-                count[f"{piece.split}_tokens"] += len(ids)
                 count[f"{piece.split}_bytes"] += piece.num_bytes
+            for split, file in files.items():
+                ids = np.concatenate(ids_of[split])
+                file.write(ids.data)
+                digests[split].update(ids.data)
+                count["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unknown_id))
+                count[f"{split}_tokens"] += len(ids)
             bar.update(sum(piece.num_bytes for piece in batch))
             if bar.disable and (now := time.monotonic()) - said >= SECONDS_PER_LINE:
                 said = now
@@ -303,7 +321,7 @@ def _encode(
     meta |= {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     content = (digests["train"].hexdigest(), digests["validation"].hexdigest())
     meta["fingerprint"] = digest(tokenizer.fingerprint, *content)
-    return meta, (hashes[0], hashes[1]) if hashes else None
+    return meta
 
 
 def _hash_fraction(document: Document) -> float:
@@ -315,12 +333,11 @@ def _hash_fraction(document: Document) -> float:
 
 
 def _try_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, int]:
-    """How many of a few samples of `texts` come back as another text when they are decoded.
+    """How many of a few of the `texts` come back as another text when they are decoded.
 
     Without white space at their ends: many tokenizers put a space there, and drop one.
     """
-    beginnings = (text[:SAMPLE_LENGTH].strip() for text in texts)
-    samples = [text for text in beginnings if text]
+    samples = [text for text in map(str.strip, texts) if text]
     samples = samples[:: -(-len(samples) // SAMPLES) or 1]
     lossy = [text for text in samples if tokenizer.decode(tokenizer.encode(text)).strip() != text]
     return {"samples": len(samples), "lossy_samples": len(lossy)}

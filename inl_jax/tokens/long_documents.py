@@ -8,12 +8,15 @@ are neighbours in both parts.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from inl_jax.console import say
+from inl_jax.limits import usable_cpus
 from inl_jax.text.documents import Pieces
 from inl_jax.tokens.tokenizer import Tokenizer
 
@@ -78,37 +81,41 @@ def parts(pieces: Pieces, tokenizer: Tokenizer) -> Iterator[Part]:
 class Encoder:
     """Encodes documents, part by part, in their order."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, pool: ThreadPoolExecutor):
+        """Takes the threads that encode."""
+        self._tokenizer, self._pool = tokenizer, pool
         self._held = Part("")  # not all of its ids are given out, since the cut after it is unsafe
         self._ids = np.empty(0, tokenizer.dtype)  # of it and the text before it
         self._given = 0  # how many of these are given out
 
-    def encode(self, batch: Sequence[Part]) -> list[np.ndarray]:
-        """The ids `[tokens]` that are certain after each part, without an end token."""
-        return list(
-            itertools.starmap(self._join, zip(batch, *self._encode_parts(batch), strict=True))
-        )
+    def encode(self, batches: Iterable[Sequence[Part]]) -> Iterator[list[np.ndarray]]:
+        """The ids `[tokens]` that are certain after each part, without an end token.
 
-    def _encode_parts(self, batch: Sequence[Part]) -> tuple[list[np.ndarray], list[Common]]:
-        """The ids of each part with the text before it, and of that text."""
+        Some batches are read ahead, for the threads to encode while the caller uses the ids.
+        """
+        ahead: deque[tuple[Sequence[Part], Future]] = deque()
+        for batch in batches:
+            ahead.append((batch, self._pool.submit(self._encode_parts, batch)))
+            if len(ahead) > 2 * usable_cpus():
+                yield self._join_all(*ahead.popleft())
+        while ahead:
+            yield self._join_all(*ahead.popleft())
+
+    def _join_all(self, batch: Sequence[Part], encoded: Future) -> list[np.ndarray]:
+        return list(itertools.starmap(self._join, zip(batch, *encoded.result(), strict=True)))
+
+    def _encode_parts(self, batch: Sequence[Part]) -> tuple[list[np.ndarray], list[Common | None]]:
+        """The ids of each part with the text before it, and of that text if there is any."""
         texts = [part.before + part.text for part in batch]
-        for part in batch:
-            quarter = len(part.before) // 4
-            texts += part.before, part.before[quarter:], part.before[: len(part.before) - quarter]
-        ids = self._tokenizer.encode_batch(texts)
-        views = ids[len(batch) :]
-        commons = [
-            Common(
-                whole,
-                low=len(whole) - _num_equal(whole[::-1], late[::-1]),
-                high=_num_equal(whole, early),
-            )
-            for whole, late, early in zip(views[::3], views[1::3], views[2::3], strict=True)
-        ]
-        return ids[: len(batch)], commons
+        for before in (part.before for part in batch if part.before):
+            quarter = len(before) // 4
+            texts += before, before[quarter:], before[: len(before) - quarter]
+        encoded = iter(self._tokenizer.encode_batch(texts))
+        ids = list(itertools.islice(encoded, len(batch)))
+        commons = [_common(*itertools.islice(encoded, 3)) if p.before else None for p in batch]
+        return ids, commons
 
-    def _join(self, part: Part, ids: np.ndarray, common: Common) -> np.ndarray:
+    def _join(self, part: Part, ids: np.ndarray, common: Common | None) -> np.ndarray:
         """The ids that are certain after `part`; holds the rest.
 
         Args:
@@ -138,14 +145,16 @@ class Encoder:
         if part.cut:
             self._held, self._ids, self._given = part, ids, first
             return ready
-        return np.concatenate([ready, ids[first:]])
+        return np.concatenate([ready, ids[first:]]) if part.before else ids
 
-    def _find_seam(self, part: Part, ids: np.ndarray, common: Common) -> tuple[int, int] | None:
+    def _find_seam(
+        self, part: Part, ids: np.ndarray, common: Common | None
+    ) -> tuple[int, int] | None:
         """Where ids are joined, if anywhere: the held ones up to i, those of the part from j on.
 
         In the middle half of the common text: tokens near an end may depend on what is cut off.
         """
-        if len(part.before) < OVERLAP:
+        if common is None or len(part.before) < OVERLAP:
             return None
         length = len(common.ids)
         begins = length - _num_equal(self._ids[::-1], common.ids[::-1])  # held ids end with these
@@ -161,12 +170,18 @@ class Encoder:
         begins = start + self._tokenizer.token_starts(self._held.before + self._held.text)
         return int(begins[begins <= character].max(initial=start))
 
-    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray, Common]:
+    def _encode_from(self, start: int, part: Part) -> tuple[Part, np.ndarray, Common | None]:
         """`part` with the text before it from character `start` on, and the ids as in `_join`."""
         before = (self._held.before + self._held.text)[start - self._held.start :]
         part = part._replace(before=before, start=start)
         (ids,), (common,) = self._encode_parts([part])
         return part, ids, common
+
+
+def _common(whole: np.ndarray, late: np.ndarray, early: np.ndarray) -> Common:
+    """Takes the ids of a text, of it without its first quarter, and without its last."""
+    low = len(whole) - _num_equal(whole[::-1], late[::-1])
+    return Common(whole, low, high=_num_equal(whole, early))
 
 
 def _num_equal(a: np.ndarray, b: np.ndarray) -> int:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ _END_TOKENS = (
 # anew.
 _OF_TRANSFORMERS = {"backend", "added_tokens_decoder"}
 _MAX_BPE = 2**24
-_MUCH_TEXT = 2**20  # characters in a call from which on it pays to prepare the faster encoder
+_MUCH_TEXT = 2**18  # characters from which on it pays to prepare the faster encoder
+_making_fast = threading.Lock()  # one thread makes it, and the others wait
 _NO_NAMES = ("bpe", "byte", "char", "gpt-2", "none")  # taken for bytes, gpt2 or bpe:4096
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -74,6 +76,7 @@ class Tokenizer:
         """Takes the id that closes a document; None finds it by its usual names."""
         self.name = name
         self._backend = backend
+        self._characters = 0  # encoded so far
         backend.no_truncation()  # a tokenizer.json may ask for either, which would cut or lengthen
         backend.no_padding()  # documents silently
         if isinstance(backend.model, models.BPE):
@@ -112,12 +115,15 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of every text, as `encode` gives them, computed on all cores."""
+        """The ids of every text, as `encode` gives them. Any number of threads may call it."""
         if self._is_bytes:  # a byte is its id: 100 times as fast as the library
             return [np.frombuffer(t.encode(), np.uint8).astype(self.dtype) for t in texts]
-        if sum(map(len, texts)) >= _MUCH_TEXT and (fast := self._fast):
-            if all(map(fast.agrees, texts)):
-                return [ids.astype(self.dtype) for ids in fast.encode_batch(texts)]
+        self._characters += sum(map(len, texts))
+        if self._characters >= _MUCH_TEXT:
+            with _making_fast:
+                fast = self._fast
+            if fast and fast.agrees("".join(texts)):
+                return fast.encode_batch(texts)
         with self._named():
             batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         # The end token may be an ordinary word of a WordLevel or Unigram model, which text can
@@ -127,7 +133,7 @@ class Tokenizer:
     @functools.cached_property
     def _fast(self) -> fast_bpe.FastBPE | None:
         """tiktoken, if it is installed and gives the same ids."""
-        return fast_bpe.make(self._backend) if self._splits_as_gpt2 else None
+        return fast_bpe.make(self._backend, self.dtype) if self._splits_as_gpt2 else None
 
     def token_starts(self, text: str) -> np.ndarray:
         """The character at which each token of `text` begins, int64 `[tokens]`."""

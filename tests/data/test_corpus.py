@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,28 @@ def test_neither_split_is_empty_if_documents_differ(make_corpus, tmp_path, fract
     same = write_jsonl(tmp_path / "b.jsonl", ["a", "a"])  # nothing to tell them apart
     (source,) = make_corpus(same, validation_fraction=fraction).sources
     assert split_texts(source, "train") == ["a", "a"]
+
+
+def test_no_text_is_encoded_twice_to_leave_neither_split_empty(make_corpus, tmp_path, monkeypatch):
+    encoded = []
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or real(self, texts)
+    )
+    monkeypatch.setattr(corpus, "_try_round_trip", lambda texts, tokenizer: {})
+    make_corpus(write_files(tmp_path / "d"), validation_fraction=1e-9)
+    assert sorted(filter(None, encoded)) == sorted(DOCUMENTS)
+
+
+def test_batches_leave_no_trace_in_the_cache(make_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SAMPLED_BYTES", 700)
+    folder, found = write_files(tmp_path / "d"), []
+    for size in (1, 1000, 2**18):
+        monkeypatch.setattr(corpus, "BATCH_BYTES", size)
+        (source,) = make_corpus(folder).sources
+        found.append({file.name: file.read_bytes() for file in source.directory.iterdir()})
+        shutil.rmtree(source.directory)
+    assert found[0] == found[1] == found[2] and source.samples > 8
 
 
 def test_weights_give_one_source_per_path_and_one_tokenizer(make_corpus, tmp_path):

@@ -1,3 +1,7 @@
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import vocabularies
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 from inl_jax.data import corpus
 from inl_jax.text import documents
 from inl_jax.tokens import long_documents
-from inl_jax.tokens.long_documents import Encoder, parts
+from inl_jax.tokens.long_documents import Encoder, Part, parts
 from inl_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = {make.__name__: Tokenizer(make.__name__, make()) for make in vocabularies.ALL}
@@ -32,10 +36,11 @@ texts = (
 def encode(tokenizer, text, *, piece, batch=3):
     """As a corpus is encoded, from pieces of `piece` characters."""
     pieces = ((text[i : i + piece], 0) for i in range(0, len(text), piece))
-    cut, encoder, ids = list(parts(pieces, tokenizer)), Encoder(tokenizer), []
-    for i in range(0, len(cut), batch):
-        ids += encoder.encode(cut[i : i + batch])
-    return np.concatenate(ids)
+    cut = list(parts(pieces, tokenizer))
+    batches = (cut[i : i + batch] for i in range(0, len(cut), batch))
+    with ThreadPoolExecutor(2) as pool:
+        encoded = list(Encoder(tokenizer, pool).encode(batches))
+    return np.concatenate(list(itertools.chain(*encoded)))
 
 
 @every
@@ -61,6 +66,19 @@ def test_file_has_the_tokens_of_its_text(make_corpus, tmp_path, monkeypatch, tok
     made = make_corpus(tmp_path / "*.txt", using=tokenizer, validation_fraction=0)
     wanted = [[*tokenizer.encode(text), tokenizer.end_id] for text in texts if text]
     np.testing.assert_array_equal(made.sources[0].open("train")[:], np.concatenate(wanted))
+
+
+def test_encoder_encodes_in_all_threads_and_reads_no_further_than_needed(monkeypatch):
+    tokenizer, read = TOKENIZERS["gpt2"], []
+    together, real = threading.Barrier(2), tokenizer.encode_batch
+    monkeypatch.setattr(long_documents, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda texts: (together.wait(60), real(texts))[1]
+    )
+    batches = ([Part(str(i))] for i in range(12) if read.append(i) is None)
+    with ThreadPoolExecutor(2) as pool:
+        for i, (ids,) in enumerate(Encoder(tokenizer, pool).encode(batches)):
+            assert tokenizer.decode(ids) == str(i) and len(read) <= i + 5
 
 
 def test_long_document_is_encoded_in_parts(monkeypatch):
