@@ -160,7 +160,7 @@ def start_torch(params, config: ModelConfig, *, skip_compile: bool):
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        say("WARNING: torch is not installed, so PyTorch is not measured: pip install torch")
+        say("WARNING: torch is not installed, so PyTorch is left out: pip install 'inl_jax[torch]'")
         return None
     return torch_reference.TorchSide(
         params,

@@ -60,7 +60,7 @@ def torch_step(config: TrainConfig) -> Callable[[int], None]:
         import torch
         from torch_twin import make_update
     except ImportError as error:
-        raise InputError(f"{error}: install torch") from error
+        raise InputError(f"{error}: pip install 'inl_jax[torch]'") from error
     torch.set_num_threads(usable_cpus())
     update, batch = make_update(config), torch.from_numpy(tokens(config)).long()
 

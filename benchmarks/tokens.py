@@ -20,7 +20,7 @@ from pathlib import Path
 
 from harness import Report, flags_only, main, number, ratios
 
-from inl_jax.config import DataConfig
+from inl_jax.config import DataConfig, InputError
 from inl_jax.console import say
 from inl_jax.data.corpus import BATCH_BYTES, BPE_SAMPLE_BYTES, prepare
 from inl_jax.limits import usable_cpus
@@ -95,7 +95,9 @@ def write_text(directory: Path, size: int) -> Path:
 def in_a_process(name: str, kind: str, text: Path, cache: Path) -> dict:
     """What `prepared` or `trained` finds, in a process of its own."""
     command = [sys.executable, __file__, "--json", "--child", name, kind, str(text), str(cache)]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(done.stderr.splitlines()[-1].removeprefix("error: "))
     found = json.loads(done.stdout)
     return {key: value for key, value in found.items() if key not in ("command", "machine")}
 

@@ -14,8 +14,8 @@ Memory     34.6 GiB at least, with one sequence at a time, estimated for one GPU
            and 6.8 GiB at least on each of 8 devices under fsdp (docs/memory.md).
 Time       Not measured yet for this size; one H100 is predicted to train at most 10,160 tokens/s
            (python benchmarks/cuda_program.py --config configs/3b.py). 130,000 updates of 262,144
-           tokens are about 20 tokens per parameter. At an assumed 40% of its peak one H100 takes
-           15 days, at 10% 61 (inl estimate --config 3b --gpus h100 --mfu .4).
+           tokens are about 20 tokens per parameter: 39 days at that bound, 15.8% of the peak, and
+           61 days at 10%, which is assumed (inl estimate --config 3b --gpus h100).
 Loss       Not measured yet for this size.
 """
 

@@ -13,8 +13,8 @@ Memory     50.8 GiB at least, with one sequence at a time, estimated for one GPU
            float32 masters, two moments, accumulator. XLA's CUDA compiler says 50.3 GiB at least,
            and 9.3 GiB on each of 8 devices under fsdp (docs/memory.md).
 Time       Not measured yet for this size; 190,000 updates of 262,144 tokens are about
-           20 tokens per parameter. At an assumed 40% of its peak one H100 takes 32 days, at 10%
-           129 (inl estimate --config 4b --gpus h100 --mfu .4).
+           20 tokens per parameter. At 10% of its peak, which is assumed, one H100 takes 129 days
+           (inl estimate --config 4b --gpus h100).
 Loss       Not measured yet for this size.
 """
 

@@ -159,17 +159,19 @@ def _explain_choice(asked, config, mesh, layout, memory, shared) -> str:
     found = recipes(with_fields(config, left_open), mesh, layout, shared=shared)
     (mine,) = (recipe for recipe in found if recipe.config == config)
     line = " and ".join(f"{name.removeprefix('model.')} auto" for name in left_open)
-    line += f": {_describe(config, mesh)}: {size(mine.num_bytes)} of {size(memory)}"
-    faster = [recipe for recipe in found if recipe.time < mine.time]
+    line += f": {_describe(config, mesh)}: "
     if mine.num_bytes > memory:
-        return f"{line}, and every other recipe needs more"
+        return f"{line}needs {size(mine.num_bytes)}, and every other choice needs more"
+    line += f"{size(mine.num_bytes)} of {size(memory)}"
+    faster = [recipe for recipe in found if recipe.time < mine.time]
     if not faster:
         return f"{line}; none is predicted to be faster"
     fitting = [recipe for recipe in faster if MARGIN * recipe.num_bytes <= memory]
     other = min(fitting, key=lambda recipe: recipe.time, default=faster[0])
     line += f"; {_describe(other.config, mesh)} would need {size(other.num_bytes)}"
-    gain = 100 * (mine.time / other.time - 1)
-    return f"{line} and be only {gain:.2g}% faster (predicted)" if fitting else line
+    if not fitting:
+        return f"{line}, which leaves too little to spare"
+    return f"{line} and be only {100 * (mine.time / other.time - 1):.2g}% faster (predicted)"
 
 
 def _chosen(found: list[Recipe], memory: float) -> Recipe:

@@ -131,7 +131,7 @@ def test_recipe_says_if_none_fits():
     config, mesh, layout = open_run()
     least = recipe.recipes(config, mesh, layout)[0]
     line = recipe.explain(config, least.config, mesh, layout, least.num_bytes - 1)
-    assert line.endswith(", and every other recipe needs more")
+    assert line.endswith(", and every other choice needs more")
 
 
 def test_memory_of_each_is_that_of_the_smallest_device_of_all_processes(monkeypatch):
