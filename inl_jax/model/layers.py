@@ -123,7 +123,12 @@ def _gelu_and_slope(z_BSF) -> tuple[jax.Array, jax.Array]:
     z_BSF = z_BSF.astype(at_least_float32(z_BSF))
     below_BSF = 0.5 + 0.5 * jax.lax.erf(z_BSF * math.sqrt(0.5))
     density_BSF = jnp.exp(-0.5 * z_BSF * z_BSF) / math.sqrt(2 * math.pi)
-    return z_BSF * below_BSF, below_BSF + z_BSF * density_BSF
+    gelu_BSF = z_BSF * below_BSF
+    if current_device().platform == "cpu":
+        # XLA would write Phi to memory for both, and make the slope over it in place, in scalar
+        # code. As erf(-z) = -erf(z) it does not find that this is the same.
+        below_BSF = 0.5 - 0.5 * jax.lax.erf(z_BSF * -math.sqrt(0.5))
+    return gelu_BSF, below_BSF + z_BSF * density_BSF
 
 
 # --- embedding
