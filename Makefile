@@ -24,11 +24,12 @@ test-slow: $(DEV)
 test-faults: $(DEV)
 	$(BIN)/python -m pytest -m faults tests/faults
 
-# What XLA's CUDA compiler makes of the 3b's step, read without a GPU; test-slow includes these tests
-# once JAX's CUDA plugin is installed.
+# What XLA's CUDA compiler makes without a GPU: the 3b's step, the integrator's kernels, the memory of a
+# step, decoding; test-slow includes these tests once JAX's CUDA plugin is installed.
 test-cuda: $(DEV)
 	$(BIN)/python -m pip install --quiet --editable '.[cuda]'
-	$(BIN)/python -m pytest -m slow tests/benchmarks/test_cuda_program.py
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_cuda_program.py tests/model/mosaic \
+		tests/planning/test_memory.py tests/sampling/test_decoding.py
 
 # The report in a real browser; test-slow includes these tests once Chromium is installed.
 browser: $(DEV)

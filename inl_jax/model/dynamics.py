@@ -29,12 +29,13 @@ Parameters: Wh `context_kernel` [D, Q, C], Wx and Wv `state_kernel` [2, D, Q, C]
 [Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D].
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from inl_jax.model.params import current_channel_shards
 
 CONTROLLERS = ("alpha", "beta", "gate", "candidate")  # their order on the axis Q
 
@@ -66,14 +67,17 @@ def hidden_from_context(params, h_BSD, *, dtype) -> jax.Array:
 
 def controller_hidden(params, from_context_BSQC, x_BSD, v_BSD) -> jax.Array:
     """`r = relu(h Wh + x Wx + v Wv + b)`, [B, S, Q, C]; `x` and `v` are in the products' type."""
-    Wx_DQC, Wv_DQC = params["state_kernel"].astype(x_BSD.dtype)
-    product = functools.partial(
-        jnp.einsum, "bsd,dqc->bsqc", preferred_element_type=params["mu"].dtype
-    )
-    sum_BSQC = from_context_BSQC + product(x_BSD, Wx_DQC)
-    if v_BSD is not None:
-        sum_BSQC += product(v_BSD, Wv_DQC)
-    return jax.nn.relu(sum_BSQC).astype(x_BSD.dtype)
+    W_EDQC = params["state_kernel"].astype(x_BSD.dtype)
+    state = [x_BSD] if v_BSD is None else [x_BSD, v_BSD]
+    if current_channel_shards() > 1:  # one product, in its own type: devices exchange it
+        xv_BSED = jnp.stack(state, axis=-2)
+        products = [jnp.einsum("bsed,edqc->bsqc", xv_BSED, W_EDQC[: len(state)])]
+    else:
+        products = [
+            jnp.einsum("bsd,dqc->bsqc", a_BSD, W_DQC, preferred_element_type=params["mu"].dtype)
+            for a_BSD, W_DQC in zip(state, W_EDQC, strict=False)
+        ]
+    return jax.nn.relu(sum(products, from_context_BSQC)).astype(x_BSD.dtype)
 
 
 def controller_outputs(params, r_BSQC) -> list[jax.Array]:

@@ -65,6 +65,12 @@ def current_batch_shards(num_rows: int) -> int:
     return shards if num_rows % shards == 0 else 1
 
 
+def current_channel_shards() -> int:
+    """Number of shards of the channels, D, on the current mesh."""
+    mesh, (axis,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("channels",))
+    return 1 if mesh.empty or axis is None else mesh.shape[axis]
+
+
 def by_row_shard(tree: Any, num_shards: int) -> Any:
     """Arrays [B, ...] as [N, B / N, ...]: the first axis is the shard of the batch.
 

@@ -2,16 +2,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 from integrator_cases import F64, inputs, layer_params, reference
 
 from inl_jax.model.dynamics import (
     Dynamics,
     coefficients,
+    controller_hidden,
     excitation,
     hidden_from_context,
     rms_error,
     run,
 )
+from inl_jax.parallel import sharding
 
 
 @pytest.mark.parametrize("kappa", [0.3, float("inf"), pytest.param(1.0, marks=pytest.mark.slow)])
@@ -30,6 +33,15 @@ def test_run_follows_the_equations(model_config, kappa):
         constants = dict(amplitude=0.03, num_iterations=T, dt=0.1, kappa=kappa)
         wanted = reference(params, h[0, 0], x[0, 0], **constants)
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tensor, products", [(1, 2), (2, 1)])
+def test_controller_hidden_is_one_product_if_devices_sum_it(model_config, tensor, products):
+    """Traced: each product whose channels are sharded is exchanged, in every step."""
+    params, _, x = jax.eval_shape(lambda: inputs(model_config(), jnp.bfloat16))
+    with sharding.on(mesh_of(tensor=tensor)):
+        program = str(jax.make_jaxpr(controller_hidden)(params, jnp.zeros(()), x, x))
+    assert program.count("dot_general[") == products
 
 
 def test_coefficients_start_at_their_documented_values(model_config):

@@ -11,13 +11,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from inl_jax.checks import require
 from inl_jax.model.device import current_device
 from inl_jax.model.dynamics import Dynamics, rms_error
 from inl_jax.model.dynamics_vjp import TRAJECTORY
+from inl_jax.model.params import current_channel_shards
 from inl_jax.model_config import ModelConfig
 
 
@@ -56,11 +56,10 @@ def integrator_kernel(config: ModelConfig) -> Literal["xla", "mosaic"]:
         f"{needs} a multiple of {COLUMNS} as model.d_model, not {config.d_model}: set one, "
         f"{instead}",
     )
-    mesh, (axis,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("channels",))
-    parts = 1 if mesh.empty or axis is None else mesh.shape[axis]
+    shards = current_channel_shards()
     require(
-        parts == 1,
-        f"{needs} all of D on one device, not mesh.{axis}={parts}: set mesh.{axis} 1, {instead}",
+        shards == 1,
+        f"{needs} all of D on one device, not mesh.tensor={shards}: set mesh.tensor 1, {instead}",
     )
     return "mosaic"
 

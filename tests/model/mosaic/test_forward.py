@@ -88,7 +88,7 @@ for kappa in (1.0, float("inf")):
 @SLOW
 def test_iteration_fits_into_the_registers_of_a_hopper(tmp_path):
     """Of the first iteration and a later one, for every kappa, as ptxas says."""
-    pytest.importorskip("jax_cuda12_plugin", reason="make cuda installs XLA's CUDA compiler")
+    pytest.importorskip("jax_cuda12_plugin", reason="make test-cuda installs XLA's CUDA compiler")
     environment = os.environ | {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",

@@ -172,7 +172,7 @@ for policy in POLICIES.values():
 @SLOW
 def test_run_mosaic_under_remat_runs_a_kernel_again_unless_the_trajectory_is_kept():
     """As compiled for a GPU."""
-    pytest.importorskip("jax_cuda12_plugin", reason="make cuda installs XLA's CUDA compiler")
+    pytest.importorskip("jax_cuda12_plugin", reason="make test-cuda installs XLA's CUDA compiler")
     kernels = alone(COMPILE)
     # Two iterations and two back; the second need not run again: nothing reads the last state.
     assert kernels.split() == ["5", "4"]
