@@ -215,6 +215,8 @@ def _threshold(documents: Iterable[Document], fraction: float) -> float:
     for document in documents:
         if document.split:
             return fraction
+        if next(document.pieces(), None) is None:  # no text: whichever side it is on stays empty
+            continue
         found = _hash_fraction(document)
         low, high = min(low, found), max(high, found)
         if low < fraction <= high:

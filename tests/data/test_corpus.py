@@ -42,6 +42,13 @@ def test_neither_split_is_empty_if_documents_differ(make_corpus, tmp_path, fract
     assert split_texts(source, "train") == ["a", "a"]
 
 
+def test_a_file_without_text_does_not_fill_a_split(make_corpus, tmp_path):
+    folder = write_files(tmp_path / "d", ["a", "b", "\ufeff"])  # the last has the highest hash
+    (source,) = make_corpus(folder, validation_fraction=1 - 1e-9).sources
+    assert sorted(split_texts(source, "train") + split_texts(source, "validation")) == ["a", "b"]
+    assert source.train_tokens == source.validation_tokens
+
+
 def test_no_text_is_encoded_twice_to_leave_neither_split_empty(make_corpus, tmp_path, monkeypatch):
     encoded = []
     real = Tokenizer.encode_batch
