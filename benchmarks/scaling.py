@@ -1,7 +1,7 @@
 """How long does an update take on 1 to 512 GPUs? A prediction, not a measurement.
 
 python benchmarks/scaling.py --config configs/3b.py [--section.field value ...]
-    [--meshes 1x1x1 1x8x1 8x8x1 64x8x1] [--sequences_per_device 1] [--tokens_per_second 18400]
+    [--meshes 1x1x1 1x8x1 8x8x1 64x8x1] [--sequences_per_device 1] [--tokens_per_second 10160]
     [--compile cuda] [--json]
 
 It follows from the bytes that devices send in the compiled step and from published bandwidths.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("scaling", __doc__)
     parser.add_argument("--meshes", nargs="+", default=["1x1x1", "1x8x1", "8x8x1", "64x8x1"])
     parser.add_argument("--sequences_per_device", type=int, default=1, help="in a micro-batch")
-    parser.add_argument("--tokens_per_second", type=float, default=18400, help="of one GPU alone")
+    parser.add_argument("--tokens_per_second", type=float, default=10160, help="of one GPU alone")
     parser.add_argument("--compile", choices=("cpu", "cuda"), default="cuda", help="by which XLA")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     with exit_on_input_error():

@@ -188,10 +188,10 @@ LEAST = " --accumulate_steps 64 --model.remat block"  # the recipe that needs th
         ),
         (
             "--config 3b --model.param_dtype float32 --model.compute_dtype float32" + LEAST,
-            "34,4 Gio en précision mixte, {device} Gio tout en float32",
+            "34,6 Gio en précision mixte, {device} Gio tout en float32",
         ),
-        ("--config 3b --batch_size 16 --accumulate_steps 1", "passe de {device} à 36,6 Gio"),
-        ("--config 3b --batch_size 16 --accumulate_steps 8", "passe de 61,3 à {device} Gio"),
+        ("--config 3b --batch_size 16 --accumulate_steps 1", "passe de {device} à 36,7 Gio"),
+        ("--config 3b --batch_size 16 --accumulate_steps 8", "passe de 60,1 à {device} Gio"),
         (
             "--config 4b --optim.state_memory pinned_host --optim.accumulator_dtype bfloat16"
             + LEAST,
