@@ -154,20 +154,19 @@ def test_the_peak_of_an_earlier_case_is_not_taken_for_that_of_a_later_one(gpu, m
     assert [rows.updates(None, 1) for _ in range(2)] == [{"peak_bytes": 5}, {}]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+@pytest.fixture
+def alone(tmp_path):
     """`alone(*flags)`: the script in a process in which grain cannot be imported."""
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "grain.py").write_text("raise ImportError('this machine has no grain')\n")
+    (tmp_path / "grain.py").write_text("raise ImportError('this machine has no grain')\n")
 
     def run(*flags):
         return subprocess.run(
-            [sys.executable, "benchmarks/gpu.py", "--out", str(folder / "found.json"), *flags],
+            [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "found.json"), *flags],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
-        ), folder / "found.json"
+        ), tmp_path / "found.json"
 
     return run
 
