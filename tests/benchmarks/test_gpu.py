@@ -163,7 +163,8 @@ def alone(tmp_path):
         return subprocess.run(
             [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "found.json"), *flags],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
         ), tmp_path / "found.json"
