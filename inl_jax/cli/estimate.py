@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
     check(flags)
     import jax
 
-    from inl_jax.parallel.sharding import make_mesh
+    from inl_jax.model.kernels import check_kernels
+    from inl_jax.parallel.sharding import make_mesh, on
     from inl_jax.planning.hardware import find_gpu
-    from inl_jax.planning.preflight import check_kernels
     from inl_jax.planning.programs.xla import use_no_device
     from inl_jax.training.state import make_layout
 
@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
         )
     mesh = make_mesh(config.mesh, devices=jax.devices("cpu"))
     with as_on(gpu, flags):  # from here on: a GPU of this machine must not be started
-        check_kernels(config.model, mesh)
+        with on(mesh):
+            check_kernels(config.model)
         layout = make_layout(config, mesh)
         record = make_record(config, flags, gpu, mesh, layout)
         record |= budgets(config, flags, gpu, mesh, layout, record)

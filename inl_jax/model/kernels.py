@@ -1,4 +1,4 @@
-"""The kernels of a trained model, on another device than it was trained on."""
+"""The kernels that a model asks for, on a device that may lack them."""
 
 import dataclasses
 
@@ -8,11 +8,17 @@ from inl_jax.model.mixers.attention import attention_kernel
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 
 
+def check_kernels(config: ModelConfig) -> None:
+    """Raises `InputError` if the current device or mesh lacks a kernel that a training asks for."""
+    for kernel in _kernels(config).values():
+        kernel(config)
+
+
 def with_kernels_found_here(config: ModelConfig) -> ModelConfig:
     """`config` of a trained model, with xla for kernels that are missing here, for its weights.
 
-    Says so in a line for each. xla gives the same numbers, but for rounding. Training does not
-    call this: it refuses a kernel that is missing, since xla needs more time and memory there.
+    Says so in a line for each. xla gives the same numbers, but for rounding. Training refuses what
+    is missing (`check_kernels`), since xla needs more time and memory there.
     """
     found = config
     for field, kernel in _kernels(config).items():

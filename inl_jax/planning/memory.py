@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from inl_jax.config import ModelConfig, TrainConfig, with_fields
 from inl_jax.console import size
 from inl_jax.limits import host_memory
-from inl_jax.model.device import current_device
-from inl_jax.model.language_model import abstract_params
-from inl_jax.model.layers import compute_dtype
+from inl_jax.model.language_model import abstract_params, kept_names
+from inl_jax.model.layers import PRODUCT, compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.model.losses import chunk_tokens
 from inl_jax.parallel.sharding import batch_shards, num_bytes
@@ -102,7 +101,7 @@ def _optimizer_bytes(state: Any) -> dict[tuple[str, str], int]:
 # Float32 values per token. In a block, beside what the integrator keeps: (in D, in F), by the type
 # of matrix products. While the gradient of one integrator iteration is computed: in D.
 _REST_OF_BLOCK = {"float32": (11, 2), "bfloat16": (4, 1.5)}
-_PRODUCTS = (5, 1)  # results of products, which a block keeps with `remat none` on a CPU
+_PRODUCTS = (5, 1)  # results of products, where a block keeps these alone (`kept_names`)
 _ITERATION = {"float32": 12, "bfloat16": 6}
 _LOGITS = {"float32": 2, "bfloat16": 1}  # float32 copies of the logits of a chunk
 _SCORES = 1.4  # copies of a block's attention scores, which are never all there at once
@@ -144,11 +143,11 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
         share = min(c.integrator_chunk or seq_len, seq_len) / seq_len
         live = _ITERATION[products] + (2 * segment if segment > 1 else 0)
         working = vector * share * live * D / tensor
-    named = rest
-    if current_device().platform == "cpu":
-        named = vector * (_PRODUCTS[0] * D + _PRODUCTS[1] * c.d_ff / tensor)
+    held = rest  # of it, with `remat none`
+    if PRODUCT in (kept_names(c) or ()):
+        held = vector * (_PRODUCTS[0] * D + _PRODUCTS[1] * c.d_ff / tensor)
     one_block, every_block = {
-        "none": (rest - named, named + kept),
+        "none": (rest - held, held + kept),
         "integrator": (kept, rest),
         "all_but_integrator": (rest, kept),
         "block": (rest + kept, 0),

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from inl_jax.config import InputError, ModelConfig, TrainConfig
+from inl_jax.config import InputError, TrainConfig
 from inl_jax.config_file import differences, from_json, to_json
 from inl_jax.console import count, duration, first_line, plural, say, size
 from inl_jax.curriculum import make_curriculum
@@ -26,10 +26,10 @@ from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.failures import DiskFull
 from inl_jax.limits import host_memory
+from inl_jax.model.kernels import check_kernels
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
-from inl_jax.model.mosaic.run_mosaic import integrator_kernel
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
@@ -147,14 +147,6 @@ def check_machine(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: L
     return recipe
 
 
-def check_kernels(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises `InputError` if the current device lacks a kernel that a training asks for."""
-    if config.context == "attention":
-        attention_kernel(config)
-    with on(mesh):
-        integrator_kernel(config)
-
-
 def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
     """How the run was fitted to its mesh and its memory. Takes what `check_machine` takes."""
     memory = memory_of_each(mesh) if is_open(asked) else 0
@@ -166,7 +158,8 @@ def check_recipe(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: La
 
 
 def _check_devices(asked: TrainConfig, config: TrainConfig, mesh: Mesh, layout: Layout) -> Finding:
-    check_kernels(config.model, mesh)
+    with on(mesh):
+        check_kernels(config.model)
     device, there = mesh.devices.flat[0], jax.device_count()
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     idle = device.platform != "cpu" and mesh.size < there

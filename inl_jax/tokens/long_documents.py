@@ -154,7 +154,7 @@ class Encoder:
 
         In the middle half of the common text: tokens near an end may depend on what is cut off.
         """
-        if common is None or len(part.before) < OVERLAP:
+        if len(part.before) < OVERLAP:
             return None
         length = len(common.ids)
         begins = length - _num_equal(self._ids[::-1], common.ids[::-1])  # held ids end with these

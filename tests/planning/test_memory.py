@@ -12,6 +12,7 @@ from conftest import mesh_of
 
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import load_config
+from inl_jax.model.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import memory
 from inl_jax.planning.recipe import choose
@@ -64,6 +65,18 @@ def test_memory_needed_counts_the_state_exactly(train_config, recipe, shape):
         assert (needed.host_bytes > 0) == (recipe == "offload")
         masters = needed.device["masters"] + needed.host.get("masters", 0)
         assert (masters > 0) == (recipe in ("masters", "offload"))
+
+
+@pytest.mark.parametrize("gradient, fewer", [("lean", True), ("autodiff", False)])
+def test_memory_needed_is_less_where_a_block_keeps_products_alone(train_config, gradient, fewer):
+    """On a CPU, but not with autodiff, as the model decides (`kept_names`)."""
+    model = {"remat": "none", "integrator_gradient": gradient, "compute_dtype": "float32"}
+    config, mesh = train_config(model=model, loss_chunk=64), mesh_of()
+    layout = make_layout(config, mesh)
+    here = memory.memory_needed(config, mesh, layout).device_bytes
+    with made_for(H100):
+        there = memory.memory_needed(config, mesh, layout).device_bytes
+    assert here < there if fewer else here == there
 
 
 def test_memory_needed_counts_the_accumulator_in_its_type(train_config):

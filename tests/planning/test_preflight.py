@@ -72,13 +72,12 @@ def test_train_checks_the_attention_kernel_before_it_allocates(train_config, mon
         assert "attention context (cudnn kernel)" in preflight.describe_model(narrow)
 
 
-def test_check_kernels_refuses_what_the_mesh_takes_from_a_kernel(train_config):
+def test_train_refuses_kernels_on_a_mesh_that_shards_their_width(train_config):
     fields = {"integrator_kernel": "mosaic", "controller_width": 64, "d_model": 64}
-    model = train_config(model=fields).model
     with made_for(H100):
-        preflight.check_kernels(model, mesh_of(fsdp=2))
+        check_machine(train_config(model=fields, mesh=MeshConfig(data=1, fsdp=2)))
         with pytest.raises(InputError, match="integrator_kernel=mosaic .* mesh.tensor 1"):
-            preflight.check_kernels(model, mesh_of(tensor=2))
+            check_machine(train_config(model=fields, mesh=MeshConfig(data=1, tensor=2)))
 
 
 def test_check_samples_refuses_what_the_cache_of_attention_cannot_hold(train_config):
