@@ -23,7 +23,7 @@ from hlo import Array, Kernel, kernels, parse
 
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.console import say
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.cost import flops_per_token
 from inl_jax.planning.hardware import find_gpu

@@ -26,8 +26,8 @@ from train import peak_memory, training
 from inl_jax.config import InputError, ModelConfig, TrainConfig, with_fields
 from inl_jax.config_file import load_config
 from inl_jax.console import first_line
-from inl_jax.model.device import H100, made_for
 from inl_jax.model.language_model import init_decode_state, init_params
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.planning.memory import memory_needed
 from inl_jax.planning.preflight import make_plan
 from inl_jax.sampling import Sampling

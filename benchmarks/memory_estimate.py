@@ -15,7 +15,7 @@ from harness import Report, config_and_flags, main
 
 from inl_jax.config import TrainConfig, field_types, with_fields
 from inl_jax.console import say
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import compiled_bytes, memory_needed
 from inl_jax.planning.programs.xla import compile_abstractly, use_no_device

@@ -185,8 +185,8 @@ def _check_precision(config: TrainConfig) -> Finding:
 
 
 def _check_kernel(config: TrainConfig) -> Finding:
-    if config.model.context != "attention":
-        return f"none, in the {config.model.context} context", "", "ok"
+    if not config.model.uses_attention:
+        return f"none, in the {config.model.context_text}", "", "ok"
     return attention_kernel(config.model), "", "ok"  # raises if this machine cannot run it
 
 

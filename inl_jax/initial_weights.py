@@ -164,7 +164,8 @@ def check_start(
             f"{path} tells neither its tokenizer nor its iterations: {tokenizer.name} and "
             f"model.num_iterations={config.model.num_iterations} must be those of its training"
         )
-    without = () if "attention" in (weights.model.context, config.model.context) else _OF_ATTENTION
+    attention = weights.model.uses_attention or config.model.uses_attention
+    without = () if attention else _OF_ATTENTION
     without += () if weights.model.num_iterations or config.model.num_iterations else _OF_INTEGRATOR
     changed = [
         (field, theirs, ours)

@@ -11,6 +11,7 @@ from inl_jax.checks import (
     require_positive,
 )
 
+Mixer = Literal["mean", "decay", "gated", "attention"]
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 
 
@@ -32,9 +33,13 @@ class ModelConfig:
     """Length of the longest sequence, in tokens."""
     controller_width: int = 64
     """Width of each of the integrator's four controllers, C, in hidden units."""
-    context: Literal["mean", "decay", "attention"] = "decay"
+    context: Mixer = "decay"
     """How a block reads the earlier positions. mean: running mean, the published model. decay:
-    exponential decay with a learned rate per channel. attention: causal softmax attention."""
+    exponential decay with a learned rate per channel. gated: decay at a rate that each token
+    chooses, with a gated output. attention: causal softmax attention."""
+    attention_every: int = 0
+    """Every so many layers, the last of them reads the earlier positions by attention and the
+    others by context; 0: all by context. A divisor of num_layers."""
     num_heads: int = 1
     """Number of query heads, each of width d_model / num_heads. For attention only."""
     num_kv_heads: int = 1
@@ -94,7 +99,9 @@ class ModelConfig:
             "num_kv_heads dt kappa integrator_segment",
         )
         require_not_negative(
-            self, "model.", "num_iterations excitation_amplitude tol integrator_chunk"
+            self,
+            "model.",
+            "num_iterations attention_every excitation_amplitude tol integrator_chunk",
         )
         require_at_most(self, "model.", 10**8, "vocab_size max_seq_len integrator_chunk")
         require_at_most(self, "model.", 10**6, "d_model d_ff controller_width integrator_segment")
@@ -121,7 +128,22 @@ class ModelConfig:
         require(
             not (self.num_iterations == 0 and self.context == "mean"),
             "model.num_iterations=0 with model.context=mean: nothing would read the context; "
-            "use model.context decay or attention",
+            "use model.context decay, gated or attention",
+        )
+        require(
+            not self.attention_every or self.context in ("decay", "gated"),
+            f"model.attention_every={self.attention_every} with model.context={self.context}: "
+            "attention alternates with model.context decay or gated; set one of these, or "
+            "model.attention_every 0",
+        )
+        require(
+            self.attention_every != 1,
+            "model.attention_every=1: all layers would be attention; set model.context attention",
+        )
+        require(
+            not self.attention_every or self.num_layers % self.attention_every == 0,
+            f"model.attention_every={self.attention_every}: must divide "
+            f"model.num_layers={self.num_layers}, or be 0",
         )
         require(
             not (self.num_iterations == 0 and self.tol > 0),
@@ -129,6 +151,34 @@ class ModelConfig:
         )
 
     @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixers of consecutive layers, repeated until there are `num_layers`."""
+        if self.attention_every == 0:
+            return (self.context,)
+        return (self.context,) * (self.attention_every - 1) + ("attention",)
+
+    @property
+    def context_text(self) -> str:
+        """The mixers for a reader: `gated context, attention in every 4th layer`."""
+        every = f", attention in every {_ordinal(self.attention_every)} layer"
+        return f"{self.context} context{every if self.attention_every else ''}"
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether some layer reads the earlier positions by attention."""
+        return "attention" in self.mixers
+
+    @property
+    def has_sinusoid(self) -> bool:
+        """Whether positions are added to the embedding: the other mixers know the order."""
+        return self.context in ("mean", "decay") and not self.uses_attention
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head, K."""
         return self.d_model // self.num_heads
+
+
+def _ordinal(n: int) -> str:
+    """2nd, 3rd, 11th."""
+    return f"{n}{'th' if n % 100 // 10 == 1 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"

@@ -16,8 +16,8 @@ from inl_jax.config_file import (
     presets,
     read_lab_note,
 )
-from inl_jax.model.device import H100, made_for
 from inl_jax.model.language_model import param_count
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning.memory import memory_needed
 from inl_jax.planning.recipe import choose

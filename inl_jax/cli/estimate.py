@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     check(flags)
     import jax
 
-    from inl_jax.model.kernels import check_kernels
+    from inl_jax.model.platform.kernels import check_kernels
     from inl_jax.parallel.sharding import make_mesh, on
     from inl_jax.planning.hardware import find_gpu
     from inl_jax.planning.programs.xla import use_no_device
@@ -111,7 +111,7 @@ def check(flags) -> None:
 
 def as_on(gpu, flags):
     """What is traced inside is made for the GPU, but for the CPU if that is to compile it."""
-    from inl_jax.model.device import Device, made_for
+    from inl_jax.model.platform.device import Device, made_for
 
     return made_for(None if flags.compile == "cpu" else Device("gpu", gpu.capability))
 

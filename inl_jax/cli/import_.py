@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if os.path.lexists(flags.out) and not (flags.out.is_dir() and not any(flags.out.iterdir())):
         raise InputError(f"--out {flags.out}: is there and no empty directory; name a new one")
     from inl_jax.initial_weights import find_weights, kind_of
-    from inl_jax.model.kernels import with_kernels_found_here
+    from inl_jax.model.platform.kernels import with_kernels_found_here
     from inl_jax.parallel.sharding import make_mesh, param_shardings
     from inl_jax.planning.preflight import describe_model
     from inl_jax.storage.checkpoint import Checkpoints

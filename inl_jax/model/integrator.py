@@ -34,7 +34,7 @@ from inl_jax.model.params import (
     join_positions,
     split_positions,
 )
-from inl_jax.model.unroll import unrolled
+from inl_jax.model.platform.unroll import unrolled
 
 
 def integrate(

@@ -1,17 +1,17 @@
 """The language model: block, model, and its functions for training and for decoding.
 
-    x = sqrt(D) E[ids] + P[position]         P: sinusoid; left out with attention
+    x = sqrt(D) E[ids] + P[position]         P: sinusoid; for mean and decay without attention
     for each block:
-        mean               n = LN1(x);  h = context(n)
-        decay, attention   h = context(x);  x = x + h;  n = LN1(x)
+        mean         n = LN1(x);  h = context(n)
+        the others   h = context(x);  x = x + h;  n = LN1(x)
         x_T = integrator: T steps from the state n, with context h
-        mean               x = x + x_T       as published
-        decay, attention   x = x + x_T - n
+        mean         x = x + x_T       as published
+        the others   x = x + x_T - n
         x = x + W2 gelu(W1 LN2(x) + b1) + b2
     logits = LN_f(x) E^T
 
 `x` is the residual stream; `x_T` is the last state of the integrator. The contexts are in
-`mixers/` (decay and attention begin with a norm of their own), the steps in `dynamics.py`.
+`mixers/` (all but mean begin with a norm of their own), the steps in `dynamics.py`.
 Dropout acts on the embedding, on what the integrator adds and on what the feed-forward adds.
 
 Training and decoding are one path. A block takes a span of tokens and, when decoding, the state
@@ -22,6 +22,7 @@ Shapes: B batch, S tokens given, D width, F feed-forward width, L layers, V voca
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.device import current_device
 from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.model.integrator import Integrator
 from inl_jax.model.layers import (
@@ -46,25 +46,33 @@ from inl_jax.model.layers import (
 )
 from inl_jax.model.mixers.attention import AttentionContext
 from inl_jax.model.mixers.decay import DecayContext
+from inl_jax.model.mixers.gated import GatedContext
 from inl_jax.model.mixers.kv_cache import write_entries
 from inl_jax.model.mixers.mean import MeanContext
 from inl_jax.model.mixers.span import LayerState, TokenSpan, last_real
+from inl_jax.model.platform.device import current_device
 
 init = nn.initializers
 
-MIXERS = {"mean": MeanContext, "decay": DecayContext, "attention": AttentionContext}
+MIXERS = {
+    "mean": MeanContext,
+    "decay": DecayContext,
+    "gated": GatedContext,
+    "attention": AttentionContext,
+}
 
 
 class DecodeState(NamedTuple):
-    """What decoding keeps of the tokens so far. For mean and decay its size does not grow."""
+    """What decoding keeps of the tokens so far. Without attention its size does not grow."""
 
     position_B: jax.Array  # of the next token, int32
-    layers: dict[str, jax.Array]  # the mixers' states, every leaf [L, B, ...]
+    layers: dict[str, Any]  # the mixers' states, every leaf [L, B, ...]; of a `Group` by its layers
 
 
 class Block(Layer):
     """Context mixer, integrator, feed-forward."""
 
+    mixer: str
     deterministic: bool = True
 
     @nn.compact
@@ -73,8 +81,8 @@ class Block(Layer):
         c = self.config
         D, F = c.d_model, c.d_ff
         x_BSD, decoding = whole(x_BSD), state is not None
-        mixer = MIXERS[c.context](c, name="context")
-        if c.context == "mean":
+        mixer = MIXERS[self.mixer](c, name="context")
+        if self.mixer == "mean":
             n_BSD = self.norm("norm1", x_BSD)
             h_BSD, state = mixer(n_BSD, state, tokens)
             last_BSD = self.integrator(h_BSD, n_BSD, amplitude, decoding)
@@ -108,6 +116,36 @@ class Block(Layer):
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x_BSD)
 
 
+class Group(Layer):
+    """Consecutive blocks with different mixers, which repeat in this order."""
+
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BSD, state: LayerState | None, tokens: TokenSpan, amplitude):
+        """As `Block`, with the states of its blocks by their names."""
+        states, block = {}, rematerialised(Block, self.config)
+        for name, mixer in zip(group_names(self.config), self.config.mixers, strict=True):
+            before = state and state.part(name)
+            layer = block(self.config, mixer, self.deterministic, name=name)
+            x_BSD, states[name] = layer(x_BSD, before, tokens, amplitude)
+        return x_BSD, None if state is None else states
+
+
+def group_names(config: ModelConfig) -> list[str]:
+    """The names of a group's blocks, in order; none if all blocks have one mixer."""
+    return [f"layer_{i}" for i in range(len(config.mixers))] if len(config.mixers) > 1 else []
+
+
+def rematerialised(block: type[Block], config: ModelConfig) -> type[Block]:
+    """`block`, of which the backward pass recomputes what `kept_names` does not name."""
+    if (names := kept_names(config)) is None:
+        return block
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # prevent_cse is not needed inside a loop (jax.checkpoint), and costs time.
+    return nn.remat(block, prevent_cse=False, policy=policy)
+
+
 def kept_names(config: ModelConfig) -> tuple[str, ...] | None:
     """Names of the arrays that a block keeps for its gradient; None keeps all that it reads.
 
@@ -139,35 +177,50 @@ class INLModel(Layer):
         start_B1 = 0 if state is None else state.position_B[:, None]
         position_BS = jnp.broadcast_to(start_B1 + jnp.arange(ids_BS.shape[1]), ids_BS.shape)
         x_BSD = math.sqrt(c.d_model) * look_up(embedding_VD, ids_BS)
-        if c.context != "attention":
+        if c.has_sinusoid:
             x_BSD = x_BSD + sinusoid(position_BS, c.d_model, table_dtype)
         x_BSD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BSD).astype(dtype)
 
-        block = Block
-        if (names := kept_names(c)) is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*names)
-            # prevent_cse is not needed inside a loop (jax.checkpoint), and costs time.
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        kind, fields = (Group, ()) if group_names(c) else (rematerialised(Block, c), c.mixers)
+        num_scanned = c.num_layers // len(c.mixers)
         blocks = nn.scan(
-            block,
-            length=c.num_layers,
+            kind,
+            length=num_scanned,
             variable_axes={"params": 0, "intermediates": 0, "steps": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(state and LayerState(nn.broadcast, 0), nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces the block once more, and random numbers would differ without it.
             check_constancy_invariants=self.is_initializing() or not self.deterministic,
-        )(c, self.deterministic, name="blocks")
+        )(c, *fields, self.deterministic, name="blocks")
         tokens = TokenSpan(position_BS, length_B)
-        before = state and LayerState(state.layers, jnp.arange(c.num_layers))
+        before = state and LayerState(state.layers, jnp.arange(num_scanned))
         x_BSD, layers = blocks(x_BSD, before, tokens, amplitude)
         hidden_BSD = self.norm("final_norm", x_BSD)
         if state is None:
             return hidden_BSD, None
-        if c.context == "attention":  # whose layers return their new entries alone
-            layers = write_entries(state.layers, layers, position_BS)
+        # Layers of attention return their new entries alone.
+        write = functools.partial(write_entries, position_BS=position_BS)
+        layers = join_states(c, state.layers, layers, attention=write)
         read_B = ids_BS.shape[1] if length_B is None else length_B
         return hidden_BSD, DecodeState(state.position_B + read_B, layers)
+
+
+def _second(old, new):
+    return new
+
+
+def join_states(
+    config: ModelConfig, old, new, *, attention: Callable = _second, others: Callable = _second
+) -> dict[str, Any]:
+    """Old and new `DecodeState.layers` joined: by `attention` for caches, by `others` for the rest.
+
+    Both map the two dicts of a mixer's arrays to one; by default to the new one.
+    """
+    join = [attention if mixer == "attention" else others for mixer in config.mixers]
+    if names := group_names(config):
+        return {n: one(old[n], new[n]) for n, one in zip(names, join, strict=True)}
+    return join[0](old, new)
 
 
 # --- the model as functions of (config, params, ...)
@@ -264,8 +317,16 @@ def apply(config: ModelConfig, params, input_ids, *, amplitude=None, dropout_key
 
 def init_decode_state(config: ModelConfig, batch_size: int, max_len: int) -> DecodeState:
     """The state before the first token, for sequences of up to `max_len` tokens."""
-    shapes = MIXERS[config.context].state_shapes(config, batch_size, max_len)
-    layers = jax.tree.map(lambda a: jnp.zeros((config.num_layers, *a.shape), a.dtype), shapes)
+    length = config.num_layers // len(config.mixers)
+    states = [
+        jax.tree.map(
+            lambda a: jnp.zeros((length, *a.shape), a.dtype),
+            MIXERS[mixer].state_shapes(config, batch_size, max_len),
+        )
+        for mixer in config.mixers
+    ]
+    names = group_names(config)
+    layers = dict(zip(names, states, strict=True)) if names else states[0]
     return DecodeState(jnp.zeros(batch_size, jnp.int32), layers)
 
 

@@ -11,8 +11,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.model.device import current_device
 from inl_jax.model.params import declare, gathered
+from inl_jax.model.platform.device import current_device
 
 # --- types
 

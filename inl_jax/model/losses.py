@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inl_jax.model.device import current_device
 from inl_jax.model.layers import at_least_float32, embedding_rows, project
 from inl_jax.model.params import (
     by_row_shard,
@@ -22,6 +21,7 @@ from inl_jax.model.params import (
     join_positions,
     split_positions,
 )
+from inl_jax.model.platform.device import current_device
 
 COLUMNS = 512  # columns of the embedding's gradient that are added at once
 ROWS = 128  # the vocabulary is padded to a multiple of this, but on CPUs

@@ -16,14 +16,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     c = config
     D, T, Q4C = c.d_model, c.num_iterations, 4 * c.controller_width
-    if c.context == "attention":
-        projections = 2 * D * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        context = projections + 2 * 2 * c.num_heads * c.head_dim * (seq_len + 1) // 2
-    else:
-        context = 2 * D * D
+    attention = 2 * D * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    attention += 2 * 2 * c.num_heads * c.head_dim * (seq_len + 1) // 2
+    of_mixer = {"mean": 2 * D * D, "decay": 2 * D * D, "gated": 8 * D * D, "attention": attention}
+    contexts = sum(of_mixer[mixer] for mixer in c.mixers) * (c.num_layers // len(c.mixers))
     integrator = 2 * D * Q4C * (3 * T) if T > 0 else 0  # T outputs, T states, T-1 velocities, 1 h
     feed_forward = 2 * 2 * D * c.d_ff
-    return c.num_layers * (context + integrator + feed_forward) + 2 * D * c.vocab_size
+    return contexts + c.num_layers * (integrator + feed_forward) + 2 * D * c.vocab_size
 
 
 def utilization(

@@ -130,7 +130,7 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     in_D, in_F = _REST_OF_BLOCK[products]
     rest = vector * (in_D * D + in_F * c.d_ff / tensor)
     scores = 0
-    if c.context == "attention" and (
+    if c.uses_attention and (
         c.attention_kernel == "xla" or (c.attention_kernel == "auto" and products == "float32")
     ):  # XLA holds the scores; cuDNN, which takes only 16-bit types, does not
         scores = _SCORES * 4 * tokens * seq_len * c.num_heads / tensor

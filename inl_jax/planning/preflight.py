@@ -26,10 +26,10 @@ from inl_jax.data import batches as data
 from inl_jax.data.corpus import Corpus, make_cache, prepare
 from inl_jax.failures import DiskFull
 from inl_jax.limits import host_memory
-from inl_jax.model.kernels import check_kernels
 from inl_jax.model.language_model import param_count
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.mixers.attention import attention_kernel
+from inl_jax.model.platform.kernels import check_kernels
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.planning.budget import TOKENS_PER_PARAMETER, guide_minimum
@@ -247,11 +247,11 @@ def describe_model(config: TrainConfig) -> str:
     """Name, true parameter count, shape and types in one line."""
     m, n = config.model, param_count(config.model)
     kernel = ""
-    if m.context == "attention":
+    if m.uses_attention:
         chosen = m.attention_kernel if m.attention_kernel != "auto" else attention_kernel(m)
         kernel = f" ({chosen} kernel)"
     return (
-        f"{config.name}: {n:,} parameters ({count(n)}), {m.context} context{kernel}, "
+        f"{config.name}: {n:,} parameters ({count(n)}), {m.context_text}{kernel}, "
         f"{plural(m.num_layers, 'layer')} x {plural(m.num_iterations, 'iteration')}, "
         f"width {m.d_model}, parameters {m.param_dtype}, matrix products {compute_dtype(m).name}"
     )
@@ -371,7 +371,7 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
                 f"sample_prompts: {prompt!r} cannot be encoded ({first_line(error)}); write it in "
                 "UTF-8"
             ) from None
-        if config.model.context == "attention" and length > config.model.max_seq_len:
+        if config.model.uses_attention and length > config.model.max_seq_len:
             raise InputError(
                 f"sample_tokens={config.sample_tokens}: with the prompt {prompt[:40]!r} that is "
                 f"{length} tokens, beyond model.max_seq_len={config.model.max_seq_len}; lower "

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import TrainConfig, with_fields
 from inl_jax.console import plural, size
-from inl_jax.model.device import current_device
+from inl_jax.model.platform.device import current_device
 from inl_jax.parallel import processes
 from inl_jax.parallel.sharding import batch_shards
 from inl_jax.planning.memory import memory_found, memory_needed

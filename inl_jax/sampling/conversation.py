@@ -89,7 +89,7 @@ class Conversation:
         """
         model, tokenizer, how = self.model, self.model.tokenizer, Sampling(**sampling)
         self._ids = self._ids or [tokenizer.end_id]  # after which a document begins
-        if model.config.context == "attention":
+        if model.config.uses_attention:
             longest = model.config.max_seq_len
             max_new_tokens = min(max_new_tokens, longest - len(self._ids))
             require(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.console import plural, say
-from inl_jax.model.language_model import DecodeState, decode, init_decode_state
+from inl_jax.model.language_model import DecodeState, decode, init_decode_state, join_states
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on
 from inl_jax.sampling.choice import Sampling, choose, penalize
@@ -67,9 +67,9 @@ def read_on(config: ModelConfig, params, logits_BV, state: DecodeState, ids_BP, 
         keep(0, old, new)
         for old, new in ((logits_BV, read[0]), (state.position_B, read[1].position_B))
     )
-    layers = read[1].layers
-    if config.context != "attention":  # whose rows do not see what is written after their position
-        layers = jax.tree.map(functools.partial(keep, 1), state.layers, layers)
+    # Rows of attention do not see what is written after their position.
+    others = functools.partial(jax.tree.map, functools.partial(keep, 1))
+    layers = join_states(config, state.layers, read[1].layers, others=others)
     return logits_BV, DecodeState(position_B, layers)
 
 
@@ -84,7 +84,7 @@ def prefill(config: ModelConfig, params, ids_BP, length_B, *, max_len: int):
       max_len: longest sequence the state must hold.
     """
     (ids, length), *others = _prompt_pieces(ids_BP, length_B)
-    if config.context != "attention":
+    if not config.uses_attention:
         max_len = 0  # their state has one size: one program for all lengths
     found = call_together(read_first, config, params, ids, length, max_len=max_len)
     for ids, length in others:
@@ -399,7 +399,7 @@ def _check(config, prompts, max_new_tokens, num_samples) -> None:
             f"exceed model.max_seq_len={config.max_seq_len}"
         )
         require(
-            config.context != "attention",
+            not config.uses_attention,
             f"{beyond}: lower max_new_tokens or shorten the prompt",
         )
         say(f"{beyond}: the model was not trained on sequences of that length")

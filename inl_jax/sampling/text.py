@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from inl_jax.config import ModelConfig
 from inl_jax.files import user_path
-from inl_jax.model.kernels import with_kernels_found_here
+from inl_jax.model.platform.kernels import with_kernels_found_here
 from inl_jax.parallel.sharding import on, param_shardings
 from inl_jax.sampling.choice import Sampling
 from inl_jax.sampling.continuation import Continuation, grown

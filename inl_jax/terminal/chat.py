@@ -121,7 +121,7 @@ class Chat:
         longest = f"model.max_seq_len={config.max_seq_len}"
         if not answer.text:
             complain(EMPTY[answer.finish_reason])
-        if config.context == "attention" and length >= config.max_seq_len:
+        if config.uses_attention and length >= config.max_seq_len:
             complain(f"the history fills {longest}: /undo takes back a turn, /reset forgets all")
         elif length > config.max_seq_len and not self._said_beyond:
             self._said_beyond = True

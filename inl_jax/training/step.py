@@ -201,7 +201,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, layout: Layout) -> Any:
         )
     if config.optim.state_memory == "pinned_host":
         check_offload(compiled.as_text())
-    if config.model.context == "attention" and attention_kernel(config.model) == "cudnn":
+    if config.model.uses_attention and attention_kernel(config.model) == "cudnn":
         check_fused_attention(compiled.as_text())
     return meeting_first(compiled)
 

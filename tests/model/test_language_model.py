@@ -14,10 +14,10 @@ import inl_jax
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.config_file import load_config
 from inl_jax.model import language_model as model
-from inl_jax.model.device import H100, made_for
 from inl_jax.model.layers import layer_norm
 from inl_jax.model.losses import token_losses
 from inl_jax.model.mixers.span import LayerState, TokenSpan
+from inl_jax.model.platform.device import H100, made_for
 
 CONTEXTS = ("mean", "decay", "attention")
 SLOW = pytest.mark.slow

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from inl_jax.config import MeshConfig
 from inl_jax.model import losses
-from inl_jax.model.device import H100, made_for
 from inl_jax.model.losses import chunk_tokens, mean_loss, token_losses
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import RULES, make_mesh
 
 V, D, B, S = 40, 16, 4, 14

@@ -12,7 +12,7 @@ from conftest import mesh_of
 
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import load_config
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import memory
 from inl_jax.planning.recipe import choose

@@ -9,7 +9,7 @@ from inl_jax import train
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.data.corpus import prepare
 from inl_jax.failures import DiskFull
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh
 from inl_jax.planning import preflight
 from inl_jax.tokens.tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inl_jax import trainer
 from inl_jax.config import MeshConfig, ModelConfig, TrainConfig, with_fields
 from inl_jax.config_file import load_config
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import batch_shards, fit_to_mesh
 from inl_jax.planning import memory, recipe
 from inl_jax.planning.hardware import find_gpu

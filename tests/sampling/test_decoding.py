@@ -10,7 +10,7 @@ from lively import lively_params
 
 from inl_jax.config import InputError
 from inl_jax.model import language_model as model
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.planning.programs.xla import compile_for_cuda
 from inl_jax.sampling import decoding, generate
 from inl_jax.sampling.decoding import decode_loop, prefill, read_first, read_on, start_rows

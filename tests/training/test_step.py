@@ -6,8 +6,8 @@ from conftest import assert_same
 
 from inl_jax.config import MeshConfig
 from inl_jax.model import language_model
-from inl_jax.model.device import H100, made_for
 from inl_jax.model.layers import feed_forward
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel.sharding import fit_to_mesh, make_mesh, on
 from inl_jax.training import spikes
 from inl_jax.training.optim import make_optimizer

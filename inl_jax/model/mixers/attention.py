@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.model.device import current_device
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept, rms_norm
 from inl_jax.model.mixers.blocked_attention import blocked_attention
 from inl_jax.model.mixers.kv_cache import attend_with_cache
 from inl_jax.model.mixers.span import TokenSpan
+from inl_jax.model.platform.device import current_device
 
 init = nn.initializers
 

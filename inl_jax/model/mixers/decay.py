@@ -75,7 +75,7 @@ class DecayContext(Layer):
         u_BSD = projection(self, self.norm("norm", x_BSD))
         dtype = at_least_float32(u_BSD)
         logit_D = self.declare(
-            "decay_logit", _decay_logit_init(self.config), u_BSD.shape[-1:], ("channels",), dtype
+            "decay_logit", decay_logit_init(self.config), u_BSD.shape[-1:], ("channels",), dtype
         )
         h0_BD = jnp.zeros_like(u_BSD[:, 0], dtype) if state is None else state["h"]
         h_BSD = decay_scan(u_BSD.astype(dtype), jax.nn.sigmoid(logit_D), h0_BD)
@@ -90,7 +90,7 @@ class DecayContext(Layer):
         return {"h": jax.ShapeDtypeStruct((batch_size, config.d_model), dtype)}
 
 
-def _decay_logit_init(config: ModelConfig):
+def decay_logit_init(config: ModelConfig):
     """Time constants `tau = -1 / ln(lam)`, spread geometrically from 1 to `max_seq_len` tokens."""
 
     def initializer(key, shape, dtype):

@@ -12,9 +12,9 @@ N entries of the cache, n entries read at once.
 import jax
 import jax.numpy as jnp
 
-from inl_jax.model.device import current_device
 from inl_jax.model.layers import at_least_float32
 from inl_jax.model.mixers.span import LayerState, TokenSpan
+from inl_jax.model.platform.device import current_device
 
 
 def attend_with_cache(q_BSHK, new_BGSK, state: LayerState, tokens: TokenSpan) -> jax.Array:

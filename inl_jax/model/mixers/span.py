@@ -28,6 +28,10 @@ class LayerState:
     def __getitem__(self, name: str) -> jax.Array:
         return self.layers[name][self.index]
 
+    def part(self, name: str) -> "LayerState":
+        """The state of one of the layers that are scanned together."""
+        return LayerState(self.layers[name], self.index)
+
 
 def last_real(h_BSD, tokens: TokenSpan) -> jax.Array:
     """The vector at the last real token of each row, [B, D]."""

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from inl_jax.checks import require
-from inl_jax.model.device import current_device
 from inl_jax.model.dynamics import Dynamics, rms_error
 from inl_jax.model.dynamics_vjp import TRAJECTORY
 from inl_jax.model.params import current_channel_shards
+from inl_jax.model.platform.device import current_device
 from inl_jax.model_config import ModelConfig
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from inl_jax.config import InputError, TrainConfig
 from inl_jax.console import first_line, say
 from inl_jax.internals import backends_are_initialized, compile_for_topology, cudnn_assumed
-from inl_jax.model.device import H100, made_for
+from inl_jax.model.platform.device import H100, made_for
 from inl_jax.parallel import sharding
 from inl_jax.planning.hardware import XLA_H100, XLA_H100_CUDNN
 from inl_jax.training.state import Layout

@@ -9,9 +9,9 @@ import pytest
 
 from inl_jax.config import InputError
 from inl_jax.config_file import load_config, presets
-from inl_jax.model.device import H100, Device, current_device, made_for
 from inl_jax.model.language_model import abstract_params, apply
 from inl_jax.model.mixers import attention
+from inl_jax.model.platform.device import H100, Device, current_device, made_for
 
 CPU, A100, RTX_4090 = Device("cpu"), Device("gpu", (8, 0)), Device("gpu", (8, 9))
 

@@ -13,10 +13,10 @@ from integrator_cases import F32, F64, layer_params
 from mosaic_cases import BF16, C, arrays, bfloat16, distance
 
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.model.device import H100, Device, made_for
 from inl_jax.model.dynamics_vjp import TRAJECTORY, Loop, run_lean
 from inl_jax.model.mosaic.run_mosaic import integrator_kernel, run_mosaic
 from inl_jax.model.mosaic.tiles import interpreted
+from inl_jax.model.platform.device import H100, Device, made_for
 from inl_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[3]

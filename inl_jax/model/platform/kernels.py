@@ -36,5 +36,5 @@ def with_kernels_found_here(config: ModelConfig) -> ModelConfig:
 
 def _kernels(config: ModelConfig) -> dict:
     """The fields of the kernels that `config` uses, with the functions that check them."""
-    attention = {"attention_kernel": attention_kernel} if config.context == "attention" else {}
+    attention = {"attention_kernel": attention_kernel} if config.uses_attention else {}
     return attention | {"integrator_kernel": integrator_kernel}

@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from inl_jax.model.device import H100, Device, current_device, made_for
 from inl_jax.model.language_model import hidden_states, init_params
 from inl_jax.model.layers import compute_dtype
 from inl_jax.model.losses import mean_loss
+from inl_jax.model.platform.device import H100, Device, current_device, made_for
 
 
 def test_current_device_is_the_one_of_jax_unless_another_is_named():

@@ -1,7 +1,7 @@
 import pytest
 
-from inl_jax.model.device import H100, Device, made_for
-from inl_jax.model.unroll import unrolled
+from inl_jax.model.platform.device import H100, Device, made_for
+from inl_jax.model.platform.unroll import unrolled
 
 
 @pytest.mark.parametrize("device, pays", [(H100, True), (Device("cpu"), False)])

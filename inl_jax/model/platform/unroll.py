@@ -1,7 +1,7 @@
 """Whether the integrator's loop is compiled as straight code."""
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.device import current_device
+from inl_jax.model.platform.device import current_device
 
 
 def unrolled(config: ModelConfig) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 
-from inl_jax.model.device import H100, Device, made_for
-from inl_jax.model.kernels import with_kernels_found_here
+from inl_jax.model.platform.device import H100, Device, made_for
+from inl_jax.model.platform.kernels import with_kernels_found_here
 
 CPU, A100 = Device("cpu"), Device("gpu", (8, 0))
 FITS = {"context": "attention", "d_model": 64, "controller_width": 64, "compute_dtype": "bfloat16"}
