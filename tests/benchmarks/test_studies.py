@@ -66,25 +66,6 @@ def test_train_variants_checks_all_configs_before_it_trains_one(study, trained, 
     assert "batch_size" in capsys.readouterr().err
 
 
-def test_compare_tabulates_and_draws_each_mixer_and_t(study, trained, capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    picture = tmp_path / "curves.png"
-    study("compare").main(["--out", str(picture), "--runs_dir", "r", "--num_steps", "300"])
-    names = [f"r/{c}-{t}" for t in (0, 2, 5) for c in ("mean", "decay", "attention")]
-    assert [config.run_dir for config in trained] == names[1:]
-    head, _, *rows = capsys.readouterr().out.splitlines()
-    cells = [name.strip() for name in head.split("|")[1:-1]]
-    assert cells[4:-1] == ["100 updates", "200 updates", "300 updates"]
-    assert len(rows) == 8 and rows[0].startswith("| decay, T = 0 | 857,856 | 10.5 | 250 | 3.000")
-    assert rows[0].endswith("| 1.000 |")  # the cheapest run ends where the budget does
-    assert picture.stat().st_size > 0
-
-
-def test_bits_at_a_budget_lie_between_the_nearest_updates(study):
-    curve = study("compare").Curve("c", "decay", 2, 1, 10, 1.0, [100, 200], [3.0, 2.0])
-    assert [curve.bits_at(f) for f in (0, 1000, 1250, 2000, 9999)] == [3, 3, 2.75, 2, 2]
-
-
 @pytest.mark.slow
 def test_recipes_trains(study, monkeypatch, capsys, tmp_path, text_file):
     recipes = study("recipes")

@@ -1,0 +1,198 @@
+"""Does the integrator earn its cost, and which mixer should read the earlier positions?
+
+python benchmarks/learning.py [--questions rate mixers ...] [--runs_dir runs/learning]
+    [--out docs/learning.png] [--read_only]
+
+Trains the models of each question from scratch on text that any machine has, and prints a table of
+the bits per byte of the whole validation split: the mean over seeds, and their spread. Each CPU
+trains one run at a time. Runs that have ended are read, so the command can be stopped and repeated.
+
+All runs of a width read the same tokens. `beside T 0` compares with the same mixer without the
+integrator at the same training FLOPs: between the two nearest widths of its feed-forward layer,
+linearly in the logarithm of the FLOPs.
+"""
+
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from corpora import CORPORA, sources
+from harness import machine, make_parser, markdown
+from questions import DEPTHS, QUESTIONS
+from study import Run, read_result, train_runs
+
+from inl_jax.terminal.command_line import exit_on_input_error
+
+COLOURS = {
+    "decay": "tab:blue",
+    "gated": "tab:red",
+    "gated+attention/4": "tab:purple",
+    "attention": "tab:green",
+}
+
+
+class Found(NamedTuple):
+    """What the seeds of an arm found on a corpus, at one learning rate."""
+
+    name: str
+    width: int
+    corpus: str
+    learning_rate: float
+    bits: list[float]  # per byte, by seed
+    parameters: int
+    flops: float  # of the training
+    by_depth: dict[str, float]  # bits per byte of the first seed, by iterations at evaluation
+
+    @property
+    def mean(self) -> float:
+        """Mean bits per byte."""
+        return statistics.mean(self.bits)
+
+    @property
+    def spread(self) -> float:
+        """Half of the distance between the best and the worst seed, in bits per byte."""
+        return (max(self.bits) - min(self.bits)) / 2
+
+    @property
+    def mixer(self) -> str:
+        """The first word of the name."""
+        return self.name.split()[0]
+
+    @property
+    def has_integrator(self) -> bool:
+        """Whether the name has a T."""
+        return " T" in self.name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("learning", __doc__)
+    parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
+    parser.add_argument("--runs_dir", default="runs/learning", help="of results and corpora")
+    parser.add_argument("--out", default="docs/learning.png", help="the picture")
+    parser.add_argument("--read_only", action="store_true", help="train nothing")
+    parser.add_argument("-h", "--help", action="help", help="show this")
+    with exit_on_input_error():
+        flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
+        questions = {name: QUESTIONS[name] for name in flags.questions}
+        runs = [run for question in questions.values() for run in question.runs]
+        if not flags.read_only:
+            train_runs(runs, flags.runs_dir, depths=DEPTHS)
+    everything = find(itertools.chain(*(q.runs for q in QUESTIONS.values())), flags.runs_dir)
+    print(f"{machine()}; prose from {sources()}")
+    for name, question in questions.items():
+        print(f"\n### {name}: {question.text}\n")
+        print(markdown(table_rows(find(question.runs, flags.runs_dir), everything)))
+    draw(everything, Path(flags.out))
+
+
+def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
+    """The results of runs that have ended, by arm, width, corpus and learning rate."""
+    grouped: dict[Run, list] = {}
+    for run in dict.fromkeys(runs):
+        if result := read_result(run, runs_dir):
+            grouped.setdefault(run._replace(seed=0), []).append(result)
+    return [
+        Found(
+            *(run.arm.name, run.width, run.corpus, run.learning_rate),
+            [result.bits_per_byte for result in results],
+            *(results[0].parameters, results[0].flops, results[0].by_depth),
+        )
+        for run, results in grouped.items()
+    ]
+
+
+def without_integrator(found: Found, everything: Sequence[Found]) -> float | None:
+    """Bits per byte of the same mixer without the integrator, at the FLOPs of `found`.
+
+    None if no two widths of the feed-forward layer lie on both sides.
+    """
+    same = (found.mixer, found.width, found.corpus, found.learning_rate)
+    curve = sorted(
+        (math.log(one.flops), one.mean)
+        for one in everything
+        if (one.mixer, one.width, one.corpus, one.learning_rate) == same
+        and not one.has_integrator
+        and len(one.name.split()) == 2
+    )
+    at = math.log(found.flops)
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None
+
+
+def table_rows(found: Sequence[Found], everything: Sequence[Found]) -> list[dict[str, str]]:
+    """A row for each arm, width and learning rate, with a column for each corpus."""
+    rows: dict[tuple, dict[str, str]] = {}
+    depths = sorted({int(t) for one in found for t in one.by_depth})
+    for one in found:
+        key = one.name, one.width, one.learning_rate
+        row = rows.setdefault(key, _head(one) | dict.fromkeys(_columns(found, depths), ""))
+        spread = f" ± {one.spread:.4f}" if len(one.bits) > 1 else ""
+        row[one.corpus] = f"{one.mean:.4f}{spread}"
+        base = without_integrator(one, everything)
+        if one.has_integrator and base:
+            row[f"beside T 0, {one.corpus}"] = f"{100 * (one.mean / base - 1):+.2f}%"
+        for t, bits in one.by_depth.items():
+            row[f"{t} iterations"] = f"{bits:.4f}"
+    return [{name: cell or "-" for name, cell in row.items()} for row in rows.values()]
+
+
+def _head(one: Found) -> dict[str, str]:
+    return {
+        "model": one.name,
+        "width": str(one.width),
+        "rate": f"{one.learning_rate:g}",
+        "parameters": f"{one.parameters:,}",
+        "TFLOP": f"{one.flops / 1e12:.2f}",
+        "seeds": str(len(one.bits)),
+    }
+
+
+def _columns(found: Sequence[Found], depths: Sequence[int]) -> list[str]:
+    corpora = [name for name in CORPORA if any(one.corpus == name for one in found)]
+    with_integrator = {one.corpus for one in found if one.has_integrator}
+    beside = [f"beside T 0, {name}" for name in corpora if name in with_integrator]
+    return [*corpora, *beside, *(f"{t} iterations" for t in depths)]
+
+
+def draw(everything: Sequence[Found], path: Path) -> None:
+    """Draws bits per byte against training FLOPs, one panel for each corpus, at the least width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    several = [one for one in everything if len(one.bits) > 1 and one.mixer in COLOURS]
+    width = min(one.width for one in several)
+    figure, axes = plt.subplots(1, len(CORPORA), figsize=(13, 4.4))
+    for corpus, axis in zip(CORPORA, axes, strict=True):
+        shown = [one for one in several if (one.width, one.corpus) == (width, corpus)]
+        for mixer, colour in COLOURS.items():
+            of_mixer = sorted((o for o in shown if o.mixer == mixer), key=lambda o: o.flops)
+            for with_integrator, style in ((False, "o-"), (True, "^:")):
+                points = [o for o in of_mixer if o.has_integrator == with_integrator]
+                if points:
+                    axis.errorbar(
+                        [o.flops / 1e12 for o in points],
+                        [o.mean for o in points],
+                        yerr=[o.spread for o in points],
+                        fmt=style,
+                        color=colour,
+                        capsize=3,
+                        label=f"{mixer}, {'with' if with_integrator else 'without'} integrator",
+                    )
+        axis.set(title=corpus, xlabel="training TFLOP")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation bits per byte")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The questions of `learning.py`: which models are trained, on what, how often.
+
+A name says what an arm is: its mixer, T iterations, C the width of its controllers, F the width of
+its feed-forward layer in widths of the model, and what else differs from the defaults.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from corpora import CORPORA
+from study import Arm, Run
+
+RATE = 5e-3  # peak learning rate, the best of RATES for all families (question "rate")
+RATES = (3e-3, RATE, 8e-3)
+SEEDS = (0, 1, 2)
+
+
+class Question(NamedTuple):
+    """A question, and the runs that answer it."""
+
+    text: str
+    runs: Sequence[Run]
+
+
+def arm(
+    context: str, F: float, T: int = 0, C: int = 8, dt: float = 1.0, *, form: str = "", **fields
+) -> Arm:
+    """An arm by what its name says; `fields` are others of `model.`"""
+    every = fields.get("attention_every")
+    parts = [f"{context}+attention/{every}" if every else context]
+    model = {"context": context, "d_ff": F, "num_iterations": T, **fields}
+    if T:
+        model |= {"controller_width": C, "dt": dt}
+        parts += [f"T{T}", f"C{C}", f"dt{dt:g}"]
+    parts.append(f"F{F:g}")
+    parts += [f"{name}={value:g}" for name, value in fields.items() if name != "attention_every"]
+    name = " ".join([*parts, form] if form else parts)
+    return Arm(name, tuple((f"model.{field}", value) for field, value in model.items()), form)
+
+
+def runs_of(
+    arms: Iterable[Arm],
+    *,
+    width: int = 128,
+    corpora: Sequence[str] = ("code",),
+    rates: Sequence[float] = (RATE,),
+    seeds: Sequence[int] = (0,),
+) -> list[Run]:
+    """Every arm on every corpus, at every rate, with every seed."""
+    every = itertools.product(seeds, corpora, rates, arms)
+    return [Run(one, width, corpus, rate, seed) for seed, corpus, rate, one in every]
+
+
+DECAY, GATED, ATTENTION = (arm(context, 2) for context in ("decay", "gated", "attention"))
+MIXED = arm("gated", 2, attention_every=4)
+BEST = arm("gated", 2, T=1)
+ATTENTION_BEST, MIXED_BEST = arm("attention", 2, T=1), arm("gated", 2, T=1, attention_every=4)
+# 48 more hidden units of the feed-forward layer cost as much as one iteration with C 8.
+EQUAL = 2 + 48 / 128
+
+QUESTIONS = {
+    "rate": Question(
+        "The learning rate of each family",
+        runs_of((GATED, BEST, ATTENTION, ATTENTION_BEST, DECAY), rates=RATES),
+    ),
+    "cost": Question(
+        "What do controllers of width C, T iterations and time steps dt cost and gain?",
+        runs_of(
+            [
+                *(arm("gated", F) for F in (2, EQUAL, 4)),
+                *(arm("gated", 2, T=1, C=C) for C in (1, 4, 8, 16, 32, 64)),
+                *(arm("gated", 2, T=1, dt=dt) for dt in (0.1, 0.3, 0.5, 2)),
+                *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3, 5)),
+                *(arm("gated", 2, T=T, dt=0.1) for T in (3, 5)),
+                arm("gated", 2, T=3, C=64, dt=0.1),
+            ]
+        ),
+    ),
+    "layers": Question(
+        "One integrator for all layers, or one in every other layer?",
+        runs_of([GATED, BEST, *(arm("gated", 2, T=1, form=f) for f in ("shared", "every_other"))]),
+    ),
+    "mixers": Question(
+        "Which mixer, without the integrator?",
+        runs_of((DECAY, GATED, MIXED, ATTENTION), corpora=CORPORA, seeds=SEEDS),
+    ),
+    "integrator": Question(
+        "What does the integrator add to each mixer at equal FLOPs?",
+        runs_of(
+            (GATED, arm("gated", EQUAL), arm("gated", 4), BEST),
+            corpora=CORPORA,
+            seeds=SEEDS,
+        )
+        + runs_of(
+            (ATTENTION, arm("attention", EQUAL), ATTENTION_BEST, MIXED, MIXED_BEST),
+            corpora=("code", "prose"),
+            seeds=SEEDS,
+        )
+        + runs_of((DECAY, arm("decay", EQUAL), arm("decay", 2, T=1)), seeds=SEEDS),
+    ),
+    "alpha": Question(
+        "Do alpha, the excitation and the published regularisers do anything?",
+        runs_of(
+            [
+                arm("gated", 2, T=3, dt=0.33),
+                *(arm("gated", 2, T=3, dt=0.33, kappa=kappa) for kappa in (128**0.5, math.inf)),
+                arm("gated", 2, T=3, dt=0.33, excitation_amplitude=0.0),
+                *(arm("gated", 2, T=3, dt=0.33, form=f) for f in ("mean", "speed", "energy")),
+            ]
+        ),
+    ),
+    "depth": Question(
+        "Fewer or more iterations at evaluation, and random T in training",
+        runs_of([arm("gated", 2, T=3, dt=0.33, form=form) for form in ("", "random_depth")]),
+    ),
+}
+DEPTHS = {
+    arm("gated", 2, T=3, dt=0.33, form=form).name: (1, 2, 3, 4, 6) for form in ("", "random_depth")
+}
