@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from conftest import mesh_of
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import load_config
@@ -45,12 +46,14 @@ def bytes_of(tree, kind):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_memory_needed_counts_the_state_exactly(train_config, recipe, shape):
+@pytest.mark.parametrize(
+    ("shape", "mixer"), [((1, 1, 1), "decay"), ((1, 4, 2), PATTERN), ((2, 2, 2), "gated")]
+)
+def test_memory_needed_counts_the_state_exactly(train_config, recipe, shape, mixer):
     data, fsdp, tensor = shape
     for shards in ("all", "optimizer"):
         config = train_config(
-            model={"param_dtype": "bfloat16", "num_kv_heads": 2},
+            model=FIELDS[mixer] | {"param_dtype": "bfloat16", "num_kv_heads": 2},
             optim=RECIPES[recipe],
             mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor, fsdp_shards=shards),
         )
