@@ -142,8 +142,8 @@ def rematerialised(block: type[Block], config: ModelConfig) -> type[Block]:
     if (names := kept_names(config)) is None:
         return block
     policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # A loop over blocks needs no prevent_cse (jax.checkpoint), which costs time. Without it XLA may
-    # recompute all blocks of a group at once, and hold them together.
+    # A loop over blocks needs no prevent_cse (jax.checkpoint), which costs time. Without it XLA
+    # recomputes all blocks of a group at once, and holds them together.
     return nn.remat(block, prevent_cse=len(config.mixers) > 1, policy=policy)
 
 
