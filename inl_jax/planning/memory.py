@@ -18,6 +18,7 @@ from inl_jax.model.language_model import abstract_params, kept_names
 from inl_jax.model.layers import PRODUCT, compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.model.losses import chunk_tokens
+from inl_jax.model.platform.device import current_device
 from inl_jax.parallel.sharding import batch_shards, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
 from inl_jax.training.state import Layout
@@ -156,6 +157,8 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     }[c.remat]
     stream = tokens * D * compute_dtype(c).itemsize
     activations = c.num_layers * (stream + every_block) + one_block + working + scores
+    if current_device().platform == "cpu":  # there XLA recomputes all blocks of a group at once
+        activations += (len(c.mixers) - 1) * (rest + kept + working)
 
     chunk = chunk_tokens(config.loss_chunk, c.vocab_size, tokens)
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D

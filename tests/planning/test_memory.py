@@ -82,6 +82,16 @@ def test_memory_needed_is_less_where_a_block_keeps_products_alone(train_config, 
     assert here < there if fewer else here == there
 
 
+def test_memory_needed_counts_all_blocks_of_a_group_where_xla_holds_them_together(train_config):
+    def activations(attention_every):
+        model = {"context": "gated", "attention_every": attention_every, "num_layers": 4}
+        return needed_by(train_config(model=model)).device["activations (estimate)"]
+
+    assert activations(4) > activations(2) > activations(0)
+    with made_for(H100):
+        assert activations(4) == activations(2) == activations(0)
+
+
 def test_memory_needed_counts_the_accumulator_in_its_type(train_config):
     def needed(accumulate_steps=2, **optim):
         model = {"param_dtype": "bfloat16"}
