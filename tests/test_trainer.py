@@ -102,9 +102,9 @@ def test_train_lowers_the_loss_and_returns_a_model_that_generates(
             {
                 "model": {
                     "param_dtype": "bfloat16",
-                    "context": "attention",
+                    "context": "gated",
+                    "attention_every": 2,
                     "dropout": 0.1,
-                    "num_layers": 1,
                     "num_iterations": 1,
                 },
                 "accumulate_steps": 2,

@@ -50,6 +50,7 @@ def integrate(
     segment: int = 1,
     chunk: int = 0,
     remat: bool = False,
+    prevent_cse: bool = False,
     trajectory_dtype: Any = None,
     unroll: bool = False,
 ) -> jax.Array:
@@ -68,6 +69,8 @@ def integrate(
       segment: iterations between the states that "lean" keeps.
       chunk: positions that go through all iterations together; 0 takes the whole sequence.
       remat: keep only `h` and `x`, and recompute the iterations in the backward pass.
+      prevent_cse: recompute them only when their gradient is due (`jax.checkpoint`): for blocks
+        that share the body of a loop.
       trajectory_dtype: the type in which "lean" keeps those states; None: the state's.
       unroll: compile the iterations as straight code, not as a loop.
     """
@@ -82,7 +85,7 @@ def integrate(
         return run_lean(*arrays_of(hx), dynamics, loop)
 
     if remat:
-        refine = jax.checkpoint(refine, prevent_cse=False)
+        refine = jax.checkpoint(refine, prevent_cse=prevent_cse)
     refine_in_chunks = functools.partial(_in_chunks, refine, chunk=chunk)
     N = current_batch_shards(len(x_BSD))
     if N == 1:
@@ -200,6 +203,7 @@ class Integrator(nn.Module):
             gradient=c.integrator_gradient,
             segment=c.integrator_segment,
             remat=c.remat == "integrator",
+            prevent_cse=len(c.mixers) > 1,
             trajectory_dtype=jnp.bfloat16 if c.trajectory_dtype == "bfloat16" else None,
             unroll=unrolled(c),
             **settings,

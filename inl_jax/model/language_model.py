@@ -142,8 +142,9 @@ def rematerialised(block: type[Block], config: ModelConfig) -> type[Block]:
     if (names := kept_names(config)) is None:
         return block
     policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # prevent_cse is not needed inside a loop (jax.checkpoint), and costs time.
-    return nn.remat(block, prevent_cse=False, policy=policy)
+    # A loop over blocks needs no prevent_cse (jax.checkpoint), which costs time. Without it XLA
+    # recomputes all blocks of a group at once, and holds them together.
+    return nn.remat(block, prevent_cse=len(config.mixers) > 1, policy=policy)
 
 
 def kept_names(config: ModelConfig) -> tuple[str, ...] | None:

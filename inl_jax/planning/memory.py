@@ -18,6 +18,7 @@ from inl_jax.model.language_model import abstract_params, kept_names
 from inl_jax.model.layers import PRODUCT, compute_dtype
 from inl_jax.model.losses import COLUMNS as LOSS_COLUMNS
 from inl_jax.model.losses import chunk_tokens
+from inl_jax.model.platform.device import current_device
 from inl_jax.parallel.sharding import batch_shards, num_bytes
 from inl_jax.training.optim import MasterState, accumulator_dtype
 from inl_jax.training.state import Layout
@@ -102,6 +103,7 @@ def _optimizer_bytes(state: Any) -> dict[tuple[str, str], int]:
 # of matrix products. While the gradient of one integrator iteration is computed: in D.
 _REST_OF_BLOCK = {"float32": (11, 2), "bfloat16": (4, 1.5)}
 _PRODUCTS = (5, 1)  # results of products, where a block keeps these alone (`kept_names`)
+_GATED = 3  # the gated context's decay logit, gate and product with it: more in D, in both
 _ITERATION = {"float32": 12, "bfloat16": 6}
 _LOGITS = {"float32": 2, "bfloat16": 1}  # float32 copies of the logits of a chunk
 _SCORES = 1.4  # copies of a block's attention scores, which are never all there at once
@@ -128,7 +130,8 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     products = "bfloat16" if compute_dtype(c).itemsize == 2 else "float32"
     vector = max(4, width) * tokens
     in_D, in_F = _REST_OF_BLOCK[products]
-    rest = vector * (in_D * D + in_F * c.d_ff / tensor)
+    more = _GATED if c.context == "gated" else 0
+    rest = vector * ((in_D + more) * D + in_F * c.d_ff / tensor)
     scores = 0
     if c.uses_attention and (
         c.attention_kernel == "xla" or (c.attention_kernel == "auto" and products == "float32")
@@ -145,7 +148,7 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
         working = vector * share * live * D / tensor
     held = rest  # of it, with `remat none`
     if PRODUCT in (kept_names(c) or ()):
-        held = vector * (_PRODUCTS[0] * D + _PRODUCTS[1] * c.d_ff / tensor)
+        held = vector * ((_PRODUCTS[0] + more) * D + _PRODUCTS[1] * c.d_ff / tensor)
     one_block, every_block = {
         "none": (rest - held, held + kept),
         "integrator": (kept, rest),
@@ -154,6 +157,8 @@ def _working_memory(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     }[c.remat]
     stream = tokens * D * compute_dtype(c).itemsize
     activations = c.num_layers * (stream + every_block) + one_block + working + scores
+    if current_device().platform == "cpu":  # there XLA recomputes all blocks of a group at once
+        activations += (len(c.mixers) - 1) * (rest + kept + working)
 
     chunk = chunk_tokens(config.loss_chunk, c.vocab_size, tokens)
     columns = LOSS_COLUMNS if D % LOSS_COLUMNS == 0 else D

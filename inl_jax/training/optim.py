@@ -4,7 +4,7 @@ An optimizer here is an optax transformation that treats every layer alone and t
 rate as an argument of `update`: it does not know how long the run is. `learning_rates` is the
 schedule. `apply_gradients` does what concerns all layers (clipping, skipping a non-finite update)
 and loops over the layers, so that the optimizer state of only one layer is on the device, or
-widened to float32, at a time.
+widened to float32, at a time. With `attention_every` the loop is over groups of so many layers.
 """
 
 import functools

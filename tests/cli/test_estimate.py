@@ -49,6 +49,19 @@ def test_estimate_compares_gpus_and_says_which_do_not_fit(estimate):
     assert "at 10% MFU, assumed; none is measured on a GPU yet" in out
 
 
+def test_estimate_names_the_mixers_and_counts_attention_where_it_is(estimate):
+    flags = ["--config", "tiny", "--model.context", "gated", "--model.attention_every"]
+    code, out, err = estimate(*flags, 4)
+    assert code == 0 and err == ""
+    assert "gated context, attention in every 4th layer (cudnn kernel), 4 layers x " in out
+
+    def flops(*flags):
+        return json.loads(estimate(*flags, "--json")[1])["flops"]
+
+    gated, mixed, attention = flops(*flags, 0), flops(*flags, 4), flops(*flags[:3], "attention")
+    assert mixed == pytest.approx((3 * gated + attention) / 4, rel=1e-12)
+
+
 def test_estimate_refuses_a_kernel_that_the_device_lacks(estimate):
     flags = ["--config", "large", "--model.integrator_kernel", "mosaic", "--device"]
     code, _, err = estimate(*flags, "a100-40gb")

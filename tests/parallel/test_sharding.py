@@ -11,6 +11,7 @@ from conftest import mesh_of
 from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError, MeshConfig, TrainConfig
 from inl_jax.model.language_model import abstract_params, boxed_init
@@ -30,8 +31,7 @@ from inl_jax.parallel.sharding import (
 from inl_jax.training.state import make_layout
 from inl_jax.training.step import compile_step, trace_step
 
-CONTEXTS = ["mean", "decay", "attention"]
-MODEL = {"num_layers": 1, "num_iterations": 2, "num_kv_heads": 2}
+MODEL = {"num_iterations": 2, "num_kv_heads": 2}
 
 
 def make_state(layout):
@@ -67,10 +67,12 @@ def on_one_device(config):
     return jax.device_get(one_update(config, mesh_of(1, 1, 1)))
 
 
-def small_run(train_config, accumulate_steps=1, batch_size=8, **model):
+def small_run(train_config, mixer="decay", accumulate_steps=1, batch_size=8):
+    """A model with one layer of each mixer."""
+    fields = FIELDS[mixer]
     # A large eps keeps rounding of gradients near 0 small.
     return train_config(
-        model=MODEL | model,
+        model=MODEL | fields | {"num_layers": fields.get("attention_every", 1)},
         data={"seq_len": 8, "cache_dir": "c", "paths": ("p",)},
         optim={"eps": 1e-3},
         run_dir="r",
@@ -88,8 +90,8 @@ def moments(state):
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 2, 2)]
 LEVELS = [
-    (context, shape, shards, k)
-    for context in CONTEXTS
+    (mixer, shape, shards, k)
+    for mixer in FIELDS
     for shape in SHAPES
     for shards in ("all", "optimizer")
     for k in (1, 2)
@@ -97,21 +99,21 @@ LEVELS = [
 ]
 QUICK = [
     ("decay", (2, 2, 2), "optimizer", 2),
-    ("attention", (1, 4, 2), "all", 1),
+    ("gated", (1, 4, 2), "all", 1),
 ]
 
 
 @pytest.mark.parametrize(
-    ("context", "shape", "shards", "accumulate_steps"),
+    ("mixer", "shape", "shards", "accumulate_steps"),
     [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in LEVELS],
 )
 def test_train_step_on_eight_devices_computes_what_one_does(
-    train_config, context, shape, shards, accumulate_steps
+    train_config, mixer, shape, shards, accumulate_steps
 ):
     """Loss, gradients (by the first moment they leave) and parameters, on every kind of mesh."""
     rows = shape[0] * shape[1] * accumulate_steps
     config = small_run(
-        train_config, context=context, accumulate_steps=accumulate_steps, batch_size=max(8, rows)
+        train_config, mixer, accumulate_steps=accumulate_steps, batch_size=max(8, rows)
     )
     expected, expected_results = on_one_device(config)
     config = dataclasses.replace(
@@ -134,7 +136,7 @@ def test_train_step_on_eight_devices_computes_what_one_does(
     names = ("loss", "grad_norm", "gradients", "parameters")
     worst = (max(jax.tree.leaves(errors[name])) for name in names)
     print(
-        f"\n| {context} | {' x '.join(map(str, shape))} | {shards} | {accumulate_steps} |",
+        f"\n| {mixer} | {' x '.join(map(str, shape))} | {shards} | {accumulate_steps} |",
         " | ".join(f"{size:.1e}" for size in worst),
         "|",
     )
@@ -158,7 +160,7 @@ def test_fit_to_mesh_gives_the_step_micro_batches_with_a_row_for_every_device(tr
 
 @pytest.mark.slow
 def test_train_step_of_a_config_for_one_device_computes_the_same_on_many(train_config):
-    config = small_run(train_config, context="mean", accumulate_steps=8)
+    config = small_run(train_config, "mean", accumulate_steps=8)
     expected, expected_results = on_one_device(config)
     state, results = one_update(config, mesh_of(2, 2, 1))
     np.testing.assert_allclose(results["loss"], expected_results["loss"], rtol=1e-5)
@@ -167,18 +169,19 @@ def test_train_step_of_a_config_for_one_device_computes_the_same_on_many(train_c
         assert np.abs(leaf - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-def test_train_step_moves_every_parameter(train_config):
+@pytest.mark.parametrize("mixer", ["decay", pytest.param(PATTERN, marks=pytest.mark.slow)])
+def test_train_step_moves_every_parameter(train_config, mixer):
     """Without this the comparison above would show nothing."""
-    config = small_run(train_config, context="decay", accumulate_steps=2)
+    config = small_run(train_config, mixer, accumulate_steps=2)
     mesh = mesh_of(1, 1, 1)
     start = make_state(make_layout(config, mesh)).params
     end, _ = on_one_device(config)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), start, end.params)))
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_make_layout_shards_parameters_and_state_over_fsdp_and_tensor(train_config, context):
-    config = train_config(model={"context": context, "param_dtype": "bfloat16", "num_kv_heads": 2})
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_make_layout_shards_parameters_and_state_over_fsdp_and_tensor(train_config, mixer):
+    config = train_config(model=FIELDS[mixer] | {"param_dtype": "bfloat16", "num_kv_heads": 2})
 
     def bytes_per_device(*shape):
         return num_bytes(make_layout(config, mesh_of(*shape)).state)
@@ -191,10 +194,10 @@ def test_make_layout_shards_parameters_and_state_over_fsdp_and_tensor(train_conf
     assert bytes_per_device(1, 4, 2) < 0.25 * whole
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_rules_cover_every_axis_of_every_parameter(model_config, context):
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_rules_cover_every_axis_of_every_parameter(model_config, mixer):
     boxed = jax.eval_shape(
-        functools.partial(boxed_init, model_config(context=context)), jax.random.key(0)
+        functools.partial(boxed_init, model_config(**FIELDS[mixer])), jax.random.key(0)
     )
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
@@ -276,6 +279,7 @@ def test_fit_to_mesh_keeps_micro_batches_that_give_every_device_a_row(train_conf
         ((1, 4, 2), {"d_model": 20}, r"model.d_model=20: .* 8 devices \(mesh.\w+ x mesh.\w+; "),
         ((1, 1, 4), {"d_ff": 30}, r"model.d_ff=30: .* 4 devices \(mesh.tensor; .*down_"),
         ((1, 1, 2), {"context": "attention", "num_kv_heads": 1}, "model.num_kv_heads=1: .*key_k"),
+        ((1, 1, 2), FIELDS[PATTERN], "model.num_kv_heads=1: .*layer_1/context/key_k"),
         (
             (1, 1, 4),
             {"context": "attention", "num_kv_heads": 2},
@@ -346,8 +350,8 @@ def test_any_process_tells_the_vote_of_the_previous_call(monkeypatch):
 
 
 def test_shardings_match_the_parameters_in_structure(model_config):
-    for context in CONTEXTS:
-        config = model_config(context=context)
+    for fields in FIELDS.values():
+        config = model_config(**fields)
         shardings = param_shardings(mesh_of(1, 4, 1), config)
         assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(config))
 

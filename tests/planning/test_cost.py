@@ -30,22 +30,32 @@ def dot_flops(jaxpr) -> int:
 
 
 @pytest.mark.parametrize(
-    "context, num_iterations",
-    [("mean", 3), ("decay", 0), ("decay", 3), ("attention", 0), ("attention", 3)],
+    "context, every, num_iterations",
+    [
+        ("mean", 0, 3),
+        ("decay", 0, 0),
+        ("decay", 0, 3),
+        ("decay", 2, 0),
+        ("gated", 0, 3),
+        ("gated", 2, 3),
+        ("attention", 0, 0),
+        ("attention", 0, 3),
+    ],
 )
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_flops_per_token_counts_the_products_of_the_forward_pass(
-    model_config, context, num_iterations, remat
+    model_config, context, every, num_iterations, remat
 ):
-    c = model_config(context=context, num_iterations=num_iterations, remat=remat)
+    c = model_config(
+        context=context, attention_every=every, num_iterations=num_iterations, remat=remat
+    )
     B, S = 2, 24
     forward = functools.partial(model.apply, c)
     ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
     traced = dot_flops(jax.make_jaxpr(forward)(model.abstract_params(c), ids).jaxpr)
     # XLA's attention computes the whole square of scores, but a token needs (S + 1) / 2 of a row.
-    if context == "attention":
-        whole = c.num_layers * 2 * 2 * S * c.d_model
-        traced -= B * S * whole * (S - 1) // (2 * S)
+    with_scores = (c.mixers * c.num_layers)[: c.num_layers].count("attention")
+    traced -= B * S * with_scores * 2 * 2 * c.d_model * (S - 1) // 2
     assert B * S * flops_per_token(c, S) == traced
 
 

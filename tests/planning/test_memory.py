@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from conftest import mesh_of
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError, MeshConfig, with_fields
 from inl_jax.config_file import load_config
@@ -45,12 +46,14 @@ def bytes_of(tree, kind):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_memory_needed_counts_the_state_exactly(train_config, recipe, shape):
+@pytest.mark.parametrize(
+    ("shape", "mixer"), [((1, 1, 1), "decay"), ((1, 4, 2), PATTERN), ((2, 2, 2), "gated")]
+)
+def test_memory_needed_counts_the_state_exactly(train_config, recipe, shape, mixer):
     data, fsdp, tensor = shape
     for shards in ("all", "optimizer"):
         config = train_config(
-            model={"param_dtype": "bfloat16", "num_kv_heads": 2},
+            model=FIELDS[mixer] | {"param_dtype": "bfloat16", "num_kv_heads": 2},
             optim=RECIPES[recipe],
             mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor, fsdp_shards=shards),
         )
@@ -77,6 +80,16 @@ def test_memory_needed_is_less_where_a_block_keeps_products_alone(train_config, 
     with made_for(H100):
         there = memory.memory_needed(config, mesh, layout).device_bytes
     assert here < there if fewer else here == there
+
+
+def test_memory_needed_counts_all_blocks_of_a_group_where_xla_holds_them_together(train_config):
+    def activations(attention_every):
+        model = {"context": "gated", "attention_every": attention_every, "num_layers": 4}
+        return needed_by(train_config(model=model)).device["activations (estimate)"]
+
+    assert activations(4) > activations(2) > activations(0)
+    with made_for(H100):
+        assert activations(4) == activations(2) == activations(0)
 
 
 def test_memory_needed_counts_the_accumulator_in_its_type(train_config):
@@ -126,13 +139,18 @@ def test_memory_needed_of_the_state_falls_as_one_over_n(name):
         assert state(n) == pytest.approx(whole / n, rel=0.01)  # vectors are on every device
 
 
+GATED = ("--model.context", "gated")
+MIXED = (*GATED, "--model.attention_every", "3")
 ESTIMATED = [
-    ("small", 1, "4"),
-    ("small", 8, "4"),
-    ("medium", 1, "4"),
-    ("medium", 8, "4"),
-    ("large", 1, "16"),
-    ("large", 8, "8"),
+    ("small", 1, "4", ()),
+    ("small", 1, "4", GATED),
+    ("small", 1, "4", MIXED),
+    ("small", 8, "4", ()),
+    ("small", 8, "4", MIXED),
+    ("medium", 1, "4", ()),
+    ("medium", 8, "4", ()),
+    ("large", 1, "16", ()),
+    ("large", 8, "8", ()),
 ]
 
 
@@ -154,8 +172,10 @@ def estimate(*args, unoptimized="0", platforms="cuda"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
-@pytest.mark.parametrize(("name", "devices", "accumulate"), ESTIMATED)
-def test_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accumulate, mesh):
+@pytest.mark.parametrize(("name", "devices", "accumulate", "mixers"), ESTIMATED)
+def test_estimate_is_within_15_percent_of_the_compiled_step(
+    name, devices, accumulate, mixers, mesh
+):
     if devices == 1 and mesh == "fsdp":
         pytest.skip("one device has one mesh")
     shape = ("--mesh.data", "1", "--mesh.fsdp", "rest") if mesh == "fsdp" else ()
@@ -171,20 +191,25 @@ def test_estimate_is_within_15_percent_of_the_compiled_step(name, devices, accum
         "--compile",
         "cpu",
         "--json",
+        *mixers,
         *shape,
     )
     record = json.loads(done.stdout)
     assert record["estimated_bytes"] == pytest.approx(record["device_bytes"], rel=0.15)
 
 
+REMATS = ["none", "integrator", "all_but_integrator", "block"]
+FOR_GPUS = [(remat, sequences, ()) for remat in REMATS for sequences in (1, 4)]
+FOR_GPUS += [(remat, 4, mixers) for remat in ("none", "block") for mixers in (GATED, MIXED)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sequences", [1, 4])
-@pytest.mark.parametrize("remat", ["none", "integrator", "all_but_integrator", "block"])
-def test_estimate_is_within_10_percent_of_the_program_for_gpus(remat, sequences):
+@pytest.mark.parametrize(("remat", "sequences", "mixers"), FOR_GPUS)
+def test_estimate_is_within_10_percent_of_the_program_for_gpus(remat, sequences, mixers):
     """The choice of a recipe rests on this."""
-    steps = 8 // sequences
-    flags = f"--config xlarge --model.num_layers 4 --batch_size 8 --accumulate_steps {steps}"
-    more = ("--model.remat", remat, "--compile", "cuda", "--json")
+    steps, layers = 8 // sequences, 6 if mixers == MIXED else 4
+    flags = f"--config xlarge --model.num_layers {layers} --batch_size 8 --accumulate_steps {steps}"
+    more = ("--model.remat", remat, "--compile", "cuda", "--json", *mixers)
     done = estimate(*flags.split(), *more, platforms="")  # the compiler needs no GPU
     if "XLA's CUDA compiler cannot be used" in done.stderr:
         pytest.skip("JAX's CUDA plugin is not installed")

@@ -4,6 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import mesh_of
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax import train
 from inl_jax.config import InputError, MeshConfig, with_fields
@@ -70,6 +71,9 @@ def test_train_checks_the_attention_kernel_before_it_allocates(train_config, mon
         with pytest.raises(InputError, match="model.compute_dtype=float32"):
             train(wide)
         assert "attention context (cudnn kernel)" in preflight.describe_model(narrow)
+        alternating = with_fields(narrow, {"model.context": "gated", "model.attention_every": 2})
+        said = "gated context, attention in every 2nd layer (cudnn kernel)"
+        assert said in preflight.describe_model(alternating)
 
 
 def test_train_refuses_kernels_on_a_mesh_that_shards_their_width(train_config):
@@ -81,13 +85,15 @@ def test_train_refuses_kernels_on_a_mesh_that_shards_their_width(train_config):
 
 
 def test_check_samples_refuses_what_the_cache_of_attention_cannot_hold(train_config):
-    def check(context):
-        config = train_config(model={"context": context}, sample_every=4, sample_tokens=31)
+    def check(mixer):
+        config = train_config(model=FIELDS[mixer], sample_every=4, sample_tokens=31)
         preflight.check_samples(config, load_tokenizer("bytes"))
 
     check("decay")
-    with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
-        check("attention")
+    check("gated")
+    for mixer in ("attention", PATTERN):
+        with pytest.raises(InputError, match="sample_tokens=31.*34 tokens.*max_seq_len=32"):
+            check(mixer)
 
 
 def test_train_checks_the_disk_before_it_allocates(train_config, monkeypatch):

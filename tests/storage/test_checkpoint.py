@@ -18,6 +18,7 @@ import optax
 import pytest
 from conftest import assert_same, mesh_of
 from damages import damage as damage_one
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError, MeshConfig
 from inl_jax.config_file import to_json
@@ -294,6 +295,8 @@ def test_restore_moves_nothing_if_all_are_damaged(run_dir, config):
         ),
         ({"param_dtype": "float32"}, "is saved as bfloat16.* wants float32"),
         ({"context": "mean"}, "decay_logit is saved as .* wants nothing"),
+        ({"context": "gated"}, "decay_kernel is saved as nothing, .* wants bfloat16"),
+        (FIELDS[PATTERN] | {"num_layers": 2}, "blocks/layer_0/.* is saved as nothing"),
     ],
 )
 def test_restore_refuses_another_model_by_the_leaf_and_moves_nothing(

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import OptimConfig
 from inl_jax.model.language_model import abstract_params
@@ -35,14 +36,16 @@ def test_learning_rates_are_those_of_optax():
     np.testing.assert_allclose(learning_rates(config, 50), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("context", ["mean", "decay", "attention"])
-def test_decay_mask_selects_kernels_and_the_embedding_only(model_config, context):
-    params = abstract_params(model_config(context=context))
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_decay_mask_selects_kernels_and_the_embedding_only(model_config, mixer):
+    params = abstract_params(model_config(**FIELDS[mixer]))
     decayed = {
         path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(params)) if on
     }
-    mixer = {"attention": {"query_kernel", "key_kernel", "value_kernel"}}.get(context, {"kernel"})
-    assert decayed == mixer | {
+    attention = {"query_kernel", "key_kernel", "value_kernel"}
+    gated = {"kernel", "decay_kernel", "gate_kernel", "out_kernel"}
+    of_mixer = {"attention": attention, "gated": gated, PATTERN: gated | attention}
+    assert decayed == of_mixer.get(mixer, {"kernel"}) | {
         "embedding",
         "context_kernel",
         "state_kernel",

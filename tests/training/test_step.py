@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import MeshConfig
 from inl_jax.model import language_model
@@ -184,10 +185,10 @@ def test_compile_step_returns_what_the_compiler_has_freed(train_config, monkeypa
 
 
 @pytest.mark.slow  # by default test_language_model.py, of the loss and its gradient
-@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
-def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, mixer):
     def size(**fields):
-        config = train_config(model={"context": context, "remat": "block"} | fields)
+        config = train_config(model=FIELDS[mixer] | {"remat": "block"} | fields)
         return len(traced(config).lower().as_text())
 
     small = size(num_layers=2, num_iterations=2)
@@ -195,9 +196,9 @@ def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, contex
     assert size(num_layers=2, num_iterations=9) == pytest.approx(small, rel=0.01)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize(("mixer", "remat"), [(PATTERN, "none"), ("attention", "block")])
 def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
-    train_config, monkeypatch, remat
+    train_config, monkeypatch, mixer, remat
 ):
     """Lowered for CUDA on any machine: what the compiler is given, not what it makes of it."""
     from jax._src.cudnn import fused_attention_stablehlo
@@ -205,7 +206,7 @@ def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
 
     def program(**fields):
-        fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
+        fields |= FIELDS[mixer] | {"compute_dtype": "bfloat16", "remat": remat}
         config = train_config(model=fields)
         with made_for(H100):
             return traced(config).lower(lowering_platforms=("cuda",)).as_text()

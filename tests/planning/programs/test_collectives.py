@@ -6,6 +6,7 @@ import pytest
 from conftest import mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import MeshConfig
 from inl_jax.model.language_model import abstract_params
@@ -101,18 +102,18 @@ def test_find_collectives_reads_the_text_of_the_cuda_compiler(groups):
 
 
 SLOW = pytest.mark.slow
-ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
-LAYERS, ITERATIONS, MICRO, ROWS, SEQ, WIDTH, VOCAB = 3, 6, 2, 16, 24, 40, 302
+ONE_QUICK = [name if name == "decay" else pytest.param(name, marks=SLOW) for name in FIELDS]
+LAYERS, ITERATIONS, MICRO, ROWS, SEQ, WIDTH, VOCAB = 4, 6, 2, 16, 24, 40, 302
 
 
 @pytest.fixture
 def step_of(train_config):
     """Compiles a training step on a mesh: `step_of(1, 8, 1)` gives collectives, config, mesh."""
 
-    def compiled(*shape, context="decay", **mesh):
+    def compiled(*shape, mixer="decay", **mesh):
         config = train_config(
-            model={
-                "context": context,
+            model=FIELDS[mixer]
+            | {
                 "num_layers": LAYERS,
                 "num_iterations": ITERATIONS,
                 "d_model": WIDTH,
@@ -154,9 +155,9 @@ def check_no_logits(found, tensor=1):
                 assert math.prod(shape) <= VOCAB * WIDTH and WIDTH % min(shape) == 0, c
 
 
-@pytest.mark.parametrize("context", ONE_QUICK)
-def test_fsdp_gathers_only_parameters_and_once_for_each_pass(step_of, context):
-    found, config, mesh = step_of(1, 8, 1, context=context)
+@pytest.mark.parametrize("mixer", ONE_QUICK)
+def test_fsdp_gathers_only_parameters_and_once_for_each_pass(step_of, mixer):
+    found, config, mesh = step_of(1, 8, 1, mixer=mixer)
     check_no_logits(found)
     gathers = [c for c in found if c.kind == "all-gather"]
     ids = (ROWS // MICRO, SEQ)
@@ -200,9 +201,9 @@ def test_sharded_optimizer_state_gathers_the_new_parameters_once(step_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
-def test_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside(step_of, context):
-    found, config, _ = step_of(2, 2, 2, context=context)
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside(step_of, mixer):
+    found, config, _ = step_of(2, 2, 2, mixer=mixer)
     check_no_logits(found, tensor=2)
     tokens = ROWS // MICRO // 4 * SEQ  # of a micro-batch on a device
     hidden = 4 * config.model.controller_width
@@ -222,5 +223,7 @@ def test_tensor_axis_exchanges_hidden_units_in_the_loop_and_the_stream_outside(s
         if c.kind == "all-gather" and "blocks" in c.origin and math.prod(shape) == tokens * WIDTH
     )
     # The stream is gathered after the integrator (forward, recomputed, gradient by n), after the
-    # decay context (forward, recomputed) and after attention (forward, recomputed, gradient).
-    assert streams == {"mean": 3, "decay": 5, "attention": 6}[context] * LAYERS * MICRO
+    # decay context (forward, recomputed), and after the gated context and attention, whose outputs
+    # are summed over the axis (forward, recomputed, gradient).
+    each = {"mean": 3, "decay": 5, "gated": 6, "attention": 6, PATTERN: 6}[mixer]
+    assert streams == each * LAYERS * MICRO
