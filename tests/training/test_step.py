@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import MeshConfig
 from inl_jax.model import language_model
@@ -141,20 +142,22 @@ def test_state_and_layout_have_a_window_only_if_spikes_are_skipped(train_config)
 
 
 @pytest.mark.parametrize(
-    ("param_dtype", "accumulate_steps", "mesh"),
+    ("fields", "accumulate_steps", "mesh"),
     [
-        ("float32", 1, MeshConfig(data=1)),
-        pytest.param("float32", 2, MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 2, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        ({}, 1, MeshConfig(data=1)),
+        pytest.param({}, 2, MeshConfig(data=1), marks=pytest.mark.slow),
+        pytest.param(FIELDS["gated"], 1, MeshConfig(data=1), marks=pytest.mark.slow),
+        *(
+            pytest.param({"param_dtype": "bfloat16"} | fields, *how, marks=pytest.mark.slow)
+            for fields in ({}, FIELDS[PATTERN] | {"num_layers": 2})
+            for how in [(1, MeshConfig(data=1)), (2, MeshConfig(data=2, fsdp=2, tensor=2))]
+        ),
     ],
 )
 def test_compile_step_updates_all_of_the_state_in_place(
-    train_config, said, param_dtype, accumulate_steps, mesh
+    train_config, said, fields, accumulate_steps, mesh
 ):
-    config = train_config(
-        model=SMALL | {"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
-    )
+    config = train_config(model=SMALL | fields, accumulate_steps=accumulate_steps, mesh=mesh)
     program, layout = compiled(config)
     held = sum(
         np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
@@ -184,10 +187,10 @@ def test_compile_step_returns_what_the_compiler_has_freed(train_config, monkeypa
 
 
 @pytest.mark.slow  # by default test_language_model.py, of the loss and its gradient
-@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
-def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, context):
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, mixer):
     def size(**fields):
-        config = train_config(model={"context": context, "remat": "block"} | fields)
+        config = train_config(model=FIELDS[mixer] | {"remat": "block"} | fields)
         return len(traced(config).lower().as_text())
 
     small = size(num_layers=2, num_iterations=2)
@@ -195,9 +198,16 @@ def test_trace_step_does_not_grow_with_layers_or_iterations(train_config, contex
     assert size(num_layers=2, num_iterations=9) == pytest.approx(small, rel=0.01)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize(
+    ("mixer", "remat"),
+    [
+        ("attention", "none"),
+        ("attention", "block"),
+        *(pytest.param(PATTERN, remat, marks=pytest.mark.slow) for remat in ("none", "block")),
+    ],
+)
 def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
-    train_config, monkeypatch, remat
+    train_config, monkeypatch, mixer, remat
 ):
     """Lowered for CUDA on any machine: what the compiler is given, not what it makes of it."""
     from jax._src.cudnn import fused_attention_stablehlo
@@ -205,7 +215,7 @@ def test_trace_step_for_cuda_runs_attention_forward_and_backward_in_cudnn(
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
 
     def program(**fields):
-        fields |= {"context": "attention", "compute_dtype": "bfloat16", "remat": remat}
+        fields |= FIELDS[mixer] | {"compute_dtype": "bfloat16", "remat": remat}
         config = train_config(model=fields)
         with made_for(H100):
             return traced(config).lower(lowering_platforms=("cuda",)).as_text()
