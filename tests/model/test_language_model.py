@@ -23,7 +23,7 @@ from inl_jax.model.platform.device import H100, made_for
 SLOW = pytest.mark.slow
 ONE_QUICK = [mixer if mixer == PATTERN else pytest.param(mixer, marks=SLOW) for mixer in FIELDS]
 CASES = [(m, t) for m, t in itertools.product(FIELDS, (0, 1, 3)) if (m, t) != ("mean", 0)]
-QUICK_CASES = [("mean", 1), ("decay", 3), ("attention", 1), (PATTERN, 0)]
+QUICK_CASES = [("mean", 1), ("decay", 3), (PATTERN, 0)]
 
 PUBLISHED = {
     "small": 43_087_872,

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 import re
 
@@ -17,10 +18,14 @@ from inl_jax.sampling import decoding, generate
 from inl_jax.sampling.decoding import decode_loop, prefill, read_first, read_on, start_rows
 
 MODELS = [
-    *[("mean", 3), ("decay", 0), ("decay", 3), ("attention", 1), (PATTERN, 0)],
+    *[("mean", 3), ("decay", 3), ("attention", 1), (PATTERN, 0)],
     *(
         pytest.param(case, marks=pytest.mark.slow)
-        for case in [("attention", 0), ("attention", 3), ("gated", 0), ("gated", 3), (PATTERN, 3)]
+        for case in [
+            ("decay", 0),
+            *itertools.product(["gated", "attention"], (0, 3)),
+            (PATTERN, 3),
+        ]
     ),
 ]
 
