@@ -78,7 +78,7 @@ def test_overrides_reach_every_type_of_field():
         ("optim.lerning_rate=1", ["--optim.lerning_rate", "--optim.learning_rate"]),
         ("optim.learning_rate=abc", ["optim.learning_rate", "'abc'"]),
         ("batch_size=1.5", ["batch_size", "1.5"]),
-        ("model.context=foo", ["model.context='foo'", "mean, decay, attention"]),
+        ("model.context=foo", ["model.context='foo'", "decay, gated, attention"]),
         ("--optim.learning_rate", ["optim.learning_rate"]),
         ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
         ("optim.weight_decay=inf", ["optim.weight_decay=inf"]),
@@ -88,6 +88,13 @@ def test_overrides_reach_every_type_of_field():
         ("data.seq_len=513", ["data.seq_len=513", "model.max_seq_len=512"]),
         ("optim.warmup_steps=450", ["optim.warmup_steps=450", "num_steps=450"]),
         ("model.num_iterations=0 model.context=mean", ["model.num_iterations=0", "context=mean"]),
+        ("model.attention_every=1", ["model.attention_every=1", "model.context attention"]),
+        ("model.attention_every=-2", ["model.attention_every=-2"]),
+        ("model.attention_every=3", ["model.attention_every=3", "model.num_layers=4"]),
+        *(
+            (f"model.attention_every=2 model.context={context}", [f"model.context={context}", "0"])
+            for context in ("mean", "attention")
+        ),
         ("model.tol=0.1", ["model.tol=0.1", "--tol"]),
         ("model.tol=-1", ["model.tol=-1"]),
         ("model.tol=nan", ["model.tol=nan"]),

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations. A context is read once, however many continuations it has.
 
-Continuations that share a context start from copies of one decoding state: one vector per layer
-with mean and decay, a key-value cache with attention. A context with a single continuation is read
-in one pass with it. Lengths are padded to powers of two, so that few programs are compiled.
+Continuations that share a context start from copies of one decoding state: a key-value cache of
+each layer of attention, one vector of each other. A context with a single continuation is read in
+one pass with it. Lengths are padded to powers of two, so that few programs are compiled.
 
 Shapes: B rows, P tokens of a context, S tokens of a row, K targets, D width.
 """

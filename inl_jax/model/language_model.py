@@ -295,11 +295,14 @@ def hidden_states_and_steps(config: ModelConfig, params, input_ids):
     (hidden_BSD, _), kept = INLModel(config).apply(
         {"params": params}, input_ids, None, None, config.excitation_amplitude, mutable="steps"
     )
+    shape = (config.num_layers, *input_ids.shape)
     if config.tol == 0:
-        shape = (config.num_layers, *input_ids.shape)
         return hidden_BSD, jnp.full(shape, config.num_iterations, jnp.int32)
-    (steps_LBS,) = kept["steps"]["blocks"]["integrator"]["taken"]
-    return hidden_BSD, steps_LBS
+    blocks = kept["steps"]["blocks"]
+    members = [blocks[name] for name in group_names(config)] or [blocks]
+    # Groups follow each other, so the next layer is the next member of a group.
+    steps = jnp.stack([block["integrator"]["taken"][0] for block in members], axis=1)
+    return hidden_BSD, steps.reshape(shape)
 
 
 def logits(params, hidden_D) -> jax.Array:

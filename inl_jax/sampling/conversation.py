@@ -19,7 +19,7 @@ from inl_jax.sampling.text import PIECE, LanguageModel
 class Conversation:
     """The history as one growing document, with the state that the model has after reading it.
 
-    A turn costs the reading of what is new. For mean and decay its memory does not grow; for
+    A turn costs the reading of what is new. Without attention its memory does not grow; with
     attention the history must fit into `max_seq_len`.
 
     Attributes:
@@ -78,7 +78,7 @@ class Conversation:
         What was taken of the answer when the iterator is closed is added to the history.
 
         Args:
-          max_new_tokens: limit of the answer; for attention, less if the context ends before.
+          max_new_tokens: limit of the answer; with attention, less if the context ends before.
           stop: the answer ends before the first of these strings.
           seed: decides the draw, with the number of the turn.
           ignore_end: generate past the token that ends a document.

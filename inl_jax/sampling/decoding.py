@@ -316,7 +316,7 @@ def generate(
 
     Raises:
       InputError: an empty prompt, an id outside the vocabulary, a sampling setting out of range;
-        or, for attention alone, a length beyond `config.max_seq_len`.
+        or, with attention, a length beyond `config.max_seq_len`.
     """
     how = Sampling(**sampling)
     num_ids = config.vocab_size if num_ids is None else num_ids

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 from lively import lively_params
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError
 from inl_jax.harness.scoring import Scorer, token_scores
@@ -66,10 +67,10 @@ def questions(model):
 
 
 @pytest.mark.parametrize(
-    "context", ["decay", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mean", "attention"))]
+    "mixer", [m if m == "decay" else pytest.param(m, marks=pytest.mark.slow) for m in FIELDS]
 )
-def test_scores_from_one_state_equal_full_passes(make_model, context):
-    model = make_model(context=context)
+def test_scores_from_one_state_equal_full_passes(make_model, mixer):
+    model = make_model(**FIELDS[mixer])
     pairs = questions(model)
     scores = Scorer(model, batch_size=4).score(pairs)
     check(model, scores, pairs)
@@ -99,9 +100,9 @@ def test_a_continuation_that_the_model_cannot_take_is_one_line(make_model, lengt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["decay", "attention"])
-def test_scores_do_not_depend_on_the_mesh(make_model, context):
-    model = make_model(mesh_of(data=2, fsdp=2), context=context)
+@pytest.mark.parametrize("mixer", ["decay", "gated", "attention", PATTERN])
+def test_scores_do_not_depend_on_the_mesh(make_model, mixer):
+    model = make_model(mesh_of(data=2, fsdp=2), **FIELDS[mixer])
     pairs = questions(model)
     check(model, Scorer(model, batch_size=8).score(pairs), pairs)
 

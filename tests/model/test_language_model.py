@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from lively import lively_params
+from mixer_cases import FIELDS, PATTERN
 
 import inl_jax
 from inl_jax.config import InputError, ModelConfig
@@ -19,11 +20,10 @@ from inl_jax.model.losses import token_losses
 from inl_jax.model.mixers.span import LayerState, TokenSpan
 from inl_jax.model.platform.device import H100, made_for
 
-CONTEXTS = ("mean", "decay", "attention")
 SLOW = pytest.mark.slow
-ONE_QUICK = ["decay", pytest.param("mean", marks=SLOW), pytest.param("attention", marks=SLOW)]
-CASES = [(c, t) for c, t in itertools.product(CONTEXTS, (0, 1, 3)) if (c, t) != ("mean", 0)]
-QUICK_CASES = [("mean", 1), ("decay", 3), ("attention", 1)]
+ONE_QUICK = [mixer if mixer == PATTERN else pytest.param(mixer, marks=SLOW) for mixer in FIELDS]
+CASES = [(m, t) for m, t in itertools.product(FIELDS, (0, 1, 3)) if (m, t) != ("mean", 0)]
+QUICK_CASES = [("mean", 1), ("decay", 3), (PATTERN, 0)]
 
 PUBLISHED = {
     "small": 43_087_872,
@@ -53,6 +53,15 @@ def test_param_count_equals_the_published_sizes(name):
     projections = 2 * D * (a.num_heads + a.num_kv_heads) * K + 2 * K + 2 * D
     expected = published + a.num_layers * (projections - D * D - D)
     assert inl_jax.param_count(a) == expected
+    # Gated: decay with three kernels more.
+    gated = inl_jax.param_count(named(name, context="gated"))
+    assert gated == inl_jax.param_count(decay) + 3 * decay.num_layers * D * D
+
+
+def test_param_count_of_a_pattern_is_that_of_its_layers():
+    counts = [inl_jax.param_count(named("small", context=c)) for c in ("gated", "attention")]
+    both = inl_jax.param_count(named("small", context="gated", attention_every=2))
+    assert 2 * both == sum(counts)
 
 
 def test_param_count_depends_on_iterations_only_at_zero():
@@ -63,8 +72,10 @@ def test_param_count_depends_on_iterations_only_at_zero():
     assert inl_jax.param_count(some) - inl_jax.param_count(none) == none.num_layers * integrator
 
 
-def test_init_params_has_the_documented_scales():
-    config = ModelConfig(vocab_size=500, d_model=128, d_ff=256, num_layers=2, max_seq_len=512)
+@pytest.mark.parametrize("mixer", ["gated", pytest.param("decay", marks=SLOW)])
+def test_init_params_has_the_documented_scales(mixer):
+    fields = {"d_model": 128, "d_ff": 256, "num_layers": 2, "max_seq_len": 512}
+    config = ModelConfig(vocab_size=500, context=mixer, **fields)
     params = inl_jax.init_params(config, jax.random.key(0))
     block = params["blocks"]
 
@@ -75,6 +86,10 @@ def test_init_params_has_the_documented_scales():
     close(block["up_kernel"], 128**-0.5)
     close(block["down_kernel"], (2 * 2 * 256) ** -0.5)
     close(block["context"]["kernel"], 128**-0.5)
+    if mixer == "gated":
+        close(block["context"]["decay_kernel"], 128**-0.5)
+        close(block["context"]["gate_kernel"], 128**-0.5)
+        close(block["context"]["out_kernel"], (2 * 2 * 128) ** -0.5)
     close(block["integrator"]["context_kernel"], (3 * 128) ** -0.5)
     close(block["integrator"]["state_kernel"], (3 * 128) ** -0.5)
     close(block["integrator"]["output_kernel"], 0.01)
@@ -88,12 +103,12 @@ def test_init_params_has_the_documented_scales():
 
 
 @pytest.mark.parametrize(
-    ("context", "num_iterations"),
+    ("mixer", "num_iterations"),
     [case if case in QUICK_CASES else pytest.param(*case, marks=SLOW) for case in CASES],
 )
-def test_hidden_states_read_no_later_token_and_no_other_row(model_config, context, num_iterations):
+def test_hidden_states_read_no_later_token_and_no_other_row(model_config, mixer, num_iterations):
     """Logits at (row 0, i) have gradient 0 for every embedding after i and in any other row."""
-    config = model_config(context=context, num_iterations=num_iterations)
+    config = model_config(**FIELDS[mixer], num_iterations=num_iterations)
     params = inl_jax.init_params(config, jax.random.key(0))
     S, i = 9, 4
     ids = jnp.arange(2 * S).reshape(2, S)  # all different, so that each has its own embedding row
@@ -140,10 +155,10 @@ def loss_and_grad(config, params, ids, dropout_key=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_remat_changes_nothing_but_memory(model_config, context):
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_remat_changes_nothing_but_memory(model_config, mixer):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
-    kept = model_config(context=context)
+    kept = model_config(**FIELDS[mixer])
     params = inl_jax.init_params(kept, jax.random.key(0))
     wanted = loss_and_grad(kept, params, ids)
     for remat in ("integrator", "all_but_integrator", "block"):
@@ -153,24 +168,30 @@ def test_remat_changes_nothing_but_memory(model_config, context):
         )
 
 
-def scans(jaxpr, length):
-    """The number of scans of this length in a program, nested ones included."""
-    found = 0
+def equations(jaxpr, primitive):
+    """The parameters of all equations of this primitive in a program, nested ones included."""
     for eqn in jaxpr.eqns:
-        found += eqn.primitive.name == "scan" and eqn.params["length"] == length
-        found += sum(scans(sub, length) for sub in jaxprs_in_params(eqn.params))
-    return found
+        if eqn.primitive.name == primitive:
+            yield eqn.params
+        for sub in jaxprs_in_params(eqn.params):
+            yield from equations(sub, primitive)
+
+
+def gradient_program(config):
+    params, ids = model.abstract_params(config), jnp.zeros((2, 12), jnp.int32)
+    return jax.make_jaxpr(jax.grad(lambda p: model.hidden_states(config, p, ids).sum()))(params)
 
 
 @pytest.mark.parametrize(
     "remat, runs", [("none", 1), ("integrator", 2), ("all_but_integrator", 1), ("block", 2)]
 )
-def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs):
+@pytest.mark.parametrize("mixer", ["decay", pytest.param(PATTERN, marks=SLOW)])
+def test_remat_runs_the_iterations_as_often_as_it_says(model_config, remat, runs, mixer):
     """`runs` counts forward scans; the gradient's own scan is one more."""
-    config = model_config(remat=remat, num_iterations=6)  # the first step is not in the scan
-    loss = lambda p: model.hidden_states(config, p, jnp.zeros((1, 12), jnp.int32)).sum()  # noqa: E731
-    program = jax.make_jaxpr(jax.grad(loss))(model.abstract_params(config))
-    assert scans(program.jaxpr, 5) == runs + 1
+    config = model_config(**FIELDS[mixer], remat=remat, num_iterations=6)
+    lengths = [scan["length"] for scan in equations(gradient_program(config).jaxpr, "scan")]
+    # The first step is not in the scan.
+    assert lengths.count(5) == len(config.mixers) * (runs + 1)
 
 
 def test_remat_saves_memory_in_order(model_config):
@@ -194,34 +215,47 @@ def test_remat_saves_memory_in_order(model_config):
 def test_remat_none_keeps_only_products_on_a_cpu(model_config):
     """The stream, q, k, v, attention's output and sums, h and z."""
     config = model_config(context="attention", remat="none", num_iterations=0, d_ff=96)
-    params, ids = model.abstract_params(config), jnp.zeros((2, 12), jnp.int32)
-    loss = lambda p: model.hidden_states(config, p, ids).sum()  # noqa: E731
-    program = jax.make_jaxpr(jax.grad(loss))(params)
+    program = gradient_program(config)
     forward = next(e for e in program.jaxpr.eqns if e.primitive.name == "scan")
     stacks = forward.outvars[forward.params["num_carry"] :]
     D, H, k = config.d_model, config.num_heads, config.num_kv_heads * config.head_dim
-    kept = sum(math.prod(a.aval.shape) for a in stacks)
-    assert kept == config.num_layers * ids.size * (D + (D + k + k) + (D + H) + D + config.d_ff)
+    kept, tokens = sum(math.prod(a.aval.shape) for a in stacks), 2 * 12
+    assert kept == config.num_layers * tokens * (D + (D + k + k) + (D + H) + D + config.d_ff)
 
 
-@pytest.mark.parametrize("context", ONE_QUICK)
-def test_program_size_does_not_grow_with_layers_or_iterations(model_config, context):
+@pytest.mark.parametrize(
+    "mixer", [PATTERN, *(pytest.param(m, marks=SLOW) for m in ("decay", "gated", "attention"))]
+)
+def test_remat_none_computes_no_product_again_on_a_cpu(model_config, mixer):
+    """Its gradient has as many as that of a device which keeps everything."""
+    config = model_config(**FIELDS[mixer], remat="none", num_iterations=0, attention_kernel="xla")
+
+    def products():
+        return len(list(equations(gradient_program(config).jaxpr, "dot_general")))
+
+    on_a_cpu = products()
+    with made_for(H100):
+        assert on_a_cpu == products()
+
+
+@pytest.mark.parametrize("mixer", ONE_QUICK)
+def test_program_size_does_not_grow_with_layers_or_iterations(model_config, mixer):
     def size(**fields):
-        config = model_config(context=context, remat="block", **fields)
+        config = model_config(**FIELDS[mixer], remat="block", **fields)
         params = model.abstract_params(config)
         ids = jax.ShapeDtypeStruct((2, 12), jnp.int32)
         loss = lambda p, ids: token_losses(p, model.hidden_states(config, p, ids), ids).mean()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(params, ids).as_text().splitlines())
 
-    assert size(num_layers=12, num_iterations=15) == size(num_layers=3, num_iterations=6)
+    assert size(num_layers=12, num_iterations=15) == size(num_layers=4, num_iterations=6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["decay", "mean", "attention"])
-def test_gradient_is_finite_in_bfloat16_at_full_depth(model_config, context):
+@pytest.mark.parametrize("mixer", FIELDS)
+def test_gradient_is_finite_in_bfloat16_at_full_depth(model_config, mixer):
     """40 layers of 15 iterations, as in the 3b, but narrow. Every parameter gets a gradient."""
     config = model_config(
-        context=context,
+        **FIELDS[mixer],
         num_layers=40,
         num_iterations=15,
         param_dtype="bfloat16",
@@ -238,9 +272,11 @@ def test_gradient_is_finite_in_bfloat16_at_full_depth(model_config, context):
         assert jnp.abs(leaf).max() > 0, path
 
 
-def test_logits_are_float32_and_close_in_bfloat16(model_config):
+@pytest.mark.parametrize("mixer", ONE_QUICK)
+def test_logits_are_float32_and_close_in_bfloat16(model_config, mixer):
     ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 300)
-    exact, rough = model_config(), model_config(compute_dtype="bfloat16")
+    exact = model_config(**FIELDS[mixer])
+    rough = dataclasses.replace(exact, compute_dtype="bfloat16")
     params = inl_jax.init_params(exact, jax.random.key(0))
     apply = jax.jit(inl_jax.apply, static_argnums=0)
     wanted, found = apply(exact, params, ids), apply(rough, params, ids)
@@ -248,8 +284,9 @@ def test_logits_are_float32_and_close_in_bfloat16(model_config):
     assert 0 < jnp.abs(wanted - found).max() < 0.1
 
 
-def test_dropout_acts_only_with_a_key_and_differs_between_keys(model_config):
-    config = model_config(dropout=0.5, num_iterations=1)
+@pytest.mark.parametrize("mixer", ONE_QUICK)
+def test_dropout_acts_only_with_a_key_and_differs_between_keys(model_config, mixer):
+    config = model_config(**FIELDS[mixer], dropout=0.5, num_iterations=1)
     params = inl_jax.init_params(config, jax.random.key(0))
     ids = jnp.arange(8)[None]
 
@@ -258,7 +295,8 @@ def test_dropout_acts_only_with_a_key_and_differs_between_keys(model_config):
         return model.hidden_states(config, params, ids, dropout_key=key)
 
     run = functools.partial(hidden, config)
-    np.testing.assert_array_equal(run(None), hidden(model_config(num_iterations=1), None))
+    without = dataclasses.replace(config, dropout=0.0)
+    np.testing.assert_array_equal(run(None), hidden(without, None))
     a, b = run(jax.random.key(1)), run(jax.random.key(2))
     assert not jnp.allclose(a, b) and not jnp.allclose(a, run(None))
     np.testing.assert_array_equal(a, run(jax.random.key(1)))
@@ -275,10 +313,10 @@ def test_amplitude_is_a_runtime_scalar(model_config):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("context", ONE_QUICK)
-def test_tokens_stop_by_what_they_have_read_alone(model_config, context):
+@pytest.mark.parametrize("mixer", ONE_QUICK)
+def test_tokens_stop_by_what_they_have_read_alone(model_config, mixer):
     """Decoding gives the logits of the whole pass, and no later token changes an earlier one."""
-    config = model_config(context=context, num_iterations=6, tol=0.2)
+    config = model_config(**FIELDS[mixer], num_iterations=6, tol=0.2)
     params = lively_params(config)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 12), np.int32)
     run = jax.jit(model.hidden_states_and_steps, static_argnums=0)
@@ -294,6 +332,21 @@ def test_tokens_stop_by_what_they_have_read_alone(model_config, context):
         np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_steps_stand_in_the_order_of_the_layers(model_config):
+    """Of a pattern, too: a layer that moves no token takes one step."""
+    config = model_config(context="decay", attention_every=2, num_layers=4, tol=1e-3)
+    params, still = lively_params(config), 2
+    integrator = dict(params["blocks"]["layer_0"]["integrator"])
+    for name, value in (("output_kernel", 0.0), ("output_bias", -100.0)):  # gate and beta are 0
+        integrator[name] = integrator[name].at[still // 2].set(value)
+    layer = params["blocks"]["layer_0"] | {"integrator": integrator}
+    params = params | {"blocks": params["blocks"] | {"layer_0": layer}}
+    ids = np.arange(8)[None]
+    _, steps = jax.jit(model.hidden_states_and_steps, static_argnums=0)(config, params, ids)
+    assert steps.shape == (4, 1, 8)
+    assert [bool((of_layer == 1).all()) for of_layer in steps] == [i == still for i in range(4)]
+
+
 def test_model_whose_tokens_stop_early_has_no_gradient(model_config):
     config = model_config(tol=0.1)
     total = lambda p: model.hidden_states(config, p, np.zeros((1, 4), np.int32)).sum()  # noqa: E731
@@ -307,14 +360,18 @@ def reference_context(config, params, x):
     u = x @ p["kernel"] + p["bias"]
     if config.context == "mean":
         return np.stack([u[: i + 1].mean(axis=0) for i in range(len(u))])
-    h, lam, out = np.zeros(u.shape[1]), 1 / (1 + np.exp(-p["decay_logit"])), []
-    for u_i in u:
+    logit = p["decay_logit"] + (x @ p["decay_kernel"] if config.context == "gated" else 0 * u)
+    h, out = np.zeros(u.shape[1]), []
+    for lam, u_i in zip(1 / (1 + np.exp(-logit)), u, strict=True):
         h = lam * h + (1 - lam) * u_i
         out.append(h)
-    return np.stack(out)
+    if config.context == "decay":
+        return np.stack(out)
+    gate = x @ p["gate_kernel"]
+    return (np.stack(out) * gate / (1 + np.exp(-gate))) @ p["out_kernel"]
 
 
-@pytest.mark.parametrize("context", ["mean", "decay"])
+@pytest.mark.parametrize("context", ["mean", "decay", "gated"])
 def test_mixers_follow_their_definitions(model_config, context):
     with jax.enable_x64(True):
         config = model_config(context=context, param_dtype="float64")
@@ -325,7 +382,7 @@ def test_mixers_follow_their_definitions(model_config, context):
         def both(x):
             boxed = mixer.init(jax.random.key(0), x, None, tokens)["params"]
             params = model.unbox(boxed)
-            n = layer_norm(x, 1.0, 0.0) if context == "decay" else x
+            n = x if context == "mean" else layer_norm(x, 1.0, 0.0)
             return mixer.apply({"params": params}, x, None, tokens)[0], params, n
 
         found, params, n = both(x)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import MODEL
 from lively import lively_params
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError, ModelConfig
 from inl_jax.sampling import LanguageModel, decoding, generate
@@ -21,9 +22,11 @@ def talk(conversation, text, **settings):
     return answer.taken
 
 
-@pytest.fixture(scope="module", params=["decay", "attention"])
+@pytest.fixture(
+    scope="module", params=["decay", "attention", pytest.param(PATTERN, marks=pytest.mark.slow)]
+)
 def model(request):
-    config = ModelConfig(**MODEL | {"context": request.param, "num_iterations": 1})
+    config = ModelConfig(**MODEL | FIELDS[request.param] | {"num_iterations": 1})
     return LanguageModel(config, lively_params(config), load_tokenizer("bytes"))
 
 
@@ -79,7 +82,7 @@ def test_conversation_goes_on_after_a_stop_string_as_if_it_had_read_the_history_
 def test_conversation_of_attention_ends_where_its_context_does(model):
     conversation = Conversation(model)
     talk(conversation, "a" * 30)
-    if model.config.context == "attention":
+    if model.config.uses_attention:
         assert conversation.num_tokens <= 32, "the answer had room for 2 tokens"
         with pytest.raises(InputError, match="leaves no room for an answer"):
             talk(conversation, "bcd")

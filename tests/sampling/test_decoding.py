@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 import re
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import lively_params
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import InputError
 from inl_jax.model import language_model as model
@@ -16,9 +18,19 @@ from inl_jax.sampling import decoding, generate
 from inl_jax.sampling.decoding import decode_loop, prefill, read_first, read_on, start_rows
 
 MODELS = [
-    *[("mean", 3), ("decay", 0), ("decay", 3), ("attention", 1)],
-    *(pytest.param(("attention", t), marks=pytest.mark.slow) for t in (0, 3)),
+    *[("mean", 3), ("decay", 3), ("attention", 1), (PATTERN, 0)],
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in [
+            ("decay", 0),
+            *itertools.product(["gated", "attention"], (0, 3)),
+            (PATTERN, 3),
+        ]
+    ),
 ]
+
+
+WITH_CACHE = ["attention", pytest.param(PATTERN, marks=pytest.mark.slow)]
 
 
 PROMPTS = [[5, 9, 200, 31], [7], [250, 3, 3, 17, 90, 41, 8, 1, 64]]
@@ -35,8 +47,8 @@ decode = jax.jit(model.decode, static_argnums=0)
 
 @pytest.fixture(params=MODELS, ids=lambda case: f"{case[0]}-T{case[1]}")
 def language_model(request, model_config):
-    context, num_iterations = request.param
-    config = model_config(context=context, num_iterations=num_iterations)
+    mixer, num_iterations = request.param
+    config = model_config(**FIELDS[mixer], num_iterations=num_iterations)
     return config, lively_params(config)
 
 
@@ -116,17 +128,20 @@ def test_choose_at_its_narrowest_is_greedy(decay_model, narrow):
     np.testing.assert_array_equal(greedy, narrowed)
 
 
-def test_decode_state_of_mean_and_decay_does_not_grow(model_config):
-    def num_bytes(context, max_len):
-        config = model_config(context=context, max_seq_len=4096)
-        make = functools.partial(model.init_decode_state, config, 3, max_len)
-        return sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make))
-        )
+def test_decode_state_grows_in_layers_of_attention_alone(model_config):
+    def shapes(mixer, max_len, **fields):
+        config = model_config(**FIELDS[mixer], **fields, max_seq_len=4096)
+        return jax.eval_shape(functools.partial(model.init_decode_state, config, 3, max_len)).layers
 
-    assert num_bytes("mean", 16) == num_bytes("mean", 4096)
-    assert num_bytes("decay", 16) == num_bytes("decay", 4096)
-    assert num_bytes("attention", 16) < num_bytes("attention", 4096) / 200
+    def size(layers):
+        return sum(leaf.size for leaf in jax.tree.leaves(layers))
+
+    for mixer in ("mean", "decay", "gated"):
+        assert shapes(mixer, 16) == shapes(mixer, 4096)
+    assert size(shapes("attention", 16)) == size(shapes("attention", 4096)) / 256
+    pattern = shapes(PATTERN, 16, num_layers=6)
+    assert pattern["layer_0"] == shapes("gated", 16, num_layers=3)
+    assert pattern["layer_1"] == shapes("attention", 16, num_layers=3)
 
 
 def test_generate_compiles_once_for_equal_shapes(decay_model):
@@ -167,13 +182,16 @@ def test_generate_names_mistakes(decay_model, change, named):
         generate(*decay_model, **arguments)
 
 
-def test_generate_names_a_sequence_that_the_cache_of_attention_cannot_hold(model_config):
-    config = model_config(context="attention")
+@pytest.mark.parametrize("mixer", ["attention", PATTERN])
+def test_generate_names_a_sequence_that_the_cache_of_attention_cannot_hold(model_config, mixer):
+    config = model_config(**FIELDS[mixer])
     with pytest.raises(InputError, match="a prompt of 30 tokens .* model.max_seq_len=32: lower"):
         generate(config, None, [[1] * 30], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("context", ["mean", "decay"])
+@pytest.mark.parametrize(
+    "context", ["mean", "decay", pytest.param("gated", marks=pytest.mark.slow)]
+)
 def test_generate_goes_beyond_the_longest_trained_sequence(
     model_config, context, said, monkeypatch
 ):
@@ -207,7 +225,7 @@ def test_prefill_in_pieces_leaves_the_state_of_one_pass(language_model, monkeypa
     ):
         for b, length in enumerate(lengths):
             # [L, G, N, K] of attention, [L, D] of the others
-            read = np.s_[:, :, :length] if config.context == "attention" else np.s_[:]
+            read = np.s_[:, :, :length] if leaf.ndim == 5 else np.s_[:]
             same(leaf[:, b][read], other[:, b][read])
 
 
@@ -258,7 +276,8 @@ def test_decode_loop_reads_no_token_that_nothing_follows(decay_model):
 
 def cache_operations(text, config, batch_size, max_len):
     """What a compiled program makes as large as the cache, by name of the operation."""
-    shape = model.init_decode_state(config, batch_size, max_len).layers["key"].shape
+    layers = jax.tree.leaves(model.init_decode_state(config, batch_size, max_len).layers)
+    shape = max((leaf.shape for leaf in layers), key=math.prod)
     arrays = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
     return {
         name for dims, name in arrays if math.prod(map(int, dims.split(","))) == math.prod(shape)
@@ -275,26 +294,27 @@ def traced_loop(config):
     return decode_loop.trace(config, model.abstract_params(config), rows, {}, 0, 0, 8, **settings)
 
 
-def test_decode_loop_never_copies_the_cache_of_attention(model_config):
-    config = model_config(context="attention", num_iterations=0, max_seq_len=512)
+@pytest.mark.parametrize("mixer", WITH_CACHE)
+def test_decode_loop_never_copies_the_cache_of_attention(model_config, mixer):
+    config = model_config(**FIELDS[mixer], num_iterations=0, max_seq_len=512)
     text = traced_loop(config).lower().compile().as_text()
     assert "scatter" in cache_operations(text, config, 5, 331) <= IN_PLACE
 
 
 @pytest.mark.slow
-def test_decode_loop_for_a_gpu_never_copies_the_cache_of_attention(model_config):
+@pytest.mark.parametrize("mixer", WITH_CACHE)
+def test_decode_loop_for_a_gpu_never_copies_the_cache_of_attention(model_config, mixer):
     pytest.importorskip("jax_plugins.xla_cuda12", reason="needs XLA's CUDA compiler")
-    config = model_config(
-        context="attention", d_model=128, max_seq_len=512, compute_dtype="bfloat16"
-    )
+    config = model_config(**FIELDS[mixer], d_model=128, max_seq_len=512, compute_dtype="bfloat16")
     with made_for(H100):
         text = compile_for_cuda(traced_loop(config), 1).text
     assert "scatter" in cache_operations(text, config, 5, 331) <= IN_PLACE
 
 
 @pytest.mark.slow
-def test_reading_on_never_copies_the_cache_of_attention(model_config):
-    config = model_config(context="attention", max_seq_len=512)
+@pytest.mark.parametrize("mixer", WITH_CACHE)
+def test_reading_on_never_copies_the_cache_of_attention(model_config, mixer):
+    config = model_config(**FIELDS[mixer], max_seq_len=512)
     rows = jax.eval_shape(functools.partial(begun, config, batch_size=5, max_len=331))
     piece = np.zeros((5, 32), np.int32), np.zeros(5, np.int32)
     params = model.abstract_params(config)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from conftest import MODEL, mesh_of
 from lively import lively_params, save_run
+from mixer_cases import FIELDS, PATTERN
 
 from inl_jax.config import ModelConfig, with_fields
 from inl_jax.model.language_model import apply
@@ -27,16 +28,20 @@ def test_language_model_is_read_from_its_run(train_config):
     assert read.generate("one", **SAMPLING) == texts[0]
 
 
-@pytest.mark.parametrize("context", ["decay", pytest.param("attention", marks=pytest.mark.slow)])
-def test_language_model_generates_the_same_on_a_mesh(train_config, context):
+@pytest.mark.parametrize(
+    "mixer",
+    ["decay", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gated", "attention", PATTERN))],
+)
+def test_language_model_generates_the_same_on_a_mesh(train_config, mixer):
     """A run that is trained under fsdp and tensor can be sampled there, whatever the prompts."""
-    config = train_config(model={"context": context, "num_iterations": 1, "num_kv_heads": 2})
+    config = train_config(model=FIELDS[mixer] | {"num_iterations": 1, "num_kv_heads": 2})
     save_run(config)
     prompts = ["one", "", "two"]  # three rows, which four batch shards would not divide
     alone = LanguageModel.from_run(config.run_dir).generate(prompts, max_new_tokens=8)
     mesh = mesh_of(2, 2, 2)
     model = LanguageModel.from_run(config.run_dir, mesh=mesh)
-    kernel = model.params["blocks"]["up_kernel"]
+    blocks = model.params["blocks"]
+    kernel = blocks.get("layer_0", blocks)["up_kernel"]
     assert kernel.addressable_shards[0].data.nbytes * 4 == kernel.nbytes
     assert model.generate(prompts, max_new_tokens=8) == alone
 

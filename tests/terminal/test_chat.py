@@ -81,8 +81,9 @@ def test_chat_says_what_an_empty_answer_and_a_long_history_mean(chat):
     assert out == "\n" and "the model ended the text at once" in err
     _, _, err = chat("a" * 40, "b", context="decay")
     assert err.count("was not trained beyond it") == 1
-    _, _, err = chat("a" * 40, context="attention")
-    assert "the history fills model.max_seq_len=32: /undo" in err
+    for fields in ({"context": "attention"}, {"attention_every": 2}):
+        _, _, err = chat("a" * 40, **fields)
+        assert "the history fills model.max_seq_len=32: /undo" in err
 
 
 @pytest.mark.slow

@@ -142,20 +142,22 @@ def test_state_and_layout_have_a_window_only_if_spikes_are_skipped(train_config)
 
 
 @pytest.mark.parametrize(
-    ("param_dtype", "accumulate_steps", "mesh"),
+    ("fields", "accumulate_steps", "mesh"),
     [
-        ("float32", 1, MeshConfig(data=1)),
-        pytest.param("float32", 2, MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 2, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        ({}, 1, MeshConfig(data=1)),
+        pytest.param({}, 2, MeshConfig(data=1), marks=pytest.mark.slow),
+        pytest.param(FIELDS["gated"], 1, MeshConfig(data=1), marks=pytest.mark.slow),
+        *(
+            pytest.param({"param_dtype": "bfloat16"} | fields, *how, marks=pytest.mark.slow)
+            for fields in ({}, FIELDS[PATTERN] | {"num_layers": 2})
+            for how in [(1, MeshConfig(data=1)), (2, MeshConfig(data=2, fsdp=2, tensor=2))]
+        ),
     ],
 )
 def test_compile_step_updates_all_of_the_state_in_place(
-    train_config, said, param_dtype, accumulate_steps, mesh
+    train_config, said, fields, accumulate_steps, mesh
 ):
-    config = train_config(
-        model=SMALL | {"param_dtype": param_dtype}, accumulate_steps=accumulate_steps, mesh=mesh
-    )
+    config = train_config(model=SMALL | fields, accumulate_steps=accumulate_steps, mesh=mesh)
     program, layout = compiled(config)
     held = sum(
         np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize

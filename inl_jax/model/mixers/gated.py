@@ -25,13 +25,13 @@ init = nn.initializers
 
 
 @jax.custom_vjp
-def gated_scan(u_BSD, logit_BSD, h0_BD) -> jax.Array:
-    """`h_i = lam_i h_(i-1) + (1 - lam_i) u_i` from `h_(-1) = h0`, with `lam = sigmoid(logit)`.
+def gated_scan(u_BSD, z_BSD, logit_D, h0_BD) -> jax.Array:
+    """`h_i = lam_i h_(i-1) + (1 - lam_i) u_i` from `h_(-1) = h0`, with `lam = sigmoid(d + z)`.
 
-    In parallel over S: [B, S, D]. The three arguments must have one type, in which `h` is carried.
+    In parallel over S: [B, S, D] in the type of `logit_D` and `h0`, in which `h` is carried.
     """
-    lam_BSD = jax.nn.sigmoid(logit_BSD)
-    drive_BSD = jax.nn.sigmoid(-logit_BSD) * u_BSD  # 1 - lam, exact where lam is almost 1
+    rest_BSD = jax.nn.sigmoid(-(logit_D + z_BSD))  # 1 - lam, exact where lam is almost 1
+    lam_BSD, drive_BSD = 1 - rest_BSD, rest_BSD * u_BSD
     return _linear_scan(lam_BSD, drive_BSD.at[:, 0].add(lam_BSD[:, 0] * h0_BD))
 
 
@@ -65,20 +65,27 @@ def _linear_scan(decay_BSD, drive_BSD):
     return jnp.stack(chain(start_BnD), axis=2).reshape(B, -1, D)[:, :S]
 
 
-def _gated_scan_forward(u_BSD, logit_BSD, h0_BD):
-    h_BSD = kept(gated_scan(u_BSD, logit_BSD, h0_BD))
-    return h_BSD, (u_BSD, logit_BSD, h0_BD, h_BSD)
+def _gated_scan_forward(u_BSD, z_BSD, logit_D, h0_BD):
+    h_BSD = kept(gated_scan(u_BSD, z_BSD, logit_D, h0_BD))
+    return h_BSD, (u_BSD, z_BSD, logit_D, h0_BD, h_BSD)
 
 
 def _gated_scan_backward(residuals, dh_BSD):
     # The adjoint is a recurrence run backwards, g_i = dh_i + lam_(i+1) g_(i+1).
-    u_BSD, logit_BSD, h0_BD, h_BSD = residuals
-    lam_BSD, rest_BSD = jax.nn.sigmoid(logit_BSD), jax.nn.sigmoid(-logit_BSD)
-    next_BSD = jnp.pad(lam_BSD[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    u_BSD, z_BSD, logit_D, h0_BD, h_BSD = residuals
+    # Without a barrier XLA writes lam, wider than z, in the forward pass and reads it here.
+    z_BSD = jax.lax.optimization_barrier(z_BSD)
+    rest_BSD = jax.nn.sigmoid(-(logit_D + z_BSD))
+    next_BSD = jnp.pad(1 - rest_BSD[:, 1:], ((0, 0), (0, 1), (0, 0)))
     g_BSD = _linear_scan(next_BSD[:, ::-1], dh_BSD[:, ::-1])[:, ::-1]
-    earlier_BSD = jnp.concatenate([h0_BD[:, None], h_BSD[:, :-1]], axis=1)
-    d_logit_BSD = g_BSD * (earlier_BSD - u_BSD) * lam_BSD * rest_BSD
-    return rest_BSD * g_BSD, d_logit_BSD, lam_BSD[:, 0] * g_BSD[:, 0]
+    du_BSD = rest_BSD * g_BSD
+    dz_BSD = du_BSD * (h_BSD - u_BSD)  # h_i - u_i = lam_i (h_(i-1) - u_i)
+    return (
+        du_BSD.astype(u_BSD.dtype),
+        dz_BSD.astype(z_BSD.dtype),
+        dz_BSD.sum(axis=(0, 1)),
+        (1 - rest_BSD[:, 0]) * g_BSD[:, 0],
+    )
 
 
 gated_scan.defvjp(_gated_scan_forward, _gated_scan_backward)
@@ -101,9 +108,9 @@ class GatedContext(Layer):
         scaled = init.normal((2 * c.num_layers * D) ** -0.5)
         out_kernel = self.declare("out_kernel", scaled, (D, D), ("channels", "embed"))
 
-        logit_BSD = logit_D + kept(n_BSD @ decay_kernel)
+        z_BSD = kept(n_BSD @ decay_kernel)
         h0_BD = jnp.zeros_like(u_BSD[:, 0], dtype) if state is None else state["h"]
-        h_BSD = gated_scan(u_BSD.astype(dtype), logit_BSD, h0_BD)
+        h_BSD = gated_scan(u_BSD, z_BSD, logit_D, h0_BD)
         gate_BSD = jax.nn.silu(kept(n_BSD @ gate_kernel))
         out_BSD = kept((h_BSD.astype(u_BSD.dtype) * gate_BSD) @ out_kernel)
         return out_BSD, None if state is None else {"h": last_real(h_BSD, tokens)}

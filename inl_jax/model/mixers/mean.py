@@ -46,7 +46,7 @@ class MeanContext(Layer):
 
 
 def projection(layer: Layer, n_BSD) -> jax.Array:
-    """`u = n Wc + bc`, the input of mean and decay."""
+    """`u = n Wc + bc`, the input of mean, decay and gated."""
     D = layer.config.d_model
     kernel = layer.declare("kernel", init.normal(D**-0.5), (D, D), ("embed", "channels"))
     return kept(n_BSD @ kernel + layer.declare("bias", init.zeros, (D,), ("channels",)))

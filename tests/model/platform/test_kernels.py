@@ -15,6 +15,7 @@ ASKED = {"attention_kernel": "cudnn", "integrator_kernel": "mosaic"}
         (A100, {}, ["integrator_kernel"]),
         (CPU, {}, ["attention_kernel", "integrator_kernel"]),
         (CPU, {"context": "decay"}, ["integrator_kernel"]),  # which has no attention
+        (CPU, {"context": "gated", "attention_every": 2}, [*ASKED]),
         (CPU, {name: "auto" for name in ASKED}, []),
         # auto is refused in training, so that nobody trains slowly unawares.
         (H100, {"compute_dtype": "float32", "attention_kernel": "auto"}, [*ASKED]),
