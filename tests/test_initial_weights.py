@@ -27,19 +27,19 @@ def config(train_config):
 
 @pytest.fixture
 def source(request, config, tmp_path):
-    """Makes weights of a kind, of the model of `config`; returns their path."""
+    """Makes weights of a kind, by default of the model of `config`; returns their path."""
 
-    def make(kind, tokenizer=None):
+    def make(kind, tokenizer=None, of=config):
         path = tmp_path / f"old_{kind}"
         if kind == "run":
-            save_run(dataclasses.replace(config, run_dir=str(path)))
+            save_run(dataclasses.replace(of, run_dir=str(path)))
             if tokenizer:
                 tokenizer.save(path)
         elif kind == "exported":
-            write_exported(path, lively_params(config.model), config.model, tokenizer=tokenizer)
+            write_exported(path, lively_params(of.model), of.model, tokenizer=tokenizer)
         else:
             torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-            named = params_to_torch(published_params(config.model), config.model)
+            named = params_to_torch(published_params(of.model), of.model)
             torch.save({k: torch.from_numpy(np.array(v)) for k, v in named.items()}, path)
         return path
 
@@ -92,6 +92,30 @@ def test_weights_of_each_kind_go_into_the_shards_of_a_mesh(source, config, kind)
         )
     else:
         assert_same(params, lively_params(config.model))
+
+
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_weights_of_layers_with_other_contexts_are_refused_by_name(source, train_config, kind):
+    own = train_config(model={"context": "gated", "attention_every": 2})
+    path = source(kind, of=own)
+    begun = dataclasses.replace(own, init_from=str(path))
+    check_start(begun, BYTES)
+    _, params = find_weights(path, own.model).read("float32", param_shardings(mesh_of(), own.model))
+    assert_same(params, lively_params(own.model))
+    for fields, named in (
+        ({"attention_every": 0}, "model.attention_every=0, .*add --model.attention_every 2,"),
+        (
+            {"context": "attention", "attention_every": 0},
+            "model.context=attention, model.attention_every=0, .*add --model.context gated "
+            "--model.attention_every 2,",
+        ),
+        ({"context": "decay"}, "model.context=decay, .*add --model.context gated,"),
+    ):
+        other = dataclasses.replace(begun, model=dataclasses.replace(own.model, **fields))
+        with pytest.raises(InputError, match=f"^{named}"):
+            check_start(other, BYTES)
+        advice = "--model.context gated --model.attention_every 2".split()
+        check_start(override(other, advice), BYTES)
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])

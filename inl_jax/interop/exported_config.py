@@ -14,7 +14,7 @@ from inl_jax.config import ModelConfig
 MODEL_TYPE = "inl"
 # Fields that decide what a trained model computes.
 FUNCTION = """vocab_size d_model num_layers num_iterations d_ff max_seq_len controller_width context
-num_heads num_kv_heads dt excitation_amplitude kappa dropout""".split()
+attention_every num_heads num_kv_heads dt excitation_amplitude kappa dropout""".split()
 # Fields that say how it is computed here; transformers chooses anew.
 COMPUTATION = """compute_dtype attention_kernel remat integrator_gradient integrator_segment
 integrator_kernel integrator_chunk trajectory_dtype unroll""".split()
@@ -49,6 +49,7 @@ def from_json_fields(found: Mapping[str, Any], *, param_dtype: str, of: str) -> 
     """
     kind = found.get("model_type")
     require(kind == MODEL_TYPE, f"{of}: model_type is {kind!r}, not {MODEL_TYPE!r}; export a model")
+    found = {"attention_every": 0} | dict(found)  # exports of earlier versions lack it
     missing = [name for name in FUNCTION if name not in found]
     require(not missing, f"{of}: lacks {', '.join(missing)}; export the model again")
     fields = {name: found[name] for name in FUNCTION}

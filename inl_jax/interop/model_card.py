@@ -27,8 +27,8 @@ A language model of the architecture INL-LLM, the *integrator neuron layer* lang
 project ARKITEKTURE_TRANSFORMER_ADL by pacific-prime777 (PyTorch, MIT licence). In every block a
 context mixer brings in the earlier tokens; then the integrator refines each token by some
 iterations of a damped, driven dynamical system, whose coefficients four small networks compute.
-inl_jax, which wrote this, is an independent implementation in JAX; the `decay` and `attention`
-contexts are its own.
+inl_jax, which wrote this, is an independent implementation in JAX; the `decay`, `gated` and
+`attention` contexts are its own.
 
 {facts}
 
@@ -76,7 +76,7 @@ def model_card(run_dir: Path, config: TrainConfig, *, step: int, dtype: str, end
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["inl", "inl-llm", "jax", config.model.context],
+        tags=["inl", "inl-llm", "jax", *dict.fromkeys(config.model.mixers)],
         datasets=_datasets(config) if records else None,
     )
     rows = [*_model(config, dtype), *_training(config, records, step), *_environment(run_dir)]
@@ -96,10 +96,10 @@ def _model(config: TrainConfig, dtype: str) -> Iterator[tuple[str, str]]:
     n = param_count(c)
     yield "Parameters", f"{n:,} ({count(n)}), {dtype}"
     steps = plural(c.num_iterations, "iteration") if c.num_iterations else "no integrator"
-    heads = f", {c.num_heads} heads, {c.num_kv_heads} of keys" if c.context == "attention" else ""
+    heads = f", {c.num_heads} heads, {c.num_kv_heads} of keys" if c.uses_attention else ""
     yield (
         "Architecture",
-        f"{plural(c.num_layers, 'layer')} of width {c.d_model:,}, {c.context} context{heads}, "
+        f"{plural(c.num_layers, 'layer')} of width {c.d_model:,}, {c.context_text}{heads}, "
         f"{steps}, feed-forward width {c.d_ff:,}",
     )
     yield "Sequences", f"at most {plural(c.max_seq_len, 'token')}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from inl_jax.config import ModelConfig
 from inl_jax.model.dynamics import CONTROLLERS
-from inl_jax.model.language_model import abstract_params
+from inl_jax.model.language_model import abstract_params, group_names
 
 _OUTER = {  # ours: theirs
     "embedding": "model.embed_tokens.weight",
@@ -32,6 +32,9 @@ _INNER: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("context", "kernel"): ("context.proj.weight", 1),
     ("context", "bias"): ("context.proj.bias", None),
     ("context", "decay_logit"): ("context.decay_logit", None),
+    ("context", "decay_kernel"): ("context.decay_proj.weight", 1),
+    ("context", "gate_kernel"): ("context.gate_proj.weight", 1),
+    ("context", "out_kernel"): ("context.out_proj.weight", 1),
     ("context", "query_kernel"): ("context.q_proj.weight", 1),
     ("context", "key_kernel"): ("context.k_proj.weight", 1),
     ("context", "value_kernel"): ("context.v_proj.weight", 1),
@@ -65,7 +68,7 @@ class Weight(NamedTuple):
 
     name: str
     path: tuple[str, ...]  # of our leaf
-    index: tuple[int, ...]  # into the leaf: the layer, and the controller
+    index: tuple[int, ...]  # into the leaf: the layer or group, and the controller
     num_inputs: int | None  # as in `_INNER`
     shape: tuple[int, ...]  # of the leaf at `index`
 
@@ -92,15 +95,17 @@ class Weight(NamedTuple):
 
 def weights_of(config: ModelConfig) -> list[Weight]:
     """Every array of the exported model, without the tied head."""
-    found = []
-    for (first, *rest), leaf in _by_path(abstract_params(config)).items():
+    found, members = [], group_names(config)
+    for path, leaf in _by_path(abstract_params(config)).items():
+        first, *rest = path
         if first != "blocks":
-            found.append(Weight(_OUTER[first], (first,), (), None, leaf.shape))
+            found.append(Weight(_OUTER[first], path, (), None, leaf.shape))
             continue
+        member = members.index(rest.pop(0)) if members else 0
         names = _names(tuple(rest))
         found += [
-            Weight(f"model.layers.{i}.{name}", (first, *rest), (i, *index), num_inputs, shape)
-            for i in range(config.num_layers)
+            Weight(f"model.layers.{layer}.{name}", path, (i, *index), num_inputs, shape)
+            for i, layer in enumerate(range(member, config.num_layers, len(config.mixers)))
             for name, index, num_inputs in names
             for shape in [leaf.shape[1 + len(index) :]]
         ]

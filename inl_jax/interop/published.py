@@ -151,6 +151,7 @@ def params_to_torch(params: Any, model_config: ModelConfig) -> dict[str, np.ndar
     """
     c = model_config
     for field, value, published in (
+        ("attention_every", c.attention_every, 0),
         ("context", c.context, "mean"),
         ("kappa", c.kappa, math.inf),
         ("dt", c.dt, 0.1),

@@ -18,9 +18,17 @@ def test_every_field_of_a_model_is_exported_or_free():
     assert fields == known | {"param_dtype"}
 
 
-@pytest.mark.parametrize("kappa", [1.0, math.inf])
-def test_config_comes_back_through_json(model_config, kappa):
-    config = model_config(kappa=kappa, remat="block", context="attention", dropout=0.1, dt=0.2)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"context": "attention"},
+        {"context": "mean", "kappa": math.inf},
+        {"context": "gated", "attention_every": 2},
+    ],
+    ids=["attention", "mean", "gated, attention"],
+)
+def test_config_comes_back_through_json(model_config, fields):
+    config = model_config(**fields, remat="block", dropout=0.1, dt=0.2)
     written = json.loads(json_text(to_json_fields(config) | {"model_type": "inl"}))
     assert from_json_fields(written, param_dtype="float32", of="config.json") == config
 
@@ -38,6 +46,13 @@ def test_impossible_config_is_named(model_config, change, named):
     with pytest.raises(InputError, match=named) as error:
         from_json_fields(written, param_dtype="float32", of="x/config.json")
     assert str(error.value).startswith("x/config.json: ")
+
+
+def test_config_of_before_attention_every_is_read(model_config):
+    config = model_config(remat="block")
+    written = to_json_fields(config) | {"model_type": "inl"}
+    del written["attention_every"]
+    assert from_json_fields(written, param_dtype="float32", of="config.json") == config
 
 
 def test_missing_field_is_named(model_config):

@@ -42,8 +42,12 @@ def exported(tmp_path, config):
         ({"context": "mean", "kappa": float("inf")}, {"head": True}),
         ({"context": "decay", "param_dtype": "bfloat16"}, {"shards": 3, "head": True}),
         ({"context": "attention", "num_iterations": 0}, {"shards": 2}),
+        ({"context": "gated", "attention_every": 2}, {}),
     ],
-    ids=["mean with a head", "decay in bfloat16 in shards", "attention without integrator"],
+    ids=[
+        *["mean with a head", "decay in bfloat16 in shards", "attention without integrator"],
+        "gated and attention",
+    ],
 )
 def test_exported_model_comes_back_bit_for_bit(tmp_path, model_config, fields, how):
     config = model_config(**fields)
@@ -175,15 +179,21 @@ def test_damage_is_named_in_a_line(exported, damage, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context, iterations", [("mean", 3), ("decay", 3), ("attention", 0)])
-def test_model_that_transformers_changed_and_saved_comes_back(
-    tmp_path, model_config, context, iterations
-):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"context": "mean", "kappa": float("inf")},
+        {"context": "decay"},
+        {"context": "attention", "num_iterations": 0},
+        {"context": "gated", "attention_every": 2},
+    ],
+    ids=["mean", "decay", "attention", "gated and attention"],
+)
+def test_model_that_transformers_changed_and_saved_comes_back(tmp_path, model_config, fields):
     modeling = pytest.importorskip("inl_jax.interop.exported.modeling_inl")  # needs transformers
     import torch
 
-    kappa = float("inf") if context == "mean" else 1.0
-    config = model_config(context=context, num_iterations=iterations, kappa=kappa)
+    config = model_config(**fields)
     params = lively_params(config)
     write_exported(tmp_path / "exported", params, config)
     theirs = modeling.InlForCausalLM.from_pretrained(tmp_path / "exported")

@@ -59,6 +59,13 @@ def test_card_says_what_the_run_knows(card):
         assert fact in text
 
 
+def test_card_says_which_layers_read_by_attention(card):
+    text = card(model={"context": "gated", "attention_every": 2})
+    wanted = "gated context, attention in every 2nd layer, 2 heads, 1 of keys, 3 iterations"
+    assert wanted in text
+    assert {"gated", "attention"} < set(front(text)["tags"])
+
+
 def test_card_is_of_the_update_that_is_exported(card):
     text = card(records=[EVALUATION, EVALUATION | {"step": 9, "validation_loss": 1.5}])
     assert "2.5000" in text and "1.5000" not in text

@@ -16,8 +16,12 @@ from inl_jax.model.language_model import abstract_params, param_count
         {"context": "decay", "num_iterations": 0},
         {"context": "decay", "param_dtype": "bfloat16"},
         {"context": "attention"},
+        {"context": "gated", "attention_every": 2, "num_layers": 4},
     ],
-    ids=["mean", "decay without integrator", "decay in bfloat16", "attention"],
+    ids=[
+        *["mean", "decay without integrator", "decay in bfloat16", "attention"],
+        "gated and attention",
+    ],
 )
 def test_named_weights_come_back_bit_for_bit(model_config, fields):
     config = model_config(**fields)
@@ -31,6 +35,17 @@ def test_named_weights_come_back_bit_for_bit(model_config, fields):
     assert sum(array.size for array in named.values()) == param_count(config)
     assert all(array.flags.c_contiguous for array in named.values())
     assert_same(from_named(named.__getitem__, config), jax.tree.map(np.asarray, params))
+
+
+def test_layers_with_different_contexts_keep_their_order(model_config):
+    config = model_config(context="gated", attention_every=2, num_layers=4)
+    params = lively_params(config)
+    named = to_named(params, config)
+    for layer in range(4):
+        ours = params["blocks"][f"layer_{layer % 2}"]["norm2_scale"][layer // 2]
+        assert_same(named[f"model.layers.{layer}.norm2.weight"], np.asarray(ours))
+        kernel = "q_proj" if layer % 2 else "decay_proj"
+        assert f"model.layers.{layer}.context.{kernel}.weight" in named
 
 
 def test_leaves_are_made_one_at_a_time(model_config):

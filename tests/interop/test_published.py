@@ -168,6 +168,11 @@ def test_other_contexts_are_refused(model_config):
     "fields, named",
     [
         ({"context": "decay"}, "model.context=decay: in the published model it is mean"),
+        ({"context": "gated"}, "model.context=gated: in the published model it is mean"),
+        (
+            {"context": "decay", "attention_every": 2},
+            "model.attention_every=2: in the published model it is 0",
+        ),
         ({"kappa": 1.0}, "model.kappa=1.0: in the published model it is inf"),
         ({"dt": 0.2}, "model.dt=0.2: in the published model it is 0.1"),
         ({"excitation_amplitude": 0.0}, "model.excitation_amplitude=0.0: .* it is 0.03"),

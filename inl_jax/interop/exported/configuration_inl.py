@@ -15,7 +15,9 @@ class InlConfig(PretrainedConfig):
       max_seq_len: longest sequence in training (`max_position_embeddings`). Positions are computed,
         so that longer sequences run.
       controller_width: width of each of the integrator's four controllers.
-      context: how a block reads the earlier tokens: "mean", "decay" or "attention".
+      context: how a block reads the earlier tokens: "mean", "decay", "gated" or "attention".
+      attention_every: every so many layers, the last of them reads by attention and the others by
+        `context`; 0: all by `context`.
       num_heads: query heads (`num_attention_heads`), for attention only.
       num_kv_heads: key and value heads (`num_key_value_heads`), for attention only.
       dt: time step of the integrator.
@@ -51,6 +53,7 @@ class InlConfig(PretrainedConfig):
         max_seq_len=256,
         controller_width=64,
         context="decay",
+        attention_every=0,
         num_heads=1,
         num_kv_heads=1,
         dt=0.1,
@@ -69,6 +72,7 @@ class InlConfig(PretrainedConfig):
         self.max_seq_len = max_seq_len
         self.controller_width = controller_width
         self.context = context
+        self.attention_every = attention_every
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.dt = dt
@@ -76,8 +80,18 @@ class InlConfig(PretrainedConfig):
         self.kappa = kappa
         self.dropout = dropout
         self.use_cache = use_cache
-        if context not in ("mean", "decay", "attention"):
-            raise ValueError(f"context={context!r}: must be mean, decay or attention")
+        if context not in ("mean", "decay", "gated", "attention"):
+            raise ValueError(f"context={context!r}: must be mean, decay, gated or attention")
+        if attention_every and context not in ("decay", "gated"):
+            raise ValueError(
+                f"attention_every={attention_every} with context={context!r}: attention alternates "
+                "with decay or gated"
+            )
+        if attention_every and (attention_every < 2 or num_layers % attention_every):
+            raise ValueError(
+                f"attention_every={attention_every}: must be 0, or above 1 and divide "
+                f"num_layers={num_layers}"
+            )
         if d_model % (2 * num_heads) or num_heads % num_kv_heads:
             raise ValueError(
                 f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}: heads "
@@ -88,3 +102,12 @@ class InlConfig(PretrainedConfig):
         if not tie_word_embeddings:
             raise ValueError("tie_word_embeddings=False: the head of this model is its embedding")
         super().__init__(tie_word_embeddings=True, **kwargs)
+
+    @property
+    def contexts(self):
+        """The context of each layer, in their order."""
+        every = self.attention_every
+        return [
+            "attention" if every and i % every == every - 1 else self.context
+            for i in range(self.num_layers)
+        ]

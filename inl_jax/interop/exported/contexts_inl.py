@@ -1,4 +1,4 @@
-"""How a block of INL-LLM reads the earlier tokens: positions, the cache, the three contexts.
+"""How a block of INL-LLM reads the earlier tokens: positions, the cache, the four contexts.
 
 A context maps the stream, the places of its tokens and the cache to one vector per token. Padding
 may stand anywhere, and is as if it were not there.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 def at_least_float32(tensor):
@@ -24,7 +24,7 @@ def at_least_float32(tensor):
 
 
 class InlStateLayer(CacheLayerMixin):
-    """What a mean or decay context keeps of the earlier tokens: one vector per row, [B, D].
+    """What a layer without attention keeps of the earlier tokens: one vector per row, [B, D].
 
     Its size does not depend on the number of tokens, and no token can be taken back out of it.
     """
@@ -68,7 +68,7 @@ class InlStateLayer(CacheLayerMixin):
         Raises:
           NotImplementedError: always.
         """
-        raise NotImplementedError("the state of a mean or decay context cannot be cropped")
+        raise NotImplementedError("the state of a layer without attention cannot be cropped")
 
     def reorder_cache(self, beam_idx):
         """Takes rows, for beam search."""
@@ -84,10 +84,11 @@ class InlStateLayer(CacheLayerMixin):
 
 
 def make_cache(config):
-    """An empty cache of the kind that the context needs."""
+    """An empty cache of the kinds that the layers need."""
     if config.context == "attention":
         return DynamicCache()
-    return Cache(layers=[InlStateLayer() for _ in range(config.num_layers)])
+    kinds = [DynamicLayer if c == "attention" else InlStateLayer for c in config.contexts]
+    return Cache(layers=[kind() for kind in kinds])
 
 
 # --- positions
@@ -128,7 +129,7 @@ def find_tokens(config, attention_mask, inputs, num_past):
         real_keys = attention_mask.to(inputs.device).bool()
         positions = (real_keys.long().cumsum(-1) - 1).clamp(min=0)[:, num_past:]
     real = None if real_keys is None else real_keys[:, num_past:]
-    if config.context != "attention":
+    if "attention" not in config.contexts:
         return TokenSpan(positions, real, None, None)
     visible = None
     if real_keys is not None or (num_past > 0 and length > 1):
@@ -254,6 +255,80 @@ class InlDecay(nn.Module):
         return h.to(projected.dtype)
 
 
+class GatedScan(torch.autograd.Function):
+    """`h_i = lam_i h_(i-1) + (1 - lam_i) u_i` from `h_(-1) = start`, with `lam = sigmoid(logit)`.
+
+    In log2(S) passes over u and lam. u, logit [B, S, D] and start [B, D] have one type. The
+    gradient is a recurrence run backwards, `g_i = dh_i + lam_(i+1) g_(i+1)`, and keeps u, logit
+    and h alone.
+    """
+
+    @staticmethod
+    def forward(ctx, u, logit, start):
+        """Returns h, [B, S, D]."""
+        lam, rest = logit.sigmoid(), (-logit).sigmoid()  # 1 - lam, exact where lam is almost 1
+        drive = rest * u
+        drive[:, 0] += lam[:, 0] * start
+        h = GatedScan.linear_scan(drive, lam)
+        ctx.save_for_backward(u, logit, start, h)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        """Returns the gradients by u, logit and start."""
+        u, logit, start, h = ctx.saved_tensors
+        lam, rest = logit.sigmoid(), (-logit).sigmoid()
+        later = nn.functional.pad(lam[:, 1:], (0, 0, 0, 1))
+        g = GatedScan.linear_scan(dh.flip(1), later.flip(1)).flip(1)
+        earlier = torch.cat([start[:, None], h[:, :-1]], dim=1)
+        return rest * g, g * (earlier - u) * lam * rest, lam[:, 0] * g[:, 0]
+
+    @staticmethod
+    def linear_scan(drive, decay):
+        """`h_i = decay_i h_(i-1) + drive_i` from 0. Writes over both."""
+        shift = 1
+        while shift < drive.shape[1]:  # h_i holds the terms, decay_i the product of `shift` tokens
+            drive[:, shift:] += decay[:, shift:] * drive[:, :-shift]
+            decay[:, shift:] = decay[:, shift:] * decay[:, :-shift]
+            shift *= 2
+        return drive
+
+
+class InlGated(nn.Module):
+    """`h_i = lam_i h_(i-1) + (1 - lam_i) u_i` by channel, and `(h * silu(n Wg)) Wo` of it.
+
+    `n = LN(x)`, `u = n Wc + bc`, `lam = sigmoid(d + n Wd)`.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        width = config.d_model
+        self.layer_idx = layer_idx
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, width)
+        self.decay_proj = nn.Linear(width, width, bias=False)
+        self.decay_logit = nn.Parameter(torch.empty(width))
+        self.gate_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj.init_std = (2 * config.num_layers * width) ** -0.5
+
+    def forward(self, hidden_states, tokens, cache=None):
+        """Maps the stream [B, S, D] to the context."""
+        normed = self.norm(hidden_states)
+        projected = self.proj(normed)
+        u = projected.to(at_least_float32(projected))
+        logit = self.decay_logit.to(u.dtype) + self.decay_proj(normed)
+        if tokens.real is not None:
+            logit = logit.masked_fill(~tokens.real[..., None], math.inf)  # lam 1: h stays
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        start = torch.zeros_like(u[:, 0]) if layer is None or layer.state is None else layer.state
+        h = GatedScan.apply(u, logit, start)
+        if layer is not None:
+            layer.update(h[:, -1], h.shape[1])
+        return self.out_proj(h.to(projected.dtype) * nn.functional.silu(self.gate_proj(normed)))
+
+
 class InlAttention(nn.Module):
     """Causal attention: grouped queries, rotary positions, normalised queries and keys."""
 
@@ -292,4 +367,4 @@ class InlAttention(nn.Module):
         return self.o_proj(context.transpose(1, 2).flatten(2))
 
 
-CONTEXTS = {"mean": InlMean, "decay": InlDecay, "attention": InlAttention}
+CONTEXTS = {"mean": InlMean, "decay": InlDecay, "gated": InlGated, "attention": InlAttention}

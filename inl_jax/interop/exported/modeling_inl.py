@@ -1,12 +1,12 @@
 """INL-LLM for transformers: blocks that refine each token by iterating a small dynamical system.
 
-    x = sqrt(D) E[ids] + P[position]         P: sinusoid; left out with attention
+    x = sqrt(D) E[ids] + P[position]         P: sinusoid; for mean and decay without attention
     for each block:
-        mean               n = LN1(x);  h = context(n)
-        decay, attention   h = context(x);  x = x + h;  n = LN1(x)
+        mean         n = LN1(x);  h = context(n)
+        the others   h = context(x);  x = x + h;  n = LN1(x)
         x_T = integrator: T steps from the state n, with context h
-        mean               x = x + x_T
-        decay, attention   x = x + x_T - n
+        mean         x = x + x_T
+        the others   x = x + x_T - n
         x = x + W2 gelu(W1 LN2(x) + b1) + b2
     logits = LN_f(x) E^T
 
@@ -29,6 +29,7 @@ from .configuration_inl import InlConfig
 from .contexts_inl import (
     CONTEXTS,
     InlDecay,
+    InlGated,
     InlStateLayer,
     at_least_float32,
     find_tokens,
@@ -120,7 +121,7 @@ class InlBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
-        self.context = CONTEXTS[config.context](config, layer_idx)
+        self.context = CONTEXTS[config.contexts[layer_idx]](config, layer_idx)
         if config.num_iterations > 0:
             self.norm1 = nn.LayerNorm(config.d_model)
             self.integrator = InlIntegrator(config)
@@ -167,7 +168,7 @@ class InlPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.reset_parameters()
-        elif isinstance(module, InlDecay):
+        elif isinstance(module, InlDecay | InlGated):
             # Time constants of 1 to `max_seq_len` tokens, spread geometrically.
             steps = torch.linspace(0, 1, self.config.d_model, device=module.decay_logit.device)
             tau = self.config.max_seq_len**steps
@@ -217,7 +218,7 @@ class InlModel(InlPreTrainedModel):
 
         dtype = at_least_float32(inputs_embeds)
         hidden_states = math.sqrt(self.config.d_model) * inputs_embeds.to(dtype)
-        if self.config.context != "attention":
+        if {"mean", "decay"}.issuperset(self.config.contexts):
             hidden_states = hidden_states + sinusoid(tokens.positions, self.config.d_model, dtype)
         hidden_states = self.dropout(hidden_states).to(inputs_embeds.dtype)
         if output_hidden_states is None:
@@ -243,11 +244,11 @@ class InlModel(InlPreTrainedModel):
             return make_cache(self.config) if use_cache and not recomputes else None
         if recomputes:
             raise ValueError("gradient checkpointing would read the tokens twice into the cache")
-        keeps_states = any(isinstance(layer, InlStateLayer) for layer in cache.layers)
-        if keeps_states == (self.config.context == "attention"):
+        states = [i for i, layer in enumerate(cache.layers) if isinstance(layer, InlStateLayer)]
+        if states != [i for i, kind in enumerate(self.config.contexts) if kind != "attention"]:
             raise ValueError(
-                f"a {type(cache).__name__} that is not of context={self.config.context!r}: pass "
-                "the cache that the model returned, or none"
+                f"a {type(cache).__name__} that is not of this model's contexts: pass the cache "
+                "that the model returned, or none"
             )
         return cache
 

@@ -16,17 +16,33 @@ from inl_jax.interop.exported_config import to_json_fields
 from inl_jax.interop.named_weights import weights_of
 from inl_jax.model.language_model import init_params
 
-CONTEXTS = pytest.mark.parametrize("context", ["mean", "decay", "attention"])
+CONTEXTS = pytest.mark.parametrize(
+    "kind",
+    [
+        {"context": "mean"},
+        {"context": "decay"},
+        {"context": "gated"},
+        {"context": "attention"},
+        {"context": "gated", "attention_every": 2},
+    ],
+    ids=["mean", "decay", "gated", "attention", "gated, attention"],
+)
 KINDS = pytest.mark.parametrize(
     "kind",
     [
         {"context": "mean", "kappa": float("inf")},
         {"context": "decay"},
+        {"context": "gated"},
         {"context": "attention"},
+        {"context": "decay", "attention_every": 3, "num_layers": 3},
         {"context": "decay", "num_iterations": 0},
         {"context": "attention", "num_iterations": 0},
+        {"context": "gated", "attention_every": 2, "num_layers": 4, "num_iterations": 0},
     ],
-    ids=["mean", "decay", "attention", "decay alone", "attention alone"],
+    ids=[
+        *["mean", "decay", "gated", "attention", "decay, attention"],
+        *["decay alone", "attention alone", "gated, attention alone"],
+    ],
 )
 IDS = np.random.default_rng(0).integers(0, 300, (3, 24))
 PROMPTS = [[5, 6, 7, 8], [9, 1, 2, 3, 4, 5, 6], [11]]
@@ -202,7 +218,7 @@ def test_logits_and_gradients_are_ours_in_float64(torch, model_config, kind):
         model = in_torch(config, params, "float64")
     found = model(torch.tensor(IDS)).logits
     # The softmax of jax.nn.dot_product_attention is float32, and the integrator amplifies it.
-    tolerance = 1e-4 if kind["context"] == "attention" else 1e-11
+    tolerance = 1e-4 if config.uses_attention else 1e-11
     assert_near(found.detach().numpy(), ours, tolerance)
     (found * torch.tensor(weight)).mean().backward()
     theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
@@ -213,8 +229,8 @@ def test_logits_and_gradients_are_ours_in_float64(torch, model_config, kind):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_model_reads_beyond_the_trained_length(torch, model_config, context):
-    config = model_config(context=context)
+def test_model_reads_beyond_the_trained_length(torch, model_config, kind):
+    config = model_config(**kind)
     params = init_params(config, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, 300, (1, 4 * config.max_seq_len))
     ours = np.asarray(inl_jax.apply(config, params, ids))
@@ -244,6 +260,30 @@ def test_decay_is_the_recurrence_and_its_gradient(torch):
     assert torch.autograd.gradcheck(DecayScan.apply, inputs)
 
 
+def test_gated_scan_is_the_recurrence_and_its_gradient(torch):
+    from inl_jax.interop.exported.contexts_inl import GatedScan
+
+    generator = torch.Generator().manual_seed(0)
+    make = {"generator": generator, "dtype": torch.float64}
+    u, start = torch.randn(2, 100, 3, **make), torch.randn(2, 3, **make)
+    logit = 9 * torch.randn(2, 100, 3, **make)
+    logit[0, 20:40] = torch.inf  # padding
+    h, row = [], start
+    for i in range(u.shape[1]):
+        row = logit[:, i].sigmoid() * row + (-logit[:, i]).sigmoid() * u[:, i]
+        h.append(row)
+    h = torch.stack(h, dim=1)
+    torch.testing.assert_close(GatedScan.apply(u, logit, start), h, atol=1e-13, rtol=0)
+    found = GatedScan.apply(u.float(), logit.float(), start.float())
+    torch.testing.assert_close(found.double(), h, atol=2e-6, rtol=0)
+    inputs = [a.clone().requires_grad_() for a in (u[:, :9], logit[:, :9], start)]
+    assert torch.autograd.gradcheck(GatedScan.apply, inputs)
+    inputs = [a.clone().requires_grad_() for a in (u, logit, start)]
+    GatedScan.apply(*inputs).sum().backward()
+    assert all(a.grad.isfinite().all() for a in inputs)
+    assert not inputs[0].grad[0, 20:40].any() and not inputs[1].grad[0, 20:40].any()
+
+
 # --- padding and cache
 
 
@@ -257,8 +297,8 @@ MASKS = {
 @pytest.mark.slow
 @CONTEXTS
 @pytest.mark.parametrize("padding", MASKS)
-def test_padding_is_as_if_it_were_not_there(torch, model_config, context, padding):
-    config = model_config(context=context)
+def test_padding_is_as_if_it_were_not_there(torch, model_config, kind, padding):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config), "float64")
     mask = torch.tensor(MASKS[padding])
     ids = torch.tensor(IDS[:, :8])
@@ -279,8 +319,8 @@ def test_padding_is_as_if_it_were_not_there(torch, model_config, context, paddin
 
 @pytest.mark.slow
 @CONTEXTS
-def test_generation_with_cache_is_generation_without(torch, model_config, context):
-    config = model_config(context=context)
+def test_generation_with_cache_is_generation_without(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config))
     inputs = left_padded(PROMPTS)
     for settings in [
@@ -297,8 +337,8 @@ def test_generation_with_cache_is_generation_without(torch, model_config, contex
 
 @pytest.mark.slow
 @CONTEXTS
-def test_generation_continues_from_its_cache(torch, model_config, context):
-    config = model_config(context=context)
+def test_generation_continues_from_its_cache(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config))
     settings = {"do_sample": False, "pad_token_id": 0}
     prompt = torch.tensor([PROMPTS[1]])
@@ -311,7 +351,7 @@ def test_generation_continues_from_its_cache(torch, model_config, context):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["mean", "decay"])
+@pytest.mark.parametrize("context", ["mean", "decay", "gated"])
 def test_state_does_not_grow(torch, model_config, context):
     config = model_config(context=context)
     model = in_torch(config, lively_params(config))
@@ -324,11 +364,11 @@ def test_state_does_not_grow(torch, model_config, context):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_assisted_generation_is_right_or_refused(torch, model_config, context):
-    config = model_config(context=context)
+def test_assisted_generation_is_right_or_refused(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config))
     prompt = torch.tensor([PROMPTS[1]])
-    if context == "attention":
+    if kind == {"context": "attention"}:
         lookup = {"prompt_lookup_num_tokens": 2, "eos_token_id": 299}
         assert continued(model, prompt, **lookup) == continued(model, prompt, eos_token_id=299)
     else:
@@ -354,6 +394,11 @@ def test_inputs_that_cannot_be_followed_are_named(torch, model_config):
     ]:
         with pytest.raises(ValueError, match=named):
             model(**inputs)
+    alternating = model_config(attention_every=2)
+    alternating = in_torch(alternating, lively_params(alternating))
+    for reads, made in [(model, alternating), (alternating, model)]:
+        with pytest.raises(ValueError, match="not of this model's contexts"):
+            reads(ids, past_key_values=made(ids).past_key_values)
     cache = model(ids).past_key_values
     with pytest.raises(NotImplementedError, match="cropped"):
         cache.crop(-1)
@@ -381,8 +426,8 @@ def test_loss_shifts_labels_and_leaves_out_the_marked_ones(torch, model_config):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_gradient_checkpointing_changes_no_gradient(torch, model_config, context):
-    config = model_config(context=context, dropout=0.3)
+def test_gradient_checkpointing_changes_no_gradient(torch, model_config, kind):
+    config = model_config(**kind, dropout=0.3)
     model = in_torch(config, lively_params(config)).train()
     ids = torch.tensor(IDS)
     mask = torch.ones_like(ids)
@@ -417,11 +462,11 @@ def test_dropout_acts_in_training_alone(torch, model_config):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_trainer_fine_tunes_and_what_it_saves_comes_back(load, model_config, tmp_path, context):
+def test_trainer_fine_tunes_and_what_it_saves_comes_back(load, model_config, tmp_path, kind):
     import torch
     from transformers import Trainer, TrainingArguments
 
-    config = model_config(context=context)
+    config = model_config(**kind)
     folder = write_export(tmp_path / "out", config, init_params(config, jax.random.key(0)))
     model = load(folder)
     rows = [{"input_ids": row, "labels": row} for row in torch.tensor(IDS)] * 4
@@ -459,11 +504,11 @@ def test_trainer_fine_tunes_and_what_it_saves_comes_back(load, model_config, tmp
 
 @pytest.mark.slow
 @CONTEXTS
-def test_model_made_from_a_config_starts_as_ours(torch, model_config, context):
+def test_model_made_from_a_config_starts_as_ours(torch, model_config, kind):
     from inl_jax.interop.exported.configuration_inl import InlConfig
     from inl_jax.interop.exported.modeling_inl import InlForCausalLM
 
-    config = model_config(context=context, d_model=64, d_ff=128, controller_width=32)
+    config = model_config(**kind, d_model=64, d_ff=128, controller_width=32)
     model = InlForCausalLM(InlConfig(**to_json_fields(config)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     ours = to_named(init_params(config, jax.random.key(0)), config)
@@ -480,8 +525,8 @@ def test_model_made_from_a_config_starts_as_ours(torch, model_config, context):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_parts_of_the_output_are_parts_of_the_whole(torch, model_config, context):
-    config = model_config(context=context)
+def test_parts_of_the_output_are_parts_of_the_whole(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config))
     ids = torch.tensor(IDS)
     whole = model(ids, output_hidden_states=True)
@@ -510,8 +555,8 @@ def test_vocabulary_can_grow(torch, model_config):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_model_compiles_whole(torch, model_config, context):
-    config = model_config(context=context)
+def test_model_compiles_whole(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, lively_params(config))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     ids = torch.tensor(IDS)
@@ -522,24 +567,24 @@ def test_model_compiles_whole(torch, model_config, context):
 
 @pytest.mark.slow
 @CONTEXTS
-def test_autocast_keeps_states_in_float32(torch, model_config, context):
-    config = model_config(context=context)
+def test_autocast_keeps_states_in_float32(torch, model_config, kind):
+    config = model_config(**kind)
     model = in_torch(config, init_params(config, jax.random.key(0)))
     ids = torch.tensor(IDS)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids, labels=ids)
     out.loss.backward()
     assert_near(out.logits.float().detach().numpy(), logits_of(model, IDS), 0.05)
-    if context != "attention":
-        states = model(ids).past_key_values.layers
-        assert {layer.state.dtype for layer in states} == {torch.float32}
+    states = [c for c in model(ids).past_key_values.layers if hasattr(c, "state")]
+    assert len(states) == model.config.contexts.count(config.context) % 2
+    assert {layer.state.dtype for layer in states} <= {torch.float32}
 
 
 @pytest.mark.slow
 @CONTEXTS
-def test_model_runs_from_a_device_map(load, model_config, tmp_path, context):
+def test_model_runs_from_a_device_map(load, model_config, tmp_path, kind):
     pytest.importorskip("accelerate")
-    config = model_config(context=context)
+    config = model_config(**kind)
     folder = write_export(tmp_path / "out", config, lively_params(config))
     parts = ["lm_head", *(f"model.{p}" for p in ("embed_tokens", "dropout", "layers.0", "norm"))]
     device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
