@@ -94,7 +94,7 @@ def test_weights_of_each_kind_go_into_the_shards_of_a_mesh(source, config, kind)
         assert_same(params, lively_params(config.model))
 
 
-@pytest.mark.parametrize("kind", ["run", "exported"])
+@pytest.mark.parametrize("kind", [pytest.param("run", marks=pytest.mark.slow), "exported"])
 def test_weights_of_layers_with_other_contexts_are_refused_by_name(source, train_config, kind):
     own = train_config(model={"context": "gated", "attention_every": 2})
     path = source(kind, of=own)

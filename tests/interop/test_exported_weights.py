@@ -42,7 +42,7 @@ def exported(tmp_path, config):
         ({"context": "mean", "kappa": float("inf")}, {"head": True}),
         ({"context": "decay", "param_dtype": "bfloat16"}, {"shards": 3, "head": True}),
         ({"context": "attention", "num_iterations": 0}, {"shards": 2}),
-        ({"context": "gated", "attention_every": 2}, {}),
+        pytest.param({"context": "gated", "attention_every": 2}, {}, marks=pytest.mark.slow),
     ],
     ids=[
         *["mean with a head", "decay in bfloat16 in shards", "attention without integrator"],
