@@ -190,6 +190,20 @@ def test_published_file_comes_back_bit_for_bit(inl, train_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_layers_with_different_contexts_go_out_and_come_back(inl, train_config, tmp_path):
+    pytest.importorskip("torch", reason="the torch extra is not installed")
+    config = train_config(model={"context": "gated", "attention_every": 2})
+    params = save_run(config)
+    code, _, err = inl("export", config.run_dir, "--out", tmp_path / "model.pt")
+    assert code == 2 and "model.attention_every=2: in the published model it is 0" in err
+    code, _, err = inl("export", config.run_dir, "--out", tmp_path / "model")
+    assert code == 0, err
+    code, _, err = inl("import", "--weights", tmp_path / "model", "--out", tmp_path / "back")
+    assert code == 0, err
+    assert_same(read_params(tmp_path / "back", config.model)[1], params)
+
+
+@pytest.mark.slow
 def test_code_of_the_card_continues_a_text_as_we_do(exported, trained, tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
