@@ -20,7 +20,7 @@ from inl_jax.model.language_model import param_count
 from inl_jax.planning.cost import flops_per_token
 from inl_jax.terminal.command_line import exit_on_input_error
 
-CONTEXTS = ("mean", "decay", "attention")
+CONTEXTS = ("mean", "decay", "gated", "attention")
 ITERATIONS = (0, 2, 5)
 VARIANTS = {
     f"{context}-{iterations}": {
@@ -109,7 +109,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colour = dict(zip(CONTEXTS, ("tab:red", "tab:blue", "tab:green"), strict=True))
+    colour = dict(zip(CONTEXTS, ("tab:red", "tab:blue", "tab:purple", "tab:green"), strict=True))
     style = dict(zip(ITERATIONS, (":", "--", "-"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for curve in curves:

@@ -70,12 +70,12 @@ def test_compare_tabulates_and_draws_each_mixer_and_t(study, trained, capsys, tm
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     picture = tmp_path / "curves.png"
     study("compare").main(["--out", str(picture), "--runs_dir", "r", "--num_steps", "300"])
-    names = [f"r/{c}-{t}" for t in (0, 2, 5) for c in ("mean", "decay", "attention")]
+    names = [f"r/{c}-{t}" for t in (0, 2, 5) for c in ("mean", "decay", "gated", "attention")]
     assert [config.run_dir for config in trained] == names[1:]
     head, _, *rows = capsys.readouterr().out.splitlines()
     cells = [name.strip() for name in head.split("|")[1:-1]]
     assert cells[4:-1] == ["100 updates", "200 updates", "300 updates"]
-    assert len(rows) == 8 and rows[0].startswith("| decay, T = 0 | 857,856 | 10.5 | 250 | 3.000")
+    assert len(rows) == 11 and rows[0].startswith("| decay, T = 0 | 857,856 | 10.5 | 250 | 3.000")
     assert rows[0].endswith("| 1.000 |")  # the cheapest run ends where the budget does
     assert picture.stat().st_size > 0
 
