@@ -63,7 +63,7 @@ def test_param_count_equals_the_published_sizes(name):
     assert f"gated and --model.attention_every {n}: {mixed:,}." in note
 
 
-def test_param_count_of_alternating_mixers_is_between_those_of_each(model_config):
+def test_param_count_of_alternating_mixers_is_that_of_their_layers(model_config):
     mixed = model_config(context="gated", num_layers=6, attention_every=3)
     gated, attention = (
         dataclasses.replace(mixed, context=context, attention_every=0)
