@@ -64,7 +64,7 @@ def test_param_count_equals_the_published_sizes(name):
 
 
 def test_param_count_of_alternating_mixers_is_that_of_their_layers(model_config):
-    mixed = model_config(context="gated", num_layers=6, attention_every=3)
+    mixed = model_config(context="gated", num_layers=6, attention_every=3, num_iterations=0)
     gated, attention = (
         dataclasses.replace(mixed, context=context, attention_every=0)
         for context in ("gated", "attention")
