@@ -32,8 +32,10 @@ def lively_params(config):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"context": "gated", "num_layers": 4, "attention_every": 2, "remat": "block"},
-        pytest.param({"context": "decay", "integrator_chunk": 2}, marks=pytest.mark.slow),
+        {"context": "gated", "num_layers": 4, "num_iterations": 2, "attention_every": 2},
+        pytest.param(
+            {"context": "decay", "integrator_chunk": 2, "remat": "block"}, marks=pytest.mark.slow
+        ),
         pytest.param({"context": "mean", "kappa": float("inf")}, marks=pytest.mark.slow),
         pytest.param({"context": "attention", "num_iterations": 1}, marks=pytest.mark.slow),
     ],
