@@ -68,7 +68,7 @@ def depth(parser: Parser, argv: Sequence[str]) -> Report:
                 "decode_time": ratios(seconds[i], seconds[trained])[0],
             }
         )
-    note = f"{flags.checkpoint}, {model.config.context}, T = {model.config.num_iterations}; "
+    note = f"{flags.checkpoint}, {model.config.context_text}, T = {model.config.num_iterations}; "
     note += f"{found[0][0].tokens:,} validation tokens; {flags.new_tokens} tokens decoded, batch 1"
     return Report({}, rows, [note])
 

@@ -356,7 +356,7 @@ def decoding_seconds(
     config: ModelConfig, params, batch_size: int, position: int, room: int, new_tokens: int
 ) -> float:
     """Seconds to decode tokens greedily in one loop, from `position` on."""
-    state = init_decode_state(config, batch_size, room if config.context == "attention" else 0)
+    state = init_decode_state(config, batch_size, room if config.uses_attention else 0)
     state = state._replace(position_B=jnp.full(batch_size, position, jnp.int32))
     how, num_ids = Sampling(), config.vocab_size
     rows = begin(

@@ -177,7 +177,7 @@ def integrator_fn(config: ModelConfig) -> Callable:
 
 
 def block_fn(config: ModelConfig) -> Callable:
-    """The block as a function of its parameters and the stream."""
+    """The block with the mixer `config.context`, as a function of its parameters and the stream."""
 
     def block(params, x_BSD):
         tokens = TokenSpan(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), None)

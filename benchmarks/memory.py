@@ -46,7 +46,12 @@ def memory(parser: Parser, argv: Sequence[str]) -> Report:
     segment = c.integrator_segment if c.integrator_segment > 1 else SEGMENT
     chunk = c.integrator_chunk or SLICE
     whole = dataclasses.replace(
-        c, num_layers=1, remat="none", integrator_segment=1, integrator_chunk=0
+        c,
+        num_layers=1,
+        attention_every=0,
+        remat="none",
+        integrator_segment=1,
+        integrator_chunk=0,
     )
     segmented = dataclasses.replace(whole, integrator_segment=segment)
     sliced = dataclasses.replace(segmented, integrator_chunk=chunk)

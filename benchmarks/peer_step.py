@@ -44,6 +44,7 @@ CASES = {
 CONTENDERS = {
     "torch": {},
     "attention": {},
+    "gated": {"model.context": "gated"},
     "decay": {"model.context": "decay", "model.num_iterations": 3},
 }
 

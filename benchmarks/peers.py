@@ -3,9 +3,10 @@
 python benchmarks/peers.py [--rounds N] [--updates N] [--only CASE] [--json]
 
 A step is forward, backward, clipping and AdamW in float32 on random tokens, with `remat none`.
-`torch` is `torch_twin.py`, eager; `attention` is ours without the integrator; `decay` ours with
-decay and three iterations. They take turns in one process, and a ratio is of the same round. Peak
-memory is that of a process that does nothing else and imports one side alone, with its compiler.
+`torch` is `torch_twin.py`, eager; `attention` and `gated` are ours without the integrator; `decay`
+ours with decay and three iterations. They take turns in one process, and a ratio is of the same
+round. Peak memory is that of a process that does nothing else and imports one side alone, with its
+compiler.
 
 Shapes: the narrow case is nanoGPT's for a CPU (characters of Shakespeare); the wide one has its
 65 tokens too, so that it measures blocks; the last has GPT-2's vocabulary.

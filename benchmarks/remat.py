@@ -77,7 +77,7 @@ def remat(parser: Parser, argv: Sequence[str]) -> Report:
         ratio = ratios(seconds[i], seconds[0])
         row |= zip(("time_over_none", "from", "to"), ratio, strict=True)
     note = (
-        f"{config.name}: {flags.layers} {base.context} blocks, D {base.d_model}, "
+        f"{config.name}: {flags.layers} blocks, {base.context_text}, D {base.d_model}, "
         f"T {base.num_iterations}, {flags.tokens} tokens; temp_bytes and time of the gradient"
     )
     return Report({}, rows, [note])

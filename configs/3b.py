@@ -2,9 +2,9 @@
 
     inl train --config 3b --data.paths YOUR_TEXT --run_dir runs/3b
 
-Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens. The published
-           mean context (--model.context mean) has 1,698,168,832 parameters, attention
-           (--model.context attention) 1,949,919,232.
+Shape      D 2048, 40 layers x 15 iterations, F 8192, sequences of up to 4096 tokens.
+Contexts   Parameters with --model.context mean, as published: 1,698,168,832; attention:
+           1,949,919,232; gated: 2,201,731,072; gated and --model.attention_every 4: 2,138,778,112.
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
 Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
            sequences, remat block (inl estimate --config 3b). Other sizes: docs/memory.md.

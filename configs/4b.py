@@ -2,9 +2,9 @@
 
     inl train --config 4b --data.paths YOUR_TEXT --run_dir runs/4b
 
-Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 tokens. The published
-           mean context (--model.context mean) has 2,524,171,008 parameters, attention
-           (--model.context attention) 2,948,967,168.
+Shape      D 2304, 48 layers x 15 iterations, F 9216, sequences of up to 4096 tokens.
+Contexts   Parameters with --model.context mean, as published: 2,524,171,008; attention:
+           2,948,967,168; gated: 3,288,914,688; gated and --model.attention_every 4: 3,203,927,808.
 Hardware   One GPU of 80 GB, or several, such as 8 with --mesh.fsdp 8.
 Recipe     Chosen by the device's memory and said at the start: on one H100 16 micro-batches of 4
            sequences, remat block (inl estimate --config 4b). Other sizes: docs/memory.md.

@@ -2,9 +2,9 @@
 
     inl train --config large --data.paths YOUR_TEXT --run_dir runs/large
 
-Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens. The published
-           mean context (--model.context mean) has 303,547,392 parameters, attention
-           (--model.context attention) 341,326,848.
+Shape      D 1024, 24 layers x 10 iterations, F 4096, sequences of up to 2048 tokens.
+Contexts   Parameters with --model.context mean, as published: 303,547,392; attention: 341,326,848;
+           gated: 379,118,592; gated and --model.attention_every 4: 369,670,656.
 Hardware   One GPU of 10 GB or more.
 Recipe     Chosen by the device's memory and said at the start: on one H100 4 micro-batches of 16
            sequences, remat block (inl estimate --config large). Other sizes: docs/memory.md.

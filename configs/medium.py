@@ -2,9 +2,9 @@
 
     inl train --config medium --data.paths YOUR_TEXT --run_dir runs/medium
 
-Shape      D 768, 12 layers x 7 iterations, F 3072, sequences of up to 1024 tokens. The published
-           mean context (--model.context mean) has 111,896,832 parameters, attention
-           (--model.context attention) 123,705,600.
+Shape      D 768, 12 layers x 7 iterations, F 3072, sequences of up to 1024 tokens.
+Contexts   Parameters with --model.context mean, as published: 111,896,832; attention: 123,705,600;
+           gated: 133,158,144; gated and --model.attention_every 4: 130,795,008.
 Hardware   One GPU of 16 GB or more.
 Memory     4.4 GiB, estimated for one GPU (inl estimate --config medium). Of these, 1.7 GiB are
            state, which is exact from shapes: float32 weights, two moments, accumulator.

@@ -2,9 +2,9 @@
 
     inl train --config small --data.paths YOUR_TEXT --run_dir runs/small
 
-Shape      D 512, 6 layers x 5 iterations, F 2048, sequences of up to 512 tokens. The published
-           mean context (--model.context mean) has 43,087,872 parameters, attention
-           (--model.context attention) 46,238,208.
+Shape      D 512, 6 layers x 5 iterations, F 2048, sequences of up to 512 tokens.
+Contexts   Parameters with --model.context mean, as published: 43,087,872; attention: 46,238,208;
+           gated: 47,815,680; gated and --model.attention_every 3: 47,289,856.
 Hardware   One GPU of 8 GB or more; a CPU, slowly.
 Memory     1.8 GiB, estimated for one GPU (inl estimate --config small). Of these, 0.6 GiB are
            state, which is exact from shapes: float32 weights, two moments, accumulator.

@@ -2,9 +2,9 @@
 
     inl train --config xlarge --data.paths YOUR_TEXT --run_dir runs/xlarge
 
-Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 tokens. The published
-           mean context (--model.context mean) has 807,850,496 parameters, attention
-           (--model.context attention) 933,736,960.
+Shape      D 1536, 32 layers x 12 iterations, F 6144, sequences of up to 4096 tokens.
+Contexts   Parameters with --model.context mean, as published: 807,850,496; attention: 933,736,960;
+           gated: 1,034,490,368; gated and --model.attention_every 4: 1,009,302,016.
 Hardware   One GPU of 80 GB, or several with --mesh.fsdp N.
 Recipe     Chosen by the device's memory and said at the start: on one H100 8 micro-batches of 8
            sequences, remat block (inl estimate --config xlarge). Other sizes: docs/memory.md.

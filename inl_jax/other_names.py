@@ -73,6 +73,7 @@ _ANSWERS = {
     ("n_head", "n_heads", "num_attention_heads"): "write --model.num_heads {N}",
     ("n_kv_heads", "num_key_value_heads"): "write --model.num_kv_heads {N}",
     ("intermediate_size", "ffn_dim"): "write --model.d_ff {N}",
+    ("attn_layer_period", "full_attention_interval"): "write --model.attention_every {N}",
     ("dtype", "bf16", "fp16", "precision", "mixed_precision", "torch_dtype"): _TYPES,
     ("gradient_checkpointing", "activation_checkpointing", "checkpoint_activations"): (
         "write --model.remat block"

@@ -40,6 +40,8 @@ def advised(message):
         "--data.phases 1:1 --num_epochs 1 --num_steps 0",
         "--xla_flags fast",
         "--model.num_iterations 0 --model.context mean",
+        "--model.attention_every 1",
+        "--model.attention_every 2 --model.context mean",
     ],
 )
 def test_advice_about_a_field_makes_the_config(words):

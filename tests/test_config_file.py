@@ -78,7 +78,7 @@ def test_overrides_reach_every_type_of_field():
         ("optim.lerning_rate=1", ["--optim.lerning_rate", "--optim.learning_rate"]),
         ("optim.learning_rate=abc", ["optim.learning_rate", "'abc'"]),
         ("batch_size=1.5", ["batch_size", "1.5"]),
-        ("model.context=foo", ["model.context='foo'", "decay, gated, attention"]),
+        ("model.context=foo", ["model.context='foo'", "mean, decay, gated, attention"]),
         ("--optim.learning_rate", ["optim.learning_rate"]),
         ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
         ("optim.weight_decay=inf", ["optim.weight_decay=inf"]),

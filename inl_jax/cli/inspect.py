@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     facts = (
         f"Checkpoint {flags.step}: {plural(config.num_layers, 'layer')} of "
         f"{plural(config.num_iterations, 'iteration')}, {config.d_model:,} channels, "
-        f"{config.context} context, dt = {config.dt:g}."
+        f"{config.context_text}, dt = {config.dt:g}."
     )
     text = inspect_page(f"Inside {flags.run_dir.resolve().name}", facts, inspected)
     try:

@@ -137,6 +137,23 @@ def group_names(config: ModelConfig) -> list[str]:
     return [f"layer_{i}" for i in range(len(config.mixers))] if len(config.mixers) > 1 else []
 
 
+def by_layer(config: ModelConfig, blocks: Any, part: str) -> Any:
+    """A part that all blocks have, in order of layers: its tree with leaves [L, ...].
+
+    Args:
+      config: the architecture.
+      blocks: what is under `blocks` in the parameters, or in what a forward pass keeps.
+      part: the name of the part in a block, as `integrator`.
+    """
+    if not (names := group_names(config)):
+        return blocks[part]
+
+    def in_order(*leaves):  # of the group's blocks, each [L / n, ...]
+        return jnp.stack(leaves, axis=1).reshape(config.num_layers, *leaves[0].shape[1:])
+
+    return jax.tree.map(in_order, *(blocks[name][part] for name in names))
+
+
 def rematerialised(block: type[Block], config: ModelConfig) -> type[Block]:
     """`block`, of which the backward pass recomputes what `kept_names` does not name."""
     if (names := kept_names(config)) is None:
@@ -298,11 +315,8 @@ def hidden_states_and_steps(config: ModelConfig, params, input_ids):
     shape = (config.num_layers, *input_ids.shape)
     if config.tol == 0:
         return hidden_BSD, jnp.full(shape, config.num_iterations, jnp.int32)
-    blocks = kept["steps"]["blocks"]
-    members = [blocks[name] for name in group_names(config)] or [blocks]
-    # Groups follow each other, so the next layer is the next member of a group.
-    steps = jnp.stack([block["integrator"]["taken"][0] for block in members], axis=1)
-    return hidden_BSD, steps.reshape(shape)
+    (steps_LBS,) = by_layer(config, kept["steps"]["blocks"], "integrator")["taken"]
+    return hidden_BSD, steps_LBS
 
 
 def logits(params, hidden_D) -> jax.Array:

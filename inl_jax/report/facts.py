@@ -41,15 +41,16 @@ def facts(run: Run) -> list[Fact]:
     ]
 
 
-def parameters(run: Run) -> str:
-    """The true number of parameters."""
+def architecture(run: Run) -> str:
+    """The true number of parameters, and how the layers read the earlier tokens."""
     from inl_jax.model.language_model import param_count  # late: starts JAX
 
     try:
-        n = param_count(read_config(run.run_dir).model)
+        model = read_config(run.run_dir).model
     except InputError:  # no config, or one of another version
         return "number of parameters not known"
-    return f"{n:,} parameters ({count(n)})"
+    n = param_count(model)
+    return f"{n:,} parameters ({count(n)}), {model.context_text}"
 
 
 def best_evaluation(run: Run) -> Record | None:

@@ -17,11 +17,11 @@ from inl_jax.report.facts import (
     AIMS,
     UNKNOWN,
     Fact,
+    architecture,
     best_evaluation,
     bytes_per_token,
     facts,
     number,
-    parameters,
 )
 from inl_jax.report.page import figure_html, page
 from inl_jax.report.run import Run
@@ -102,7 +102,7 @@ def _about(run: Run) -> str:
     times = run.curve("time")[1]
     when = f", {_day(times[0])} to {_day(times[-1])}" if len(times) else ""
     damaged = f"; damaged and left out: {', '.join(run.damaged)}" if run.damaged else ""
-    return f"{parameters(run)}{when}{damaged}"
+    return f"{architecture(run)}{when}{damaged}"
 
 
 def _day(seconds: float) -> str:

@@ -27,7 +27,7 @@ from inl_jax.model.dynamics import (
     rms_error,
     step,
 )
-from inl_jax.model.language_model import INLModel
+from inl_jax.model.language_model import INLModel, by_layer
 from inl_jax.model.layers import at_least_float32, compute_dtype
 from inl_jax.parallel.processes import call_together
 from inl_jax.parallel.sharding import fetch, on
@@ -109,7 +109,8 @@ def _watch(config: ModelConfig, params, tokens_BS) -> dict[str, jax.Array]:
     _, kept = INLModel(config).apply(
         {"params": params}, tokens_BS, None, None, amplitude, mutable="intermediates"
     )
-    ((h_LBSD, x_LBSD),) = kept["intermediates"]["blocks"]["integrator"]["inputs"]
+    of_integrators = functools.partial(by_layer, config, part="integrator")
+    ((h_LBSD, x_LBSD),) = of_integrators(kept["intermediates"]["blocks"])["inputs"]
     dynamics = Dynamics(config.dt, config.kappa, compute_dtype(config))
 
     def watch_layer(inputs):
@@ -117,7 +118,7 @@ def _watch(config: ModelConfig, params, tokens_BS) -> dict[str, jax.Array]:
             *inputs, amplitude=amplitude, num_iterations=config.num_iterations, dynamics=dynamics
         )[1]
 
-    return jax.lax.map(watch_layer, (params["blocks"]["integrator"], h_LBSD, x_LBSD))
+    return jax.lax.map(watch_layer, (of_integrators(params["blocks"]), h_LBSD, x_LBSD))
 
 
 def watch_steps(

@@ -16,7 +16,7 @@ def test_inspect_prints_a_table_and_writes_a_page(trained, inl, tmp_path):
     rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["1"], ["2"])]
     assert len(rows) == 4 and all(len(row) == 12 for row in rows)
     text = page.read_text()
-    assert "<h2>the fox" in text and "2 layers of 3 iterations, 16 channels" in text
+    assert "<h2>the fox" in text and "2 layers of 3 iterations, 16 channels, decay context" in text
 
 
 def test_inspect_refuses_a_run_without_iterations(inl, train_config):

@@ -13,7 +13,7 @@ from mixer_cases import FIELDS, PATTERN
 
 import inl_jax
 from inl_jax.config import InputError, ModelConfig
-from inl_jax.config_file import load_config
+from inl_jax.config_file import load_config, presets
 from inl_jax.model import language_model as model
 from inl_jax.model.layers import layer_norm
 from inl_jax.model.losses import token_losses
@@ -51,17 +51,31 @@ def test_param_count_equals_the_published_sizes(name):
     a = named(name, context="attention")
     D, K = a.d_model, a.head_dim
     projections = 2 * D * (a.num_heads + a.num_kv_heads) * K + 2 * K + 2 * D
-    expected = published + a.num_layers * (projections - D * D - D)
-    assert inl_jax.param_count(a) == expected
-    # Gated: decay with three kernels more.
-    gated = inl_jax.param_count(named(name, context="gated"))
-    assert gated == inl_jax.param_count(decay) + 3 * decay.num_layers * D * D
+    attention = published + a.num_layers * (projections - D * D - D)
+    assert inl_jax.param_count(a) == attention
+    # Three square matrices more than decay: for the rate, the gate and the output.
+    gated = inl_jax.param_count(decay) + 3 * decay.num_layers * D * D
+    assert inl_jax.param_count(named(name, context="gated")) == gated
+    n = 4 if decay.num_layers % 4 == 0 else 3
+    mixed = ((n - 1) * gated + attention) // n
+    note = " ".join(presets()[name].read_text().split())
+    assert f"mean, as published: {published:,}; attention: {attention:,}; gated: {gated:,};" in note
+    assert f"gated and --model.attention_every {n}: {mixed:,}." in note
 
 
 def test_param_count_of_a_pattern_is_that_of_its_layers():
     counts = [inl_jax.param_count(named("small", context=c)) for c in ("gated", "attention")]
     both = inl_jax.param_count(named("small", context="gated", attention_every=2))
     assert 2 * both == sum(counts)
+
+
+def test_by_layer_gives_the_layers_in_their_order(model_config):
+    config = model_config(context="gated", num_layers=4, attention_every=2)
+    groups = {"layer_0": {"part": [np.array([0, 2])]}, "layer_1": {"part": [np.array([1, 3])]}}
+    (found,) = model.by_layer(config, groups, "part")
+    assert found.tolist() == [0, 1, 2, 3]
+    plain = model.by_layer(model_config(), {"part": [np.arange(2)]}, "part")
+    assert plain[0].tolist() == [0, 1]
 
 
 def test_param_count_depends_on_iterations_only_at_zero():

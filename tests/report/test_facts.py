@@ -3,7 +3,7 @@ import math
 import pytest
 
 from inl_jax.config_file import to_json
-from inl_jax.report.facts import UNKNOWN, best_evaluation, bytes_per_token, facts, parameters
+from inl_jax.report.facts import UNKNOWN, architecture, best_evaluation, bytes_per_token, facts
 
 
 def values(run):
@@ -66,9 +66,10 @@ def test_price_is_the_rent_of_the_devices_of_every_start(make_run, kinds, price)
     assert values(run)["Price"] == price
 
 
-def test_parameters_are_counted_from_the_config_and_unknown_without_one(
+def test_architecture_is_read_from_the_config_and_unknown_without_one(
     make_run, train_config, tmp_path
 ):
     (tmp_path / "config.json").write_text(to_json(train_config()))
-    assert parameters(make_run()._replace(run_dir=tmp_path)) == "12,128 parameters (12.13k)"
-    assert parameters(make_run("nowhere")) == "number of parameters not known"
+    found = architecture(make_run()._replace(run_dir=tmp_path))
+    assert found == "12,128 parameters (12.13k), decay context"
+    assert architecture(make_run("nowhere")) == "number of parameters not known"

@@ -32,7 +32,10 @@ def lively_params(config):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"context": "decay", "integrator_chunk": 2, "remat": "block"},
+        {"context": "gated", "num_layers": 4, "num_iterations": 2, "attention_every": 2},
+        pytest.param(
+            {"context": "decay", "integrator_chunk": 2, "remat": "block"}, marks=pytest.mark.slow
+        ),
         pytest.param({"context": "mean", "kappa": float("inf")}, marks=pytest.mark.slow),
         pytest.param({"context": "attention", "num_iterations": 1}, marks=pytest.mark.slow),
     ],
@@ -49,12 +52,13 @@ def test_watched_steps_end_in_the_states_of_the_forward_pass(model_config, field
             *(TOKENS, None, None, config.excitation_amplitude),
             mutable="intermediates",
             capture_intermediates=lambda module, _: isinstance(module, Integrator),
-        )[1]["intermediates"]["blocks"]["integrator"]
+        )[1]["intermediates"]["blocks"]
+        kept = model.by_layer(config, kept, "integrator")
         ((h, x),), (last,) = kept["inputs"], kept["__call__"]
         settings = {"amplitude": 0.03, "num_iterations": config.num_iterations}
         settings["dynamics"] = Dynamics(0.1, config.kappa, jnp.float32)
         watch = jax.vmap(lambda *arrays: watch_steps(*arrays, **settings)[0])
-        return watch(params["blocks"]["integrator"], h, x), last, x
+        return watch(model.by_layer(config, params["blocks"], "integrator"), h, x), last, x
 
     watched, last, first = both()
     np.testing.assert_allclose(watched, last, rtol=1e-5, atol=1e-6)
