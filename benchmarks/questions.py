@@ -55,56 +55,54 @@ def runs_of(
 
 DECAY, GATED, ATTENTION = (arm(context, 2) for context in ("decay", "gated", "attention"))
 MIXED = arm("gated", 2, attention_every=4)
-BEST = arm("gated", 2, T=1)
-ATTENTION_BEST, MIXED_BEST = arm("attention", 2, T=1), arm("gated", 2, T=1, attention_every=4)
-# 48 more hidden units of the feed-forward layer cost as much as one iteration with C 8.
-EQUAL = 2 + 48 / 128
+# Controllers of a sixteenth of the width: one iteration then costs as much as a feed-forward layer
+# that is wider by 3/8 of the width.
+EQUAL = 2 + 3 / 8
+BEST, BEST_256 = arm("gated", 2, T=1, C=8), arm("gated", 2, T=1, C=16)
+THREE = arm("gated", 2, T=3, dt=0.33)
 
 QUESTIONS = {
     "rate": Question(
-        "The learning rate of each family",
-        runs_of((GATED, BEST, ATTENTION, ATTENTION_BEST, DECAY), rates=RATES),
+        "Which peak learning rate suits each family?",
+        runs_of((DECAY, GATED, BEST, ATTENTION), rates=RATES),
+    ),
+    "mixers": Question(
+        "Which mixer, without the integrator?",
+        runs_of((GATED, ATTENTION), corpora=CORPORA, seeds=SEEDS)
+        + runs_of([MIXED], corpora=("code", "prose"), seeds=SEEDS)
+        + runs_of([DECAY], seeds=SEEDS),
+    ),
+    "integrator": Question(
+        "What does the integrator add to each mixer at equal FLOPs?",
+        runs_of((GATED, arm("gated", EQUAL), BEST), corpora=CORPORA, seeds=SEEDS)
+        + runs_of((ATTENTION, arm("attention", EQUAL), arm("attention", 2, T=1)), seeds=SEEDS)
+        + runs_of((DECAY, arm("decay", EQUAL), arm("decay", 2, T=1)), seeds=SEEDS),
+    ),
+    "width": Question(
+        "Does it hold at twice the width?",
+        runs_of((GATED, arm("gated", EQUAL), BEST_256, ATTENTION), width=256, seeds=SEEDS[:2]),
     ),
     "cost": Question(
-        "What do controllers of width C, T iterations and time steps dt cost and gain?",
+        "What do controllers of width C, T iterations and time steps dt gain for what they cost?",
         runs_of(
             [
                 *(arm("gated", F) for F in (2, EQUAL, 4)),
                 *(arm("gated", 2, T=1, C=C) for C in (1, 4, 8, 16, 32, 64)),
-                *(arm("gated", 2, T=1, dt=dt) for dt in (0.1, 0.3, 0.5, 2)),
+                *(arm("gated", 2, T=1, dt=dt) for dt in (0.1, 0.3, 2)),
                 *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3, 5)),
-                *(arm("gated", 2, T=T, dt=0.1) for T in (3, 5)),
                 arm("gated", 2, T=3, C=64, dt=0.1),
             ]
         ),
     ),
     "layers": Question(
-        "One integrator for all layers, or one in every other layer?",
+        "One integrator in each layer, one for all layers, or one in every other layer?",
         runs_of([GATED, BEST, *(arm("gated", 2, T=1, form=f) for f in ("shared", "every_other"))]),
-    ),
-    "mixers": Question(
-        "Which mixer, without the integrator?",
-        runs_of((DECAY, GATED, MIXED, ATTENTION), corpora=CORPORA, seeds=SEEDS),
-    ),
-    "integrator": Question(
-        "What does the integrator add to each mixer at equal FLOPs?",
-        runs_of(
-            (GATED, arm("gated", EQUAL), arm("gated", 4), BEST),
-            corpora=CORPORA,
-            seeds=SEEDS,
-        )
-        + runs_of(
-            (ATTENTION, arm("attention", EQUAL), ATTENTION_BEST, MIXED, MIXED_BEST),
-            corpora=("code", "prose"),
-            seeds=SEEDS,
-        )
-        + runs_of((DECAY, arm("decay", EQUAL), arm("decay", 2, T=1)), seeds=SEEDS),
     ),
     "alpha": Question(
         "Do alpha, the excitation and the published regularisers do anything?",
         runs_of(
             [
-                arm("gated", 2, T=3, dt=0.33),
+                THREE,
                 *(arm("gated", 2, T=3, dt=0.33, kappa=kappa) for kappa in (128**0.5, math.inf)),
                 arm("gated", 2, T=3, dt=0.33, excitation_amplitude=0.0),
                 *(arm("gated", 2, T=3, dt=0.33, form=f) for f in ("mean", "speed", "energy")),
@@ -112,10 +110,8 @@ QUESTIONS = {
         ),
     ),
     "depth": Question(
-        "Fewer or more iterations at evaluation, and random T in training",
-        runs_of([arm("gated", 2, T=3, dt=0.33, form=form) for form in ("", "random_depth")]),
+        "What do fewer or more iterations at evaluation do, after a fixed and after a random T?",
+        runs_of([THREE, arm("gated", 2, T=3, dt=0.33, form="random_depth")]),
     ),
 }
-DEPTHS = {
-    arm("gated", 2, T=3, dt=0.33, form=form).name: (1, 2, 3, 4, 6) for form in ("", "random_depth")
-}
+DEPTHS = {run.arm.name: (1, 2, 3, 4, 6) for run in QUESTIONS["depth"].runs}
