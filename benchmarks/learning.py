@@ -45,6 +45,8 @@ class Found(NamedTuple):
     bits: list[float]  # per byte, by seed
     parameters: int
     flops: float  # of the training
+    seconds: float  # of the training, the median
+    losses: list[float]  # of the training of the first seed, over 20ths of the run
     by_depth: dict[str, float]  # bits per byte of the first seed, by iterations at evaluation
 
     @property
@@ -99,7 +101,9 @@ def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
         Found(
             *(run.arm.name, run.width, run.corpus, run.learning_rate),
             [result.bits_per_byte for result in results],
-            *(results[0].parameters, results[0].flops, results[0].by_depth),
+            *(results[0].parameters, results[0].flops),
+            statistics.median(result.seconds for result in results),
+            *(results[0].losses, results[0].by_depth),
         )
         for run, results in grouped.items()
     ]
@@ -149,6 +153,7 @@ def _head(one: Found) -> dict[str, str]:
         "rate": f"{one.learning_rate:g}",
         "parameters": f"{one.parameters:,}",
         "TFLOP": f"{one.flops / 1e12:.2f}",
+        "seconds": f"{one.seconds:.0f}",
         "seeds": str(len(one.bits)),
     }
 
@@ -161,7 +166,10 @@ def _columns(found: Sequence[Found], depths: Sequence[int]) -> list[str]:
 
 
 def draw(everything: Sequence[Found], path: Path) -> None:
-    """Draws bits per byte against training FLOPs, one panel for each corpus, at the least width."""
+    """Draws bits per byte against training FLOPs for each corpus, and the training loss of code.
+
+    Of the models that have several seeds, at the least width.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,8 +177,8 @@ def draw(everything: Sequence[Found], path: Path) -> None:
 
     several = [one for one in everything if len(one.bits) > 1 and one.mixer in COLOURS]
     width = min(one.width for one in several)
-    figure, axes = plt.subplots(1, len(CORPORA), figsize=(13, 4.4))
-    for corpus, axis in zip(CORPORA, axes, strict=True):
+    figure, axes = plt.subplots(1, len(CORPORA) + 1, figsize=(17, 4.4))
+    for corpus, axis in zip(CORPORA, axes[:-1], strict=True):
         shown = [one for one in several if (one.width, one.corpus) == (width, corpus)]
         for mixer, colour in COLOURS.items():
             of_mixer = sorted((o for o in shown if o.mixer == mixer), key=lambda o: o.flops)
@@ -190,6 +198,14 @@ def draw(everything: Sequence[Found], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
     axes[0].legend(fontsize=7)
+    for one in several:
+        if (one.width, one.corpus) == (width, "code"):
+            updates = [(i + 1) / len(one.losses) for i in range(len(one.losses))]
+            style = ":" if one.has_integrator else "-"
+            axes[-1].plot(updates, one.losses, style, color=COLOURS[one.mixer], label=one.name)
+    axes[-1].set(title="code", xlabel="share of the training", ylabel="training loss, nats")
+    axes[-1].legend(fontsize=7)
+    axes[-1].grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

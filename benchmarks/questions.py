@@ -59,7 +59,7 @@ MIXED = arm("gated", 2, attention_every=4)
 # that is wider by 3/8 of the width.
 EQUAL = 2 + 3 / 8
 BEST, BEST_256 = arm("gated", 2, T=1, C=8), arm("gated", 2, T=1, C=16)
-THREE = arm("gated", 2, T=3, dt=0.33)
+TWO = arm("gated", 2, T=2, dt=0.5)
 
 QUESTIONS = {
     "rate": Question(
@@ -80,7 +80,9 @@ QUESTIONS = {
     ),
     "width": Question(
         "Does it hold at twice the width?",
-        runs_of((GATED, arm("gated", EQUAL), BEST_256, ATTENTION), width=256, seeds=SEEDS[:2]),
+        runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=RATES[:2])
+        + runs_of((arm("gated", EQUAL), BEST_256), width=256, seeds=SEEDS)
+        + runs_of((GATED, ATTENTION), width=256),
     ),
     "cost": Question(
         "What do controllers of width C, T iterations and time steps dt gain for what they cost?",
@@ -89,7 +91,8 @@ QUESTIONS = {
                 *(arm("gated", F) for F in (2, EQUAL, 4)),
                 *(arm("gated", 2, T=1, C=C) for C in (1, 4, 8, 16, 32, 64)),
                 *(arm("gated", 2, T=1, dt=dt) for dt in (0.1, 0.3, 2)),
-                *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3, 5)),
+                *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3)),
+                *(arm("gated", 2, T=T, dt=0.2) for T in (3, 5)),
                 arm("gated", 2, T=3, C=64, dt=0.1),
             ]
         ),
@@ -102,16 +105,16 @@ QUESTIONS = {
         "Do alpha, the excitation and the published regularisers do anything?",
         runs_of(
             [
-                THREE,
-                *(arm("gated", 2, T=3, dt=0.33, kappa=kappa) for kappa in (128**0.5, math.inf)),
-                arm("gated", 2, T=3, dt=0.33, excitation_amplitude=0.0),
-                *(arm("gated", 2, T=3, dt=0.33, form=f) for f in ("mean", "speed", "energy")),
+                TWO,
+                *(arm("gated", 2, T=2, dt=0.5, kappa=kappa) for kappa in (128**0.5, math.inf)),
+                arm("gated", 2, T=2, dt=0.5, excitation_amplitude=0.0),
+                *(arm("gated", 2, T=2, dt=0.5, form=f) for f in ("mean", "speed", "energy")),
             ]
         ),
     ),
     "depth": Question(
         "What do fewer or more iterations at evaluation do, after a fixed and after a random T?",
-        runs_of([THREE, arm("gated", 2, T=3, dt=0.33, form="random_depth")]),
+        runs_of([TWO, arm("gated", 2, T=2, dt=0.5, form="random_depth")]),
     ),
 }
-DEPTHS = {run.arm.name: (1, 2, 3, 4, 6) for run in QUESTIONS["depth"].runs}
+DEPTHS = {run.arm.name: (1, 2, 3, 4) for run in QUESTIONS["depth"].runs}

@@ -28,6 +28,7 @@ config = TrainConfig(
         num_layers=40,
         num_iterations=15,
         d_ff=8192,
+        context="decay",  # which keeps the count of the name
         max_seq_len=4096,
         num_heads=16,
         num_kv_heads=4,

@@ -27,6 +27,7 @@ config = TrainConfig(
         num_layers=48,
         num_iterations=15,
         d_ff=9216,
+        context="decay",  # which keeps the count of the name
         max_seq_len=4096,
         num_heads=18,
         num_kv_heads=6,

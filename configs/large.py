@@ -25,6 +25,7 @@ config = TrainConfig(
         num_layers=24,
         num_iterations=10,
         d_ff=4096,
+        context="decay",  # which keeps the count of the name
         max_seq_len=2048,
         num_heads=8,
         num_kv_heads=2,

@@ -22,6 +22,7 @@ config = TrainConfig(
         num_layers=12,
         num_iterations=7,
         d_ff=3072,
+        context="decay",  # which keeps the count of the name
         max_seq_len=1024,
         num_heads=6,
         num_kv_heads=2,

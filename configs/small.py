@@ -22,6 +22,7 @@ config = TrainConfig(
         num_layers=6,
         num_iterations=5,
         d_ff=2048,
+        context="decay",  # which keeps the count of the name
         max_seq_len=512,
         num_heads=4,
         num_kv_heads=2,

@@ -25,6 +25,7 @@ config = TrainConfig(
         num_layers=32,
         num_iterations=12,
         d_ff=6144,
+        context="decay",  # which keeps the count of the name
         max_seq_len=4096,
         num_heads=12,
         num_kv_heads=4,

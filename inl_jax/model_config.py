@@ -33,7 +33,7 @@ class ModelConfig:
     """Length of the longest sequence, in tokens."""
     controller_width: int = 64
     """Width of each of the integrator's four controllers, C, in hidden units."""
-    context: Mixer = "decay"
+    context: Mixer = "gated"
     """How a block reads the earlier positions. mean: running mean, the published model. decay:
     exponential decay with a learned rate per channel. gated: decay at a rate that each token
     chooses, with a gated output. attention: causal softmax attention."""

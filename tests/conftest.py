@@ -36,6 +36,7 @@ MODEL = {
     "vocab_size": 300,
     "d_model": 16,
     "num_layers": 2,
+    "context": "decay",
     "num_iterations": 3,
     "d_ff": 32,
     "max_seq_len": 32,

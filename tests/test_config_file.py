@@ -44,7 +44,7 @@ def test_load_config_takes_a_path_or_a_name(path):
 def test_overrides_change_the_named_fields_and_nothing_else(overrides):
     old, new = load_config("tiny"), load_config("tiny", overrides)
     assert list(differences(old, new)) == [
-        ("model.context", "decay", "mean"),
+        ("model.context", "gated", "mean"),
         ("optim.learning_rate", old.optim.learning_rate, 3e-5),
     ]
 

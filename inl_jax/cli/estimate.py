@@ -27,7 +27,7 @@ from inl_jax.terminal import signals
 from inl_jax.terminal.command_line import Parser, from_command_line
 
 # The fields that most people need.
-FIRST = """batch_size accumulate_steps data.seq_len model.context model.attention_every model.remat
+FIRST = """batch_size accumulate_steps data.seq_len model.context model.remat
 model.integrator_segment optim.optimizer optim.moment_dtype optim.state_memory mesh.data mesh.fsdp
 mesh.tensor""".split()
 
