@@ -7,8 +7,8 @@ Trains the models of each question from scratch on text that any machine has, an
 the bits per byte of the whole validation split: the mean over seeds, and their spread. Each CPU
 trains one run at a time. Runs that have ended are read, so the command can be stopped and repeated.
 
-All runs of a width read the same tokens. `beside T 0` compares with the same mixer without the
-integrator at the same training FLOPs: between the two nearest widths of its feed-forward layer,
+All runs of as many updates read the same tokens. `beside T 0` compares with the same mixer without
+the integrator at the same training FLOPs: between the two nearest widths of its feed-forward layer,
 linearly in the logarithm of the FLOPs.
 """
 
@@ -42,6 +42,7 @@ class Found(NamedTuple):
     width: int
     corpus: str
     learning_rate: float
+    updates: int
     bits: list[float]  # per byte, by seed
     parameters: int
     flops: float  # of the training
@@ -99,7 +100,7 @@ def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
             grouped.setdefault(run._replace(seed=0), []).append(result)
     return [
         Found(
-            *(run.arm.name, run.width, run.corpus, run.learning_rate),
+            *(run.arm.name, run.width, run.corpus, run.learning_rate, run.updates),
             [result.bits_per_byte for result in results],
             *(results[0].parameters, results[0].flops),
             statistics.median(result.seconds for result in results),
@@ -114,11 +115,11 @@ def without_integrator(found: Found, everything: Sequence[Found]) -> float | Non
 
     None if no two widths of the feed-forward layer lie on both sides.
     """
-    same = (found.mixer, found.width, found.corpus, found.learning_rate)
+    same = (found.mixer, found.width, found.corpus, found.learning_rate, found.updates)
     curve = sorted(
         (math.log(one.flops), one.mean)
         for one in everything
-        if (one.mixer, one.width, one.corpus, one.learning_rate) == same
+        if (one.mixer, one.width, one.corpus, one.learning_rate, one.updates) == same
         and not one.has_integrator
         and len(one.name.split()) == 2
     )
@@ -134,7 +135,7 @@ def table_rows(found: Sequence[Found], everything: Sequence[Found]) -> list[dict
     rows: dict[tuple, dict[str, str]] = {}
     depths = sorted({int(t) for one in found for t in one.by_depth})
     for one in found:
-        key = one.name, one.width, one.learning_rate
+        key = one.name, one.width, one.learning_rate, one.updates
         row = rows.setdefault(key, _head(one) | dict.fromkeys(_columns(found, depths), ""))
         spread = f" ± {one.spread:.4f}" if len(one.bits) > 1 else ""
         row[one.corpus] = f"{one.mean:.4f}{spread}"
@@ -151,6 +152,7 @@ def _head(one: Found) -> dict[str, str]:
         "model": one.name,
         "width": str(one.width),
         "rate": f"{one.learning_rate:g}",
+        "updates": f"{one.updates:,}",
         "parameters": f"{one.parameters:,}",
         "TFLOP": f"{one.flops / 1e12:.2f}",
         "seconds": f"{one.seconds:.0f}",

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from corpora import CORPORA
-from study import Arm, Run
+from study import UPDATES, Arm, Run
 
 RATE = 5e-3  # peak learning rate, the best of RATES for all families (question "rate")
 RATES = (3e-3, RATE, 8e-3)
+RATE_256 = 3e-3  # the best of the first two at width 256 (question "width")
 SEEDS = (0, 1, 2)
 
 
@@ -47,10 +48,11 @@ def runs_of(
     corpora: Sequence[str] = ("code",),
     rates: Sequence[float] = (RATE,),
     seeds: Sequence[int] = (0,),
+    updates: int = UPDATES,
 ) -> list[Run]:
     """Every arm on every corpus, at every rate, with every seed."""
     every = itertools.product(seeds, corpora, rates, arms)
-    return [Run(one, width, corpus, rate, seed) for seed, corpus, rate, one in every]
+    return [Run(one, width, corpus, rate, seed, updates) for seed, corpus, rate, one in every]
 
 
 DECAY, GATED, ATTENTION = (arm(context, 2) for context in ("decay", "gated", "attention"))
@@ -81,8 +83,12 @@ QUESTIONS = {
     "width": Question(
         "Does it hold at twice the width?",
         runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=RATES[:2])
-        + runs_of((arm("gated", EQUAL), BEST_256), width=256, seeds=SEEDS)
-        + runs_of((GATED, ATTENTION), width=256),
+        + runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=[RATE_256], seeds=SEEDS)
+        + runs_of((GATED, ATTENTION), width=256, rates=[RATE_256]),
+    ),
+    "longer": Question(
+        "Does it hold with three times the text?",
+        runs_of((GATED, arm("gated", EQUAL), BEST), updates=3 * UPDATES),
     ),
     "cost": Question(
         "What do controllers of width C, T iterations and time steps dt gain for what they cost?",

@@ -1,6 +1,6 @@
 """Trains the runs of a study, several at a time, and reads what they found.
 
-A run is a model at a width on a corpus, with a learning rate and a seed. All runs of a width read
+A run is a model at a width on a corpus, with a learning rate and a seed. Runs of as many updates read
 the same tokens.
 """
 
@@ -36,10 +36,11 @@ BASE = (  # overrides of configs/tiny.py
     *("model.vocab_size=1024", "data.tokenizer=bpe:1024", f"data.seq_len={SEQ_LEN}"),
     *(f"batch_size={ROWS}", "optim.warmup_steps=50", "data.validation_fraction=0.02"),
 )
-WIDTHS = {  # sizes at a width, and the updates of a run
-    128: ({"model.d_model": 128, "model.num_heads": 4, "model.num_kv_heads": 2}, 1000),
-    256: ({"model.d_model": 256, "model.num_heads": 8, "model.num_kv_heads": 4}, 1000),
+WIDTHS = {  # sizes at a width
+    128: {"model.d_model": 128, "model.num_heads": 4, "model.num_kv_heads": 2},
+    256: {"model.d_model": 256, "model.num_heads": 8, "model.num_kv_heads": 4},
 }
+UPDATES = 1000
 
 
 class Arm(NamedTuple):
@@ -58,23 +59,26 @@ class Run(NamedTuple):
     corpus: str
     learning_rate: float
     seed: int
+    updates: int = UPDATES
 
     @property
     def path(self) -> str:
         """Where its result is, below the directory of all runs."""
+        longer = f"-updates{self.updates}" if self.updates != UPDATES else ""
         arm = self.arm.name.replace(" ", "_").replace("/", "")
-        return f"{self.width}/{self.corpus}/{arm}/rate{self.learning_rate:g}-seed{self.seed}"
+        return (
+            f"{self.width}/{self.corpus}/{arm}/rate{self.learning_rate:g}-seed{self.seed}{longer}"
+        )
 
     def config(self, runs_dir: str) -> TrainConfig:
-        """The run, whose number of updates follows from the FLOPs of one."""
-        sizes, num_steps = WIDTHS[self.width]
+        """The run, with its corpus below `runs_dir`."""
         fields = {
-            **sizes,
+            **WIDTHS[self.width],
             **dict(self.arm.fields),
             "data.paths": corpus_paths(self.corpus, Path(runs_dir, "corpora")),
             "optim.learning_rate": self.learning_rate,
             "seed": self.seed,
-            "num_steps": num_steps,
+            "num_steps": self.updates,
         }
         fields["model.d_ff"] = round(fields["model.d_ff"] * self.width)
         return with_fields(load_config("tiny", BASE), fields)

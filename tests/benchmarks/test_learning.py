@@ -91,8 +91,8 @@ def small(study, monkeypatch, text_file, tmp_path):
     base += " data.validation_fraction=0.2"
     monkeypatch.setattr(load, "BASE", tuple(base.split()))
     sizes = {"model.d_model": 16, "model.num_heads": 2, "model.num_kv_heads": 1}
-    monkeypatch.setattr(load, "WIDTHS", {16: (sizes, 6)})
-    return lambda arm: load.Run(arm, 16, "code", 1e-2, 0)
+    monkeypatch.setattr(load, "WIDTHS", {16: sizes})
+    return lambda arm: load.Run(arm, 16, "code", 1e-2, 0, updates=6)
 
 
 def fresh(study, run, tmp_path):
@@ -211,6 +211,6 @@ def test_learning_prints_a_table_for_a_question_and_draws(study, results, capsys
     argv = f"--questions integrator --runs_dir {results} --read_only --out {picture}"
     study("learning").main(argv.split())
     out = capsys.readouterr().out
-    assert "### integrator" in out and "| gated F2 | 128 | 0.005 |" in out
+    assert "### integrator" in out and "| gated F2 | 128 | 0.005 | 1,000 |" in out
     assert "1.9900 ± 0.0100" in out and "1.9000 ± 0.0000" in out
     assert picture.stat().st_size > 0
