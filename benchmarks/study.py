@@ -1,7 +1,7 @@
 """Trains the runs of a study, several at a time, and reads what they found.
 
-A run is a model at a width on a corpus, with a learning rate and a seed. Runs of as many updates read
-the same tokens.
+A run is a model at a width on a corpus, with a learning rate and a seed. Runs of as many updates
+read the same tokens.
 """
 
 import dataclasses
@@ -64,11 +64,10 @@ class Run(NamedTuple):
     @property
     def path(self) -> str:
         """Where its result is, below the directory of all runs."""
-        longer = f"-updates{self.updates}" if self.updates != UPDATES else ""
         arm = self.arm.name.replace(" ", "_").replace("/", "")
-        return (
-            f"{self.width}/{self.corpus}/{arm}/rate{self.learning_rate:g}-seed{self.seed}{longer}"
-        )
+        name = f"rate{self.learning_rate:g}-seed{self.seed}"
+        name += f"-updates{self.updates}" if self.updates != UPDATES else ""
+        return f"{self.width}/{self.corpus}/{arm}/{name}"
 
     def config(self, runs_dir: str) -> TrainConfig:
         """The run, with its corpus below `runs_dir`."""
