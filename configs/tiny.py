@@ -1,8 +1,10 @@
-"""tiny: 1,387,776 parameters (1.39M), a model to see everything work on a laptop.
+"""tiny: 1,124,736 parameters (1.12M), a model to see everything work on a laptop.
 
     inl train --config tiny
 
-Shape      D 128, 4 layers x 3 iterations, F 512, sequences of 128 tokens, decay context.
+Shape      D 128, 4 layers x 1 iteration with dt 1, F 512, sequences of 128 tokens, gated context,
+           which learned most in docs/learning.md. --model.context decay --model.num_iterations 3
+           --model.dt .1 --model.controller_width 64 is what tiny was before: 1,387,776 parameters.
 Data       The standard library of the running Python; a byte-level BPE of 2,048 entries, trained on
            it.
 Hardware   Two CPU cores.
@@ -29,7 +31,7 @@ config = TrainConfig(
         remat="none",
     ),
     data=DataConfig(paths=("stdlib",), tokenizer="bpe:2048", seq_len=128, validation_fraction=0.05),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=50),
+    optim=OptimConfig(learning_rate=5e-3, warmup_steps=50),
     run_dir="runs/tiny",
     num_steps=450,
     batch_size=16,

@@ -107,7 +107,7 @@ def test_wheel_has_the_function_of_the_guide(installed):
 @pytest.mark.slow
 def test_wheel_plans_a_run_with_the_config_that_it_brings(installed):
     code, out, err = run(installed / "inl", "train", "--config", "tiny", "--dry_run")
-    assert code == 0 and "1,387,776 parameters" in out, err
+    assert code == 0 and "1,124,736 parameters" in out, err
 
 
 def test_wheel_holds_every_file_of_the_package(wheel):
