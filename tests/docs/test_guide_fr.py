@@ -176,6 +176,7 @@ LEAST = " --accumulate_steps 64 --model.remat block"  # the recipe that needs th
         ("--config 4b" + LEAST, "| 4,7 Gio | **{device} Gio**"),
         ("--config 3b --model.remat none", "le 3b demanderait {device} Gio"),
         ("--config 3b --model.context attention" + LEAST, "au moins {device} Gio (prédit)"),
+        ("--config 3b --model.context gated" + LEAST, "2 201 731 072 paramètres et {device} Gio"),
         ("--config 3b_16gb" + LEAST, "`3b_16gb`, prédit | {device} Gio | {host} Gio"),
         ("--config 3b", "4 séquences à la fois et prend {device} Gio (prédit)"),
         (
