@@ -1,6 +1,6 @@
 """What do fewer iterations, or tokens that stop early, save, and what do they cost?
 
-inl train --config tiny --model.num_iterations 8 --run_dir runs/depth
+inl train --config tiny --model.num_iterations 8 --model.dt 0.1 --run_dir runs/depth
 python benchmarks/depth.py runs/depth [--tols 0.01 0.1] [--sequences 128] [--json]
 
 A row is one depth of the same weights: a number of iterations for every token, or the trained
