@@ -5,7 +5,8 @@ python benchmarks/learning.py [--questions rate mixers ...] [--runs_dir runs/lea
 
 Trains the models of each question from scratch on text that any machine has, and prints a table of
 the bits per byte of the whole validation split: the mean over seeds, and their spread. Each CPU
-trains one run at a time. Runs that have ended are read, so the command can be stopped and repeated.
+trains one run at a time; a GPU, all. Runs that have ended are read, so the command can be stopped
+and repeated.
 
 All runs of as many updates read the same tokens. `beside T 0` compares with the same mixer without
 the integrator at the same training FLOPs: between the two nearest widths of its feed-forward layer,

@@ -166,7 +166,7 @@ def _update(config: TrainConfig, form: str, params, opt_state, batch_BL, learnin
 
 
 def train_runs(runs: Iterable[Run], runs_dir: str, *, depths: Mapping[str, Iterable[int]]) -> None:
-    """Trains the runs that have no result yet, one on each CPU.
+    """Trains the runs that have no result yet: one on each CPU, or one at a time on a GPU.
 
     Args:
       runs: what to train, in order.
@@ -174,14 +174,23 @@ def train_runs(runs: Iterable[Run], runs_dir: str, *, depths: Mapping[str, Itera
       depths: by the name of an arm, the numbers of iterations to evaluate it with.
     """
     missing = [run for run in dict.fromkeys(runs) if not _file(run, runs_dir).exists()]
+    for run in missing:  # before any training: what is impossible, and the corpora
+        run.config(runs_dir)
     jobs = [(run, runs_dir, tuple(depths.get(run.arm.name, ()))) for run in missing]
-    cpus = min(usable_cpus(), len(jobs) or 1)
-    numbers = multiprocessing.get_context("spawn").Queue()
-    for cpu in range(cpus):
-        numbers.put(cpu)
-    with multiprocessing.get_context("spawn").Pool(cpus, _pin, (numbers,)) as pool:
-        for done, line in enumerate(pool.imap_unordered(_train_and_write, jobs), start=1):
-            say(f"{done}/{len(jobs)}  {line}")
+    if jax.default_backend() == "cpu":
+        spawn, cpus = multiprocessing.get_context("spawn"), min(usable_cpus(), len(jobs) or 1)
+        numbers = spawn.Queue()
+        for cpu in range(cpus):
+            numbers.put(cpu)
+        with spawn.Pool(cpus, _pin, (numbers,)) as pool:
+            _say_each(pool.imap_unordered(_train_and_write, jobs), len(jobs))
+    else:  # one run at a time has the whole accelerator
+        _say_each(map(_train_and_write, jobs), len(jobs))
+
+
+def _say_each(lines: Iterable[str], total: int) -> None:
+    for done, line in enumerate(lines, start=1):
+        say(f"{done}/{total}  {line}")
 
 
 def read_result(run: Run, runs_dir: str) -> Result | None:

@@ -176,6 +176,18 @@ def test_train_run_updates_as_the_trainer_does(study, small, monkeypatch, tmp_pa
     np.testing.assert_allclose(result.losses[-1], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_train_runs_trains_what_is_missing(study, tmp_path):
+    load, questions = study("study"), study("questions")
+    there, missing = questions.runs_of([questions.BEST], seeds=(0, 1), updates=60)
+    write(study, tmp_path, there, 0.5)
+    load.train_runs([there, missing], str(tmp_path), depths={missing.arm.name: (2,)})
+    assert load.read_result(there, str(tmp_path)).bits_per_byte == 0.5
+    found = load.read_result(missing, str(tmp_path))
+    assert 2 < found.bits_per_byte < 8 and found.updates == 60 and set(found.by_depth) == {"2"}
+    assert found.losses[-1] < found.losses[0]
+
+
 # --- tables
 
 
