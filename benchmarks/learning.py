@@ -89,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{machine()}; prose from {sources()}")
     for name, question in questions.items():
         print(f"\n### {name}: {question.text}\n")
-        print(markdown(table_rows(find(question.runs, flags.runs_dir), everything)))
-    draw(everything, Path(flags.out))
+        rows = table_rows(find(question.runs, flags.runs_dir), everything)
+        print(markdown(rows) if rows else "No run of it has ended.")
+    several = [one for one in everything if len(one.bits) > 1 and one.mixer in COLOURS]
+    if several:
+        draw(several, Path(flags.out))
 
 
 def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
@@ -168,17 +171,18 @@ def _columns(found: Sequence[Found], depths: Sequence[int]) -> list[str]:
     return [*corpora, *beside, *(f"{t} iterations" for t in depths)]
 
 
-def draw(everything: Sequence[Found], path: Path) -> None:
+def draw(several: Sequence[Found], path: Path) -> None:
     """Draws bits per byte against training FLOPs for each corpus, and the training loss of code.
 
-    Of the models that have several seeds, at the least width.
+    Args:
+      several: models with several seeds; those of the least width are drawn.
+      path: of the picture.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    several = [one for one in everything if len(one.bits) > 1 and one.mixer in COLOURS]
     width = min(one.width for one in several)
     figure, axes = plt.subplots(1, len(CORPORA) + 1, figsize=(17, 4.4))
     for corpus, axis in zip(CORPORA, axes[:-1], strict=True):
@@ -201,11 +205,12 @@ def draw(everything: Sequence[Found], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
     axes[0].legend(fontsize=7)
+    styles = {mixer: itertools.cycle(("-", "--", ":")) for mixer in COLOURS}
     for one in several:
         if (one.width, one.corpus) == (width, "code"):
             updates = [(i + 1) / len(one.losses) for i in range(len(one.losses))]
-            style = ":" if one.has_integrator else "-"
-            axes[-1].plot(updates, one.losses, style, color=COLOURS[one.mixer], label=one.name)
+            look = {"color": COLOURS[one.mixer], "linestyle": next(styles[one.mixer])}
+            axes[-1].plot(updates, one.losses, label=one.name, **look)
     axes[-1].set(title="code", xlabel="share of the training", ylabel="training loss, nats")
     axes[-1].legend(fontsize=7)
     axes[-1].grid(alpha=0.3)

@@ -217,6 +217,13 @@ def test_integrator_is_compared_at_its_own_flops(study, results):
     assert row["code"] == "1.9000" and row["beside T 0, code"] == f"{100 * (1.9 / base - 1):+.2f}%"
 
 
+def test_learning_says_that_no_run_has_ended(study, capsys, tmp_path):
+    argv = f"--questions depth --runs_dir {tmp_path} --read_only --out {tmp_path / 'p.png'}"
+    study("learning").main(argv.split())
+    assert capsys.readouterr().out.endswith("No run of it has ended.\n")
+    assert not (tmp_path / "p.png").exists()
+
+
 def test_learning_prints_a_table_for_a_question_and_draws(study, results, capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     picture = tmp_path / "learning.png"
