@@ -88,7 +88,7 @@ QUESTIONS = {
     ),
     "longer": Question(
         "Does it hold with three times the text?",
-        runs_of((GATED, arm("gated", EQUAL), BEST), updates=3 * UPDATES),
+        runs_of((ATTENTION, arm("gated", EQUAL), BEST), updates=3 * UPDATES),
     ),
     "cost": Question(
         "What do controllers of width C, T iterations and time steps dt gain for what they cost?",
