@@ -117,7 +117,7 @@ def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
 def without_integrator(found: Found, everything: Sequence[Found]) -> float | None:
     """Bits per byte of the same mixer without the integrator, at the FLOPs of `found`.
 
-    None if no two widths of the feed-forward layer lie on both sides.
+    None if no width of the feed-forward layer costs the same, and no two lie on both sides.
     """
     same = (found.mixer, found.width, found.corpus, found.learning_rate, found.updates)
     curve = sorted(
@@ -128,6 +128,8 @@ def without_integrator(found: Found, everything: Sequence[Found]) -> float | Non
         and len(one.name.split()) == 2
     )
     at = math.log(found.flops)
+    if at in dict(curve):
+        return dict(curve)[at]
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x0 <= at <= x1:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
@@ -137,7 +139,8 @@ def without_integrator(found: Found, everything: Sequence[Found]) -> float | Non
 def table_rows(found: Sequence[Found], everything: Sequence[Found]) -> list[dict[str, str]]:
     """A row for each arm, width and learning rate, with a column for each corpus."""
     rows: dict[tuple, dict[str, str]] = {}
-    depths = sorted({int(t) for one in found for t in one.by_depth})
+    in_all = set.intersection(*(set(one.by_depth) for one in found)) if found else set()
+    depths = sorted(map(int, in_all))
     for one in found:
         key = one.name, one.width, one.learning_rate, one.updates
         row = rows.setdefault(key, _head(one) | dict.fromkeys(_columns(found, depths), ""))
@@ -146,8 +149,7 @@ def table_rows(found: Sequence[Found], everything: Sequence[Found]) -> list[dict
         base = without_integrator(one, everything)
         if one.has_integrator and base:
             row[f"beside T 0, {one.corpus}"] = f"{100 * (one.mean / base - 1):+.2f}%"
-        for t, bits in one.by_depth.items():
-            row[f"{t} iterations"] = f"{bits:.4f}"
+        row |= {f"{t} iterations": f"{one.by_depth[str(t)]:.4f}" for t in depths}
     return [{name: cell or "-" for name, cell in row.items()} for row in rows.values()]
 
 

@@ -88,7 +88,14 @@ QUESTIONS = {
     ),
     "longer": Question(
         "Does it hold with three times the text?",
-        runs_of((ATTENTION, arm("gated", EQUAL), BEST), updates=3 * UPDATES),
+        runs_of(
+            (
+                *(arm("gated", EQUAL), BEST),
+                *(MIXED, arm("gated", 2, T=1, attention_every=4)),
+                *(ATTENTION, arm("attention", 2, T=1)),
+            ),
+            updates=3 * UPDATES,
+        ),
     ),
     "cost": Question(
         "What do controllers of width C, T iterations and time steps dt gain for what they cost?",

@@ -213,6 +213,8 @@ def test_integrator_is_compared_at_its_own_flops(study, results):
     between = learning.without_integrator(found._replace(flops=2**0.5 * 1e12), everything)
     assert by_name["gated F4"].mean < between < by_name["gated F2"].mean
     assert learning.without_integrator(found._replace(flops=3e12), everything) is None
+    equal = [one for one in everything if one.flops == found.flops]
+    assert learning.without_integrator(found, equal) == base
     row = learning.table_rows([found], everything)[0]
     assert row["code"] == "1.9000" and row["beside T 0, code"] == f"{100 * (1.9 / base - 1):+.2f}%"
 
