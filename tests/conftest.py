@@ -190,7 +190,7 @@ from inl_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Tra
 config = TrainConfig(
     model=ModelConfig(vocab_size=300, d_model=16, num_layers=2, num_iterations=3, d_ff=32,
                       max_seq_len=32, controller_width=8, num_heads=2, num_kv_heads=1,
-                      remat="none"),
+                      context="decay", remat="none"),
     data=DataConfig(paths=({text!r},), tokenizer="bytes", seq_len=32, validation_fraction=0.1,
                     cache_dir={cache!r}),
     optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),

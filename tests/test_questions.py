@@ -74,7 +74,7 @@ def test_question_is_asked_again_after_a_wrong_answer_and_trains_the_same_run(
     asked = []
     monkeypatch.setattr(guide, "train", lambda config: asked.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        inl_jax.train_inl_llm(text_file, "tiny", 2, 4, 3e-3, save_dir="runs/inl_tiny")
+        inl_jax.train_inl_llm(text_file, "tiny", 2, 4, 5e-3, save_dir="runs/inl_tiny")
     assert load_config("tiny", words[2:]) == asked[0] and asked[0].optim.warmup_steps > 0
 
 

@@ -61,7 +61,12 @@ def test_flops_per_token_counts_the_products_of_the_forward_pass(
 
 def test_flops_per_token_of_the_3b():
     config = ModelConfig(
-        d_model=2048, num_layers=40, num_iterations=15, d_ff=8192, max_seq_len=4096
+        d_model=2048,
+        num_layers=40,
+        num_iterations=15,
+        d_ff=8192,
+        max_seq_len=4096,
+        context="decay",
     )
     assert 3 * flops_per_token(config, 4096) == pytest.approx(15.3e9, rel=0.01)
 
