@@ -3,7 +3,7 @@
 code   the standard library of the running Python
 prose  English: pydoc's topics, and the docstrings of the packages that the project depends on,
        without their examples
-mixed  both, in one order
+mixed  both
 """
 
 import ast
@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from inl_jax.files import write_text
 
 CORPORA = ("code", "prose", "mixed")
 PACKAGES = ("jax", "numpy", "scipy", "flax", "optax", "orbax-checkpoint", "grain")
@@ -27,9 +29,7 @@ def corpus_paths(name: str, folder: str | Path) -> tuple[str, ...]:
     prose = Path(folder) / "prose.txt"
     if name != "code" and not prose.exists():
         prose.parent.mkdir(parents=True, exist_ok=True)
-        part = prose.with_suffix(".part")
-        part.write_text("\n\n".join(_prose()))
-        part.replace(prose)
+        write_text(prose, "\n\n".join(_prose()))
     return {"code": ("stdlib",), "prose": (str(prose),), "mixed": ("stdlib", str(prose))}[name]
 
 

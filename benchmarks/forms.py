@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from inl_jax.config import ModelConfig
-from inl_jax.model.dynamics import Dynamics, excitation, hidden_from_context, step
+from inl_jax.model.dynamics import CONTROLLERS, Dynamics, excitation, hidden_from_context, step
 from inl_jax.model.language_model import INLModel
 from inl_jax.model.layers import compute_dtype
 from inl_jax.planning.cost import flops_per_token
@@ -65,8 +65,7 @@ def _of_integrators(change: Callable[[jax.Array], jax.Array]) -> Callable[[Any],
 def _closed_in_every_other(params):
     """Closes the gates of every second layer: their integrators move and learn nothing."""
     blocks, integrator = params["blocks"], params["blocks"]["integrator"]
-    gate = 2  # its place in `dynamics.CONTROLLERS`
-    bias_LQD = integrator["output_bias"].at[1::2, gate].set(CLOSED)
+    bias_LQD = integrator["output_bias"].at[1::2, CONTROLLERS.index("gate")].set(CLOSED)
     return params | {"blocks": blocks | {"integrator": integrator | {"output_bias": bias_LQD}}}
 
 

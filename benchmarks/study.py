@@ -4,7 +4,6 @@ A run is a model at a width on a corpus, with a learning rate and a seed. Runs o
 read the same tokens.
 """
 
-import dataclasses
 import functools
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from inl_jax.console import say
 from inl_jax.data.batches import eval_batches, training_batches, training_samples
 from inl_jax.data.corpus import prepare
 from inl_jax.evaluation import evaluate
+from inl_jax.files import write_text
 from inl_jax.limits import usable_cpus
 from inl_jax.model.language_model import init_params, param_count
 from inl_jax.training.optim import apply_gradients, init_optimizer, learning_rates, make_optimizer
@@ -89,7 +89,6 @@ class Result(NamedTuple):
     bits_per_byte: float  # of the whole validation split
     by_depth: dict[str, float]  # the same with other numbers of iterations
     parameters: int
-    updates: int
     flops: float  # of the training
     seconds: float  # of the training, without compilation; other work may have slowed it
     losses: list[float]  # of the training, means over 20ths of the run, nats per token
@@ -112,25 +111,29 @@ def train_run(run: Run, runs_dir: str, *, depths: Iterable[int] = ()) -> Result:
     corpus, optimizer = prepare(config.data), make_optimizer(config)
     params = jax.tree.map(jnp.copy, form.init(init_params(config.model, jax.random.key(run.seed))))
     state = params, init_optimizer(optimizer, params)
-    rates, losses, start = learning_rates(config.optim, config.num_steps), [], None
+    rates, losses, start = learning_rates(config.optim, config.num_steps), [], 0.0
+
+    @functools.cache
+    def with_iterations(num_iterations: int) -> TrainConfig:
+        return with_fields(config, {"model.num_iterations": num_iterations})
+
     samples = training_samples(corpus, config.data, config.seed)
     batches = training_batches(
         samples, position=0, batch_size=ROWS, rows=slice(0, ROWS), num_batches=config.num_steps
     )
     for update, batch in enumerate(batches):
-        model = dataclasses.replace(config.model, num_iterations=form.depth(config.model, update))
-        step = dataclasses.replace(config, model=model)
+        step = with_iterations(form.depth(config.model, update))
         state, loss = _update(step, run.arm.form, *state, batch, rates[update])
         losses.append(loss)
-        if start is None:
-            start = loss.block_until_ready(), time.perf_counter()
+        if update == 0:  # which compiles
+            loss.block_until_ready()
+            start = time.perf_counter()
     jax.block_until_ready(state)
-    seconds = time.perf_counter() - start[1]
+    seconds = time.perf_counter() - start
 
     def bits(num_iterations: int) -> float:
-        model = dataclasses.replace(config.model, num_iterations=num_iterations)
         windows = eval_batches(corpus, seq_len=SEQ_LEN, batch_size=16)
-        return evaluate(model, state[0], windows).bits_per_byte
+        return evaluate(with_iterations(num_iterations).model, state[0], windows).bits_per_byte
 
     part = max(1, len(losses) // 20)
     parts = [jnp.stack(losses[i : i + part]) for i in range(0, len(losses), part)]
@@ -138,7 +141,6 @@ def train_run(run: Run, runs_dir: str, *, depths: Iterable[int] = ()) -> Result:
         bits_per_byte=bits(config.model.num_iterations),
         by_depth={str(t): bits(t) for t in depths},
         parameters=param_count(config.model),
-        updates=config.num_steps,
         flops=config.num_steps * flops_of_update(config, form),
         seconds=seconds,
         losses=[float(jnp.mean(losses)) for losses in parts],
@@ -215,7 +217,5 @@ def _train_and_write(job) -> str:
     result = train_run(run, runs_dir, depths=depths)
     file = _file(run, runs_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result._asdict()))
-    part.replace(file)
+    write_text(file, json.dumps(result._asdict()))
     return f"{result.bits_per_byte:.4f} bits per byte, {result.seconds:.0f} s: {run.path}"

@@ -32,8 +32,8 @@ class ModelConfig:
     max_seq_len: int = 256
     """Length of the longest sequence, in tokens."""
     controller_width: int = 64
-    """Width of each of the integrator's four controllers, C, in hidden units. 64 is published; a
-    sixteenth of d_model learns as much for less."""
+    """Width of each of the integrator's four controllers, C, in hidden units. 64 is published; at
+    width 128, 8 learned as much as 32 (docs/learning.md)."""
     context: Mixer = "gated"
     """How a block reads the earlier positions. mean: running mean, the published model. decay:
     exponential decay with a learned rate per channel. gated: decay at a rate that each token
@@ -48,7 +48,7 @@ class ModelConfig:
     attention only."""
     dt: float = 0.1
     """Time step of the integrator, in the units of its own time. 0.1 is published; one iteration
-    learns most with 1, two with 0.5 (docs/learning.md)."""
+    learned more with 1, two with 0.5 (docs/learning.md)."""
     excitation_amplitude: float = 0.03
     """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0

@@ -312,8 +312,8 @@ def hidden_states_and_steps(config: ModelConfig, params, input_ids):
     (hidden_BSD, _), kept = INLModel(config).apply(
         {"params": params}, input_ids, None, None, config.excitation_amplitude, mutable="steps"
     )
-    shape = (config.num_layers, *input_ids.shape)
     if config.tol == 0:
+        shape = (config.num_layers, *input_ids.shape)
         return hidden_BSD, jnp.full(shape, config.num_iterations, jnp.int32)
     (steps_LBS,) = by_layer(config, kept["steps"]["blocks"], "integrator")["taken"]
     return hidden_BSD, steps_LBS

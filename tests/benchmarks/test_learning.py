@@ -24,7 +24,7 @@ def study(monkeypatch):
 
 def write(study, runs_dir, run, bits, flops=1e12, **other):
     """A run's result, as `train_runs` leaves it."""
-    result = study("study").Result(bits, {}, 1000, 10, flops, 1.0, [])._replace(**other)
+    result = study("study").Result(bits, {}, 1000, flops, 1.0, [])._replace(**other)
     file = Path(runs_dir, f"{run.path}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result._asdict()))
@@ -172,7 +172,7 @@ def test_train_run_updates_as_the_trainer_does(study, small, monkeypatch, tmp_pa
         state, metrics = train_step(
             state, batch, rate, config=config, optimizer=load.make_optimizer(config)
         )
-    assert len(updated) == result.updates == 6 and set(result.by_depth) == {"2"}
+    assert len(updated) == 6 and set(result.by_depth) == {"2"}
     np.testing.assert_allclose(result.losses[-1], metrics["loss"], rtol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_train_runs_trains_what_is_missing(study, tmp_path):
     load.train_runs([there, missing], str(tmp_path), depths={missing.arm.name: (2,)})
     assert load.read_result(there, str(tmp_path)).bits_per_byte == 0.5
     found = load.read_result(missing, str(tmp_path))
-    assert 2 < found.bits_per_byte < 8 and found.updates == 60 and set(found.by_depth) == {"2"}
+    assert 2 < found.bits_per_byte < 8 and set(found.by_depth) == {"2"}
     assert found.losses[-1] < found.losses[0]
 
 

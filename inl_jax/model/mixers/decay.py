@@ -1,6 +1,6 @@
 """Exponential decay with a learned rate per channel.
 
-Shapes: B batch, S tokens given, n chunks of K of them, D width.
+Shapes: B batch, S tokens given, D width.
 """
 
 import jax
@@ -9,10 +9,9 @@ from flax import linen as nn
 
 from inl_jax.config import ModelConfig
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept
+from inl_jax.model.mixers.linear_scan import linear_scan
 from inl_jax.model.mixers.mean import projection
 from inl_jax.model.mixers.span import TokenSpan, last_real
-
-CHUNK = 8  # positions of a chunk: XLA makes one loop of so short a chain, on CPUs and on GPUs
 
 
 @jax.custom_vjp
@@ -22,31 +21,7 @@ def decay_scan(u_BSD, decay_D, h0_BD) -> jax.Array:
     The three arguments must have one type, in which `h` is carried.
     """
     drive_BSD = ((1 - decay_D) * u_BSD).at[:, 0].add(decay_D * h0_BD)
-    return _linear_scan(decay_D, drive_BSD)
-
-
-def _linear_scan(decay_D, drive_BSD):
-    """`h_i = decay h_(i-1) + drive_i` from 0, in two passes over chunks of K positions.
-
-    The first pass finds the last `h` of every chunk that starts from 0. These follow the same
-    recurrence with `decay^K`, and give the `h` that each chunk really starts from, for the second.
-    """
-    B, S, D = drive_BSD.shape
-    if S == 1:
-        return drive_BSD
-    padded = jnp.pad(drive_BSD, ((0, 0), (0, -S % CHUNK), (0, 0)))
-    drive_BnKD = padded.reshape(B, -1, CHUNK, D)
-
-    def chain(h_BnD):
-        found = []
-        for k in range(CHUNK):
-            h_BnD = decay_D * h_BnD + drive_BnKD[:, :, k]
-            found.append(h_BnD)
-        return found
-
-    last_BnD = _linear_scan(decay_D**CHUNK, chain(jnp.zeros_like(drive_BnKD[:, :, 0]))[-1])
-    start_BnD = jnp.pad(last_BnD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    return jnp.stack(chain(start_BnD), axis=2).reshape(padded.shape)[:, :S]
+    return linear_scan(decay_D, drive_BSD)
 
 
 def _decay_scan_forward(u_BSD, decay_D, h0_BD):
@@ -57,7 +32,7 @@ def _decay_scan_forward(u_BSD, decay_D, h0_BD):
 def _decay_scan_backward(residuals, dh_BSD):
     # The adjoint is the same recurrence run backwards, g_i = dh_i + decay g_(i+1).
     u_BSD, decay_D, h0_BD, h_BSD = residuals
-    g_BSD = _linear_scan(decay_D, dh_BSD[:, ::-1])[:, ::-1]
+    g_BSD = linear_scan(decay_D, dh_BSD[:, ::-1])[:, ::-1]
     earlier_BSD = jnp.concatenate([h0_BD[:, None], h_BSD[:, :-1]], axis=1)
     d_decay_D = jnp.sum(g_BSD * (earlier_BSD - u_BSD), axis=(0, 1))
     return (1 - decay_D) * g_BSD, d_decay_D, decay_D * g_BSD[:, 0]

@@ -8,7 +8,7 @@
 The recurrence is the minimal gated recurrent unit of Feng et al. (2024, "Were RNNs all we
 needed?"), and the gated output that of De et al. (2024, "Griffin").
 
-Shapes: B batch, S tokens given, n chunks of K of them, D width.
+Shapes: B batch, S tokens given, D width.
 """
 
 import jax
@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from inl_jax.config import ModelConfig
 from inl_jax.model.layers import Layer, at_least_float32, compute_dtype, kept
-from inl_jax.model.mixers.decay import CHUNK, decay_logit_init
+from inl_jax.model.mixers.decay import decay_logit_init
+from inl_jax.model.mixers.linear_scan import linear_scan
 from inl_jax.model.mixers.mean import projection
 from inl_jax.model.mixers.span import TokenSpan, last_real
 
@@ -32,37 +33,7 @@ def gated_scan(u_BSD, z_BSD, logit_D, h0_BD) -> jax.Array:
     """
     rest_BSD = jax.nn.sigmoid(-(logit_D + z_BSD))  # 1 - lam, exact where lam is almost 1
     lam_BSD, drive_BSD = 1 - rest_BSD, rest_BSD * u_BSD
-    return _linear_scan(lam_BSD, drive_BSD.at[:, 0].add(lam_BSD[:, 0] * h0_BD))
-
-
-def _linear_scan(decay_BSD, drive_BSD):
-    """`h_i = decay_i h_(i-1) + drive_i` from 0, in two passes over chunks of K positions.
-
-    The first pass finds the last `h` of every chunk that starts from 0, and the product of the
-    chunk's decays. These follow the same recurrence, chunk by chunk, and give the `h` that each
-    chunk really starts from, for the second pass.
-    """
-    B, S, D = drive_BSD.shape
-    if S == 1:
-        return drive_BSD
-    pad = ((0, 0), (0, -S % CHUNK), (0, 0))
-    decay_BnKD, drive_BnKD = (
-        jnp.pad(a, pad).reshape(B, -1, CHUNK, D) for a in (decay_BSD, drive_BSD)
-    )
-
-    def chain(h_BnD):
-        found = []
-        for k in range(CHUNK):
-            h_BnD = decay_BnKD[:, :, k] * h_BnD + drive_BnKD[:, :, k]
-            found.append(h_BnD)
-        return found
-
-    product_BnD = decay_BnKD[:, :, 0]
-    for k in range(1, CHUNK):
-        product_BnD = product_BnD * decay_BnKD[:, :, k]
-    last_BnD = _linear_scan(product_BnD, chain(jnp.zeros_like(product_BnD))[-1])
-    start_BnD = jnp.pad(last_BnD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    return jnp.stack(chain(start_BnD), axis=2).reshape(B, -1, D)[:, :S]
+    return linear_scan(lam_BSD, drive_BSD.at[:, 0].add(lam_BSD[:, 0] * h0_BD))
 
 
 def _gated_scan_forward(u_BSD, z_BSD, logit_D, h0_BD):
@@ -77,7 +48,7 @@ def _gated_scan_backward(residuals, dh_BSD):
     z_BSD = jax.lax.optimization_barrier(z_BSD)
     rest_BSD = jax.nn.sigmoid(-(logit_D + z_BSD))
     next_BSD = jnp.pad(1 - rest_BSD[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    g_BSD = _linear_scan(next_BSD[:, ::-1], dh_BSD[:, ::-1])[:, ::-1]
+    g_BSD = linear_scan(next_BSD[:, ::-1], dh_BSD[:, ::-1])[:, ::-1]
     du_BSD = rest_BSD * g_BSD
     dz_BSD = du_BSD * (h_BSD - u_BSD)  # h_i - u_i = lam_i (h_(i-1) - u_i)
     return (
