@@ -5,6 +5,7 @@ earns its cost gets a field; until then it stands here, so that its result can b
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from inl_jax.model.layers import compute_dtype
 from inl_jax.planning.cost import flops_per_token
 
 CLOSED = -1e9  # a gate's bias whose sigmoid and slope are 0
+WEAK_BETA = 0.02  # in place of 0.5
+SMALL = 0.2
 
 
 def _unchanged(tree: Any) -> Any:
@@ -70,8 +73,47 @@ def _closed_in_every_other(params):
 
 
 def _flops_of_every_other(config: ModelConfig, seq_len: int) -> float:
-    without = dataclasses.replace(config, num_iterations=0)
-    return (flops_per_token(config, seq_len) + flops_per_token(without, seq_len)) / 2
+    without = _flops_without_integrator(config, seq_len)
+    return (flops_per_token(config, seq_len) + without) / 2
+
+
+# --- controllers that read nothing
+
+
+def _without_output_kernel(params):
+    """Zeros for the integrators' output kernels, in parameters or gradients.
+
+    The controllers are then learned constants of each channel.
+    """
+    blocks, integrator = params["blocks"], params["blocks"]["integrator"]
+    kernel = jnp.zeros_like(integrator["output_kernel"])
+    return params | {"blocks": blocks | {"integrator": integrator | {"output_kernel": kernel}}}
+
+
+def _flops_without_integrator(config: ModelConfig, seq_len: int) -> float:
+    return flops_per_token(dataclasses.replace(config, num_iterations=0), seq_len)
+
+
+# --- other scales at the start
+
+
+def _small_embedding(params):
+    """Lets the embedding start at SMALL of its scale, and with it the stream and the logits."""
+    return params | {"embedding": SMALL * params["embedding"]}
+
+
+def _small_logits(params):
+    """Lets the logits start at SMALL of their scale: a token's own, sqrt(D), is then about 2."""
+    return params | {"final_norm_scale": SMALL * params["final_norm_scale"]}
+
+
+
+def _weak_pull(params):
+    """Lets beta start at WEAK_BETA."""
+    blocks, integrator = params["blocks"], params["blocks"]["integrator"]
+    bias = math.log(math.expm1(WEAK_BETA))
+    bias_LQD = integrator["output_bias"].at[:, CONTROLLERS.index("beta")].set(bias)
+    return params | {"blocks": blocks | {"integrator": integrator | {"output_bias": bias_LQD}}}
 
 
 # --- the published regularisers
@@ -144,6 +186,14 @@ FORMS = {
         tie=_of_integrators(lambda leaf: jnp.broadcast_to(leaf.mean(0)[None], leaf.shape)),
     ),
     "every_other": Form(init=_closed_in_every_other, flops=_flops_of_every_other),
+    "constant": Form(
+        init=_without_output_kernel,
+        tie=_without_output_kernel,
+        flops=_flops_without_integrator,
+    ),
+    "weak_pull": Form(init=_weak_pull),
+    "small_embedding": Form(init=_small_embedding),
+    "small_logits": Form(init=_small_logits),
     "mean": Form(penalty=_regularised(0.1, 0, 0)),
     "speed": Form(penalty=_regularised(0, 0.1, 0)),
     "energy": Form(penalty=_regularised(0, 0, 0.01)),

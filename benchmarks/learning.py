@@ -24,7 +24,7 @@ from typing import NamedTuple
 from corpora import CORPORA, sources
 from harness import machine, make_parser, markdown
 from questions import DEPTHS, QUESTIONS
-from study import Run, read_result, train_runs
+from study import ROWS, SEQ_LEN, Run, read_result, train_runs
 
 from inl_jax.terminal.command_line import exit_on_input_error
 
@@ -174,7 +174,7 @@ def _columns(found: Sequence[Found], depths: Sequence[int]) -> list[str]:
 
 
 def draw(several: Sequence[Found], path: Path) -> None:
-    """Draws bits per byte against training FLOPs for each corpus, and the training loss of code.
+    """Draws bits per byte against training FLOPs for each corpus, and the longest runs' losses.
 
     Args:
       several: models with several seeds; those of the least width are drawn.
@@ -186,9 +186,11 @@ def draw(several: Sequence[Found], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     width = min(one.width for one in several)
+    several = [one for one in several if one.width == width]
+    shortest, longest = (f(one.updates for one in several) for f in (min, max))
     figure, axes = plt.subplots(1, len(CORPORA) + 1, figsize=(17, 4.4))
     for corpus, axis in zip(CORPORA, axes[:-1], strict=True):
-        shown = [one for one in several if (one.width, one.corpus) == (width, corpus)]
+        shown = [one for one in several if (one.updates, one.corpus) == (shortest, corpus)]
         for mixer, colour in COLOURS.items():
             of_mixer = sorted((o for o in shown if o.mixer == mixer), key=lambda o: o.flops)
             for with_integrator, style in ((False, "o-"), (True, "^:")):
@@ -207,13 +209,14 @@ def draw(several: Sequence[Found], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
     axes[0].legend(fontsize=7)
-    styles = {mixer: itertools.cycle(("-", "--", ":")) for mixer in COLOURS}
     for one in several:
-        if (one.width, one.corpus) == (width, "code"):
-            updates = [(i + 1) / len(one.losses) for i in range(len(one.losses))]
-            look = {"color": COLOURS[one.mixer], "linestyle": next(styles[one.mixer])}
-            axes[-1].plot(updates, one.losses, label=one.name, **look)
-    axes[-1].set(title="code", xlabel="share of the training", ylabel="training loss, nats")
+        if (one.updates, one.corpus) == (longest, "code"):
+            parts = len(one.losses)
+            tokens = [longest * ROWS * SEQ_LEN / 1e6 * (i + 0.5) / parts for i in range(parts)]
+            style = ":" if one.has_integrator else "-"
+            axes[-1].plot(tokens, one.losses, style, color=COLOURS[one.mixer], label=one.name)
+    axes[-1].set(title="code, in training", xlabel="million tokens", ylabel="loss, nats per token")
+    axes[-1].set_ylim(top=4)
     axes[-1].legend(fontsize=7)
     axes[-1].grid(alpha=0.3)
     figure.tight_layout()

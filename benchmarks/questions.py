@@ -84,17 +84,18 @@ QUESTIONS = {
         "Does it hold at twice the width?",
         runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=RATES[:2])
         + runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=[RATE_256], seeds=SEEDS)
-        + runs_of((GATED, ATTENTION), width=256, rates=[RATE_256]),
+        + runs_of((GATED, DECAY, ATTENTION), width=256, rates=[RATE_256]),
     ),
     "longer": Question(
-        "Does it hold with three times the text?",
+        "Does it hold with six times the text?",
         runs_of(
-            (
+            [
                 *(arm("gated", EQUAL), BEST),
-                *(MIXED, arm("gated", 2, T=1, attention_every=4)),
-                *(ATTENTION, arm("attention", 2, T=1)),
-            ),
-            updates=3 * UPDATES,
+                *(arm("gated", EQUAL, attention_every=4), arm("gated", 2, T=1, attention_every=4)),
+                *(arm("attention", EQUAL), arm("attention", 2, T=1)),
+            ],
+            updates=6 * UPDATES,
+            seeds=SEEDS,
         ),
     ),
     "cost": Question(
@@ -107,6 +108,18 @@ QUESTIONS = {
                 *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3)),
                 *(arm("gated", 2, T=T, dt=0.2) for T in (3, 5)),
                 arm("gated", 2, T=3, C=64, dt=0.1),
+            ]
+        ),
+    ),
+    "pull": Question(
+        "Do many steps lose because they pull too much of the stream to mu at the start?",
+        runs_of(
+            [
+                *(arm("gated", F) for F in (EQUAL, 4, 8)),
+                *(BEST, arm("gated", 2, T=1, form="weak_pull")),
+                *(arm("gated", 2, T=3, dt=0.33, form=f) for f in ("", "weak_pull")),
+                *(arm("gated", 2, T=15, dt=0.1, form=f) for f in ("", "weak_pull")),
+                arm("gated", 2, T=15, dt=0.03),
             ]
         ),
     ),

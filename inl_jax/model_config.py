@@ -33,7 +33,8 @@ class ModelConfig:
     """Length of the longest sequence, in tokens."""
     controller_width: int = 64
     """Width of each of the integrator's four controllers, C, in hidden units. 64 is published; at
-    width 128, 8 learned as much as 32 (docs/learning.md)."""
+    width 128, 8 learned as much as 32. With 0 the controllers read nothing: their outputs are
+    learned constants of each channel, which take no products (docs/learning.md)."""
     context: Mixer = "gated"
     """How a block reads the earlier positions. mean: running mean, the published model. decay:
     exponential decay with a learned rate per channel. gated: decay at a rate that each token
@@ -97,13 +98,14 @@ class ModelConfig:
         require_positive(
             self,
             "model.",
-            "vocab_size d_model num_layers d_ff max_seq_len controller_width num_heads "
-            "num_kv_heads dt kappa integrator_segment",
+            "vocab_size d_model num_layers d_ff max_seq_len num_heads num_kv_heads dt kappa "
+            "integrator_segment",
         )
         require_not_negative(
             self,
             "model.",
-            "num_iterations attention_every excitation_amplitude tol integrator_chunk",
+            "num_iterations controller_width attention_every excitation_amplitude tol "
+            "integrator_chunk",
         )
         require_at_most(self, "model.", 10**8, "vocab_size max_seq_len integrator_chunk")
         require_at_most(self, "model.", 10**6, "d_model d_ff controller_width integrator_segment")
@@ -130,6 +132,11 @@ class ModelConfig:
         require(
             not (self.num_iterations == 0 and self.context == "mean"),
             "model.num_iterations=0 with model.context=mean: nothing would read the context; "
+            "use model.context decay, gated or attention",
+        )
+        require(
+            not (self.controller_width == 0 and self.context == "mean"),
+            "model.controller_width=0 with model.context=mean: nothing would read the context; "
             "use model.context decay, gated or attention",
         )
         require(

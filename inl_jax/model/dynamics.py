@@ -26,7 +26,8 @@ parameters are declared in `integrator.py`.
 Shapes: B batch, S sequence, D width, C controller width, Q the four controllers, E the two inputs
 (x, v) of `state_kernel`, T steps, at least 1; 1 an axis of size 1.
 Parameters: Wh `context_kernel` [D, Q, C], Wx and Wv `state_kernel` [2, D, Q, C], b `hidden_bias`
-[Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D].
+[Q, C], Wo `output_kernel` [Q, C, D], bo `output_bias` [Q, D]; `mu`, `gamma`, `phi` [D]. C may be 0:
+the controllers are then constants of each channel, bo.
 """
 
 import math
@@ -57,6 +58,20 @@ def excitation(gamma_D, phi_D, *, amplitude, num_iterations: int) -> jax.Array:
     """`s_t = A sin(gamma t + phi)` for t = 0 .. T-1, [T, D]."""
     t_T1 = jnp.arange(num_iterations, dtype=gamma_D.dtype)[:, None]
     return amplitude * jnp.sin(gamma_D * t_T1 + phi_D)
+
+
+def complete(params):
+    """Adds kernels of width 0 if there are none: no file takes an empty array (Orbax 0.11)."""
+    if "output_kernel" in params:
+        return params
+    Q, D = params["output_bias"].shape
+    kernels = {
+        "context_kernel": (D, Q, 0),
+        "state_kernel": (2, D, Q, 0),
+        "hidden_bias": (Q, 0),
+        "output_kernel": (Q, 0, D),
+    }
+    return params | {name: jnp.zeros(of, params["mu"].dtype) for name, of in kernels.items()}
 
 
 def hidden_from_context(params, h_BSD, *, dtype) -> jax.Array:

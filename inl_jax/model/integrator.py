@@ -19,6 +19,7 @@ from inl_jax.config import ModelConfig
 from inl_jax.model.dynamics import (
     CONTROLLERS,
     Dynamics,
+    complete,
     excitation,
     hidden_from_context,
     run,
@@ -126,7 +127,7 @@ def _arrays(params, x_BSD, amplitude, num_iterations: int, dynamics: Dynamics) -
     """A function from (h, x), of all positions or of some, to the arrays that `run` takes."""
     state_dtype = at_least_float32(x_BSD)
     # Cast before the loops, so that gradients add up over iterations and chunks in this type.
-    params = jax.tree.map(lambda p: p.astype(state_dtype), params)
+    params = complete(jax.tree.map(lambda p: p.astype(state_dtype), params))
     s_TD = excitation(
         params["gamma"], params["phi"], amplitude=amplitude, num_iterations=num_iterations
     )
@@ -183,6 +184,7 @@ class Integrator(nn.Module):
         params = {
             name: declare(self, name, *declaration, param_dtype=c.param_dtype)
             for name, declaration in declared.items()
+            if 0 not in declaration[1]  # its shape: see `complete`
         }
         self.sow("intermediates", "inputs", (h_BSD, x_BSD))  # kept only if the caller asks for it
         settings = {

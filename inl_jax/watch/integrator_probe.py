@@ -21,6 +21,7 @@ from inl_jax.data.corpus import Corpus
 from inl_jax.model.dynamics import (
     Dynamics,
     coefficients,
+    complete,
     controller_outputs,
     excitation,
     hidden_from_context,
@@ -135,7 +136,7 @@ def watch_steps(
       dynamics: constants of a step.
     """
     x_BSD = x_BSD.astype(at_least_float32(x_BSD))
-    params = jax.tree.map(lambda p: p.astype(x_BSD.dtype), params)
+    params = complete(jax.tree.map(lambda p: p.astype(x_BSD.dtype), params))
     from_context_BSQC = hidden_from_context(params, h_BSD, dtype=dynamics.dtype)
     s_TD = excitation(
         params["gamma"], params["phi"], amplitude=amplitude, num_iterations=num_iterations

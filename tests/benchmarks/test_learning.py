@@ -126,6 +126,17 @@ def test_closed_integrators_neither_move_nor_learn(study, small, tmp_path):
     assert form.flops(config.model, 16) == sum(both) / 2
 
 
+def test_a_weak_pull_starts_with_a_small_beta(study, small, tmp_path):
+    forms = study("forms")
+    _, form, params = fresh(
+        study, small(study("questions").arm("gated", 2, T=1, form="weak_pull")), tmp_path
+    )
+    before, after = (p["blocks"]["integrator"]["output_bias"] for p in (params, form.init(params)))
+    betas = jax.nn.softplus(jnp.stack([before[:, 1], after[:, 1]]))
+    np.testing.assert_allclose(betas, [[[0.5] * 16] * 2, [[forms.WEAK_BETA] * 16] * 2], rtol=1e-5)
+    np.testing.assert_array_equal(before[:, 2:], after[:, 2:])
+
+
 @pytest.mark.slow
 def test_penalties_are_those_of_their_formulas_and_have_gradients(study, small, tmp_path):
     forms = study("forms")

@@ -77,6 +77,12 @@ def test_run_lean_has_the_gradient_for_other_shapes(model_config, batch, positio
         assert_close(value_and_gradients(*arrays, **common, **options), wanted, 1e-10)
 
 
+def test_run_lean_has_the_gradient_of_controllers_that_read_nothing(model_config):
+    check_gradient(
+        model_config(d_model=12, controller_width=0, num_heads=1), F64, 3, 1.0, {"segment": 2}
+    )
+
+
 def test_run_lean_has_the_gradient_beyond_the_bound_of_beta(config):
     """There beta does not depend on its controller."""
     params, h, x = inputs(config, F32)

@@ -93,6 +93,19 @@ def test_integrate_keeps_a_float32_state_with_bfloat16_products(config):
     np.testing.assert_allclose(out, 1 + 0.1 * 0.5 * 0.03, rtol=1e-5)
 
 
+def test_controllers_of_width_0_are_constants(model_config, config):
+    """They have no kernels, and do what controllers do whose output kernels are 0."""
+    params, h, x = inputs(config, F32)
+    params["output_kernel"] = jnp.zeros_like(params["output_kernel"])
+    without = model_config(d_model=D, controller_width=0, num_heads=1)
+    constants = {name: params[name] for name in layer_params(without)}
+    assert constants.keys() == {"mu", "gamma", "phi", "output_bias"}
+    settings = dict(amplitude=0.03, num_iterations=3, dynamics=Dynamics(0.1, 1.0, F32))
+    found, wanted = (compiled(p, h, x, **settings) for p in (constants, params))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(found, compiled(constants, jnp.zeros_like(h), x, **settings))
+
+
 def test_integrate_takes_another_amplitude_without_recompiling(config):
     params = layer_params(config)
     x = jnp.ones((1, 2, D))

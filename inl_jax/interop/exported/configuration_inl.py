@@ -14,7 +14,7 @@ class InlConfig(PretrainedConfig):
       d_ff: width of the feed-forward layer (`intermediate_size`).
       max_seq_len: longest sequence in training (`max_position_embeddings`). Positions are computed,
         so that longer sequences run.
-      controller_width: width of each of the integrator's four controllers.
+      controller_width: width of each of the integrator's four controllers; 0: they are constants.
       context: how a block reads the earlier tokens: "mean", "decay", "gated" or "attention".
       attention_every: every so many layers, the last of them reads by attention and the others by
         `context`; 0: all by `context`.

@@ -45,6 +45,14 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_
 # --- integrator and block
 
 
+class InlConstant(nn.Module):
+    """The output of a controller that reads nothing."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(width))
+
+
 class InlIntegrator(nn.Module):
     """T steps of a dynamical system that pulls the state x of every token towards `mu`.
 
@@ -67,6 +75,9 @@ class InlIntegrator(nn.Module):
         self.mu = nn.Parameter(torch.empty(width))
         self.gamma = nn.Parameter(torch.empty(width))
         self.phi = nn.Parameter(torch.empty(width))
+        if hidden == 0:
+            self.out_proj = nn.ModuleDict({name: InlConstant(width) for name in CONTROLLERS})
+            return
         self.context_proj = nn.Linear(width, len(CONTROLLERS) * hidden)
         self.state_proj = nn.Linear(2 * width, len(CONTROLLERS) * hidden, bias=False)
         self.out_proj = nn.ModuleDict({name: nn.Linear(hidden, width) for name in CONTROLLERS})
@@ -80,14 +91,12 @@ class InlIntegrator(nn.Module):
         c = self.config
         dtype = at_least_float32(normed)
         mu, gamma, phi = self.mu.to(dtype), self.gamma.to(dtype), self.phi.to(dtype)
-        from_context = self.context_proj(context)
+        from_context = self.context_proj(context) if c.controller_width else None
         x = normed.to(dtype)
         v = torch.zeros_like(x)
         for t in range(c.num_iterations):
-            from_state = self.state_proj(torch.cat([x, v], dim=-1).to(normed.dtype))
-            hidden = torch.relu(from_context + from_state).chunk(len(CONTROLLERS), dim=-1)
-            outputs = zip(self.out_proj.values(), hidden, strict=True)
-            o_alpha, o_beta, o_gate, candidate = (linear(r).to(dtype) for linear, r in outputs)
+            outputs = self._outputs(from_context, torch.cat([x, v], dim=-1).to(normed.dtype))
+            o_alpha, o_beta, o_gate, candidate = (o.to(dtype) for o in outputs)
             error = x - mu
             alpha = o_alpha.sigmoid()
             if c.kappa is not None:
@@ -99,6 +108,14 @@ class InlIntegrator(nn.Module):
             v = candidate + alpha * (v - candidate) - beta * error + excitation
             x = x + c.dt * o_gate.sigmoid() * v
         return x.to(normed.dtype)
+
+    def _outputs(self, from_context, state):
+        """o_k of each controller, from (x, v) and h Wh + b; that is None if they read nothing."""
+        controllers = self.out_proj.values()
+        if from_context is None:
+            return [constant.bias for constant in controllers]
+        hidden = torch.relu(from_context + self.state_proj(state)).chunk(len(controllers), dim=-1)
+        return [linear(r) for linear, r in zip(controllers, hidden, strict=True)]
 
 
 class InlFeedForward(nn.Module):

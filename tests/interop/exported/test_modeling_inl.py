@@ -38,10 +38,11 @@ KINDS = pytest.mark.parametrize(
         {"context": "decay", "num_iterations": 0},
         {"context": "attention", "num_iterations": 0},
         {"context": "gated", "attention_every": 2, "num_layers": 4, "num_iterations": 0},
+        {"context": "gated", "controller_width": 0},
     ],
     ids=[
         *["mean", "decay", "gated", "attention", "decay, attention"],
-        *["decay alone", "attention alone", "gated, attention alone"],
+        *["decay alone", "attention alone", "gated, attention alone", "constant controllers"],
     ],
 )
 IDS = np.random.default_rng(0).integers(0, 300, (3, 24))
