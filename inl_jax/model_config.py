@@ -133,15 +133,15 @@ class ModelConfig:
             "use model.context decay, gated or attention",
         )
         require(
+            self.attention_every != 1,
+            "model.attention_every=1: all layers would be attention; write "
+            "--model.context attention --model.attention_every 0",
+        )
+        require(
             not self.attention_every or self.context in ("decay", "gated"),
             f"model.attention_every={self.attention_every} with model.context={self.context}: "
             "attention alternates with decay or gated; set model.context gated, or "
             "model.attention_every 0",
-        )
-        require(
-            self.attention_every != 1,
-            "model.attention_every=1: all layers would be attention; write "
-            "--model.context attention --model.attention_every 0",
         )
         require(
             not self.attention_every or self.num_layers % self.attention_every == 0,
