@@ -41,7 +41,6 @@ def advised(message):
         "--xla_flags fast",
         "--model.num_iterations 0 --model.context mean",
         "--model.attention_every 1",
-        "--model.attention_every 1 --model.context attention",
         "--model.attention_every 2 --model.context mean",
     ],
 )
