@@ -107,7 +107,6 @@ def _small_logits(params):
     return params | {"final_norm_scale": SMALL * params["final_norm_scale"]}
 
 
-
 def _weak_pull(params):
     """Lets beta start at WEAK_BETA."""
     blocks, integrator = params["blocks"], params["blocks"]["integrator"]

@@ -22,6 +22,7 @@ from inl_jax.storage.run_dir import (
     has_begun,
     read_config,
     read_tokenizer,
+    unequal,
 )
 from inl_jax.storage.weights import read_params
 from inl_jax.tokens.tokenizer import Tokenizer
@@ -178,11 +179,6 @@ def check_start(
         if field not in _TOLD or (field == "model.num_iterations" and 0 in (theirs, ours))
     ]
     if refused:
-        raise InputError(
-            f"{', '.join(f'{field}={ours}' for field, _, ours in refused)}, but the weights in "
-            f"{path} have {', '.join(f'{field}={theirs}' for field, theirs, _ in refused)}: add "
-            f"{' '.join(f'--{field} {theirs}' for field, theirs, _ in refused)}, or name other "
-            "weights"
-        )
+        raise unequal(refused, f"the weights in {path} have", "name other weights")
     for field, theirs, ours in changed:
         tell(f"changed since the weights in {path}: {field} {theirs} -> {ours}")

@@ -129,26 +129,22 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}",
         )
+        for name in ("num_iterations", "controller_width"):
+            require(
+                not (getattr(self, name) == 0 and self.context == "mean"),
+                f"model.{name}=0 with model.context=mean: nothing would read the context; "
+                "use model.context decay, gated or attention",
+            )
         require(
-            not (self.num_iterations == 0 and self.context == "mean"),
-            "model.num_iterations=0 with model.context=mean: nothing would read the context; "
-            "use model.context decay, gated or attention",
-        )
-        require(
-            not (self.controller_width == 0 and self.context == "mean"),
-            "model.controller_width=0 with model.context=mean: nothing would read the context; "
-            "use model.context decay, gated or attention",
+            self.attention_every != 1,
+            "model.attention_every=1: all layers would be attention; write "
+            "--model.context attention --model.attention_every 0",
         )
         require(
             not self.attention_every or self.context in ("decay", "gated"),
             f"model.attention_every={self.attention_every} with model.context={self.context}: "
             "attention alternates with decay or gated; set model.context gated, or "
             "model.attention_every 0",
-        )
-        require(
-            self.attention_every != 1,
-            "model.attention_every=1: all layers would be attention; write "
-            "--model.context attention --model.attention_every 0",
         )
         require(
             not self.attention_every or self.num_layers % self.attention_every == 0,

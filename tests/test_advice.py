@@ -9,7 +9,7 @@ import pytest
 from conftest import mesh_of
 
 from inl_jax.config import InputError, with_fields
-from inl_jax.config_file import load_config
+from inl_jax.config_file import load_config, override
 from inl_jax.parallel.launch import find_launch
 from inl_jax.planning.memory_advice import smallest_change
 from inl_jax.questions import read_answers
@@ -143,6 +143,15 @@ def test_advice_about_another_tokenizer_comes_before_the_sizes_of_its_model(trai
         check_run(other, load_tokenizer("gpt2"))
     named = re.search(r"add --data.tokenizer (\S+),", str(refused.value))[1]
     check_run(with_fields(config, {"data.tokenizer": named}), load_tokenizer(named))
+
+
+def test_advice_about_the_model_of_a_run_names_all_that_differs(trained):
+    config = read_config(trained[1])
+    fields = {"model.context": "gated", "model.num_iterations": 1, "model.dt": 1.0}
+    other = with_fields(config, fields | {"model.controller_width": 8})
+    with pytest.raises(InputError) as refused:
+        check_run(other)
+    check_run(override(other, advised(str(refused.value))))
 
 
 def test_advice_about_memory_takes_no_more_of_the_host_than_there_is(train_config):

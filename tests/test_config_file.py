@@ -88,7 +88,13 @@ def test_overrides_reach_every_type_of_field():
         ("data.seq_len=513", ["data.seq_len=513", "model.max_seq_len=512"]),
         ("optim.warmup_steps=450", ["optim.warmup_steps=450", "num_steps=450"]),
         ("model.num_iterations=0 model.context=mean", ["model.num_iterations=0", "context=mean"]),
-        ("model.attention_every=1", ["model.attention_every=1", "model.context attention"]),
+        *(
+            (
+                f"model.attention_every=1 model.context={context}",
+                ["write --model.context attention"],
+            )
+            for context in ("gated", "mean", "attention")
+        ),
         ("model.attention_every=-2", ["model.attention_every=-2"]),
         ("model.attention_every=3", ["model.attention_every=3", "model.num_layers=4"]),
         *(

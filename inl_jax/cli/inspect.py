@@ -69,9 +69,15 @@ def table(dynamics: dict[str, list[list[float | None]]]) -> str:
     for layer, rows in enumerate(zip(*dynamics.values(), strict=True), start=1):
         one = dict(zip(dynamics, rows, strict=True))
         cells = [f"{layer:5}"]
-        cells += [f"{one[n][0]:7.4f} -> {one[n][-1]:7.4f}" for n in ("rms_error", "rms_step")]
+        cells += [f"{_ends(one[n]):18}" for n in ("rms_error", "rms_step")]
         cells += [f"{sum(one[n]) / len(one[n]):5.3f}" for n in ("alpha", "beta", "gate")]
         cells.append(f"{max(one['stiffness']):12.4f}")
         cells.append("     -" if one["cosine"][-1] is None else f"{one['cosine'][-1]:6.3f}")
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+def _ends(values: Sequence[float]) -> str:
+    """The first iteration's value and, if there are more, the last one's."""
+    first = f"{values[0]:7.4f}"
+    return first if len(values) == 1 else f"{first} -> {values[-1]:7.4f}"

@@ -81,12 +81,19 @@ def dynamics_figures(records: Sequence[Record]) -> list[Figure]:
     if not found:
         return []
     last = found[-1]
-    figures = iteration_figures(last["dynamics"], when=f"At update {last['step']}. ")
-    return figures + (_update_figures(found) if len(found) > 1 else [])
+    maps, curves = iteration_figures(last["dynamics"], when=f"At update {last['step']}. ")
+    return [*maps, *curves, *(_update_figures(found) if len(found) > 1 else [])]
 
 
-def iteration_figures(dynamics: Dynamics, *, when: str = "") -> list[Figure]:
-    """A map of layers by iterations for each quantity, the movement as curves, the stability.
+def looks_after(num_iterations: int) -> dict[str, Look]:
+    """The looks of the quantities that so many iterations have: one has no step before it."""
+    return {name: look for name, look in LOOKS.items() if num_iterations > 1 or name != "cosine"}
+
+
+def iteration_figures(dynamics: Dynamics, *, when: str = "") -> tuple[list[Figure], list[Figure]]:
+    """Maps of layers by iterations, one for each quantity; and curves, by iteration and stability.
+
+    With a single iteration there is no curve by iteration.
 
     Args:
       dynamics: as `measure_dynamics` gives it.
@@ -104,9 +111,10 @@ def iteration_figures(dynamics: Dynamics, *, when: str = "") -> list[Figure]:
             hover="layer %{y}, iteration %{x}",
             labelled=L <= 12 and T <= 5,
         )
-        for name, look in LOOKS.items()
+        for name, look in looks_after(T).items()
     ]
-    return [*maps, _convergence(dynamics, when), _stability(dynamics, when)]
+    convergence = [_convergence(dynamics, when)] if T > 1 else []
+    return maps, [*convergence, _stability(dynamics, when)]
 
 
 def token_figures(watched_LTS: dict[str, np.ndarray], labels: Sequence[str]) -> list[Figure]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inl_jax.console import plural
-from inl_jax.report.dynamics_charts import LOOKS, iteration_figures, token_figures
+from inl_jax.report.dynamics_charts import iteration_figures, looks_after, token_figures
 from inl_jax.report.page import figure_html, page, to_json
 from inl_jax.watch.inspection import Inspected
 
@@ -49,8 +49,7 @@ token and iteration; s is a small harmonic.</p></div>""",
 
 def _section(one: Inspected) -> str:
     start = one.prompt if len(one.prompt) <= 60 else one.prompt[:59] + "…"
-    figures = iteration_figures(one.dynamics)
-    maps, curves = figures[: len(LOOKS)], figures[len(LOOKS) :]
+    maps, curves = iteration_figures(one.dynamics)
     labels = [visible(text).replace(" ", "␣") for text in one.texts]
     rows = "".join(map(figure_html, token_figures(one.watched_LTS, labels)))
     width = 17 * len(labels) + 120
@@ -80,7 +79,7 @@ def _tokens(one: Inspected) -> str:
                 for layer in one.watched_LTS[name]
             ],
         }
-        for name, look in LOOKS.items()
+        for name, look in looks_after(one.watched_LTS["alpha"].shape[1]).items()
     }
     return f"""<div class="probe">
 <div class="choices"></div>

@@ -15,8 +15,9 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from inl_jax.config import InputError, TrainConfig, with_fields
 from inl_jax.config_file import differences, to_json
@@ -71,14 +72,15 @@ def check_run(
     if tokenizer:  # first, since a model of other sizes may be another tokenizer's
         file = run_dir / TOKENIZER_NAME
         check_tokenizer_of(f"the run in {run_dir}", saved_tokenizer, tokenizer, file=file)
-    for field, before, now in differences(read_config(run_dir), config):
-        of_state = saved and field in _STATE_FIELDS
-        if of_state or (field.startswith("model.") and field not in FREE_FIELDS):
-            afresh = " with init_from, which takes the weights alone" if of_state else ""
-            raise InputError(
-                f"{field}={now}, but the run in {run_dir} has {field}={before}: use that value "
-                f"or another run_dir{afresh}"
-            )
+    changed = list(differences(read_config(run_dir), config))
+    of_model = [one for one in changed if one[0].startswith("model.") and one[0] not in FREE_FIELDS]
+    of_state = [one for one in changed if saved and one[0] in _STATE_FIELDS]
+    if of_model or of_state:
+        afresh = "" if of_model else " with init_from, which takes the weights alone"
+        raise unequal(
+            of_model + of_state, f"the run in {run_dir} has", f"name another run_dir{afresh}"
+        )
+    for field, before, now in changed:
         if field == "init_from" and now:
             raise InputError(
                 f"init_from={now}, but the run in {run_dir} exists and resumes from its own "
@@ -87,6 +89,20 @@ def check_run(
             )
         if field not in ("run_dir", "name"):
             tell(f"changed since the last start: {field} {before} -> {now}")
+
+
+def unequal(fields: Sequence[tuple[str, Any, Any]], theirs_are: str, otherwise: str) -> InputError:
+    """The mistake that a config has other values than a run, or than weights, that it must share.
+
+    Args:
+      fields: each with their value and that of the config.
+      theirs_are: before their values, such as `the run in runs/tiny has`.
+      otherwise: what to do instead of taking all of theirs.
+    """
+    ours = ", ".join(f"{field}={own}" for field, _, own in fields)
+    theirs = ", ".join(f"{field}={their}" for field, their, _ in fields)
+    flags = " ".join(f"--{field} {their}" for field, their, _ in fields)
+    return InputError(f"{ours}, but {theirs_are} {theirs}: add {flags}, or {otherwise}")
 
 
 def _check_not_lost(run_dir: Path, tell: Callable[[str], None]) -> None:

@@ -77,13 +77,11 @@ def _sample_lines(record: Record) -> list[str]:
 
 def _dynamics_line(record: Record) -> list[str]:
     found = record["dynamics"]
-    first, last = (
-        sum(layer[t] for layer in found["rms_error"]) / len(found["rms_error"]) for t in (0, -1)
-    )
+    L = len(found["rms_error"])
+    rms = [f"{sum(of_layers) / L:.3f}" for of_layers in zip(*found["rms_error"], strict=True)]
+    way = rms[0] if len(rms) == 1 else f"{rms[0]} -> {rms[-1]}"
     stiffness = max(max(layer) for layer in found["stiffness"])
-    return [
-        f"integrator: rms(x - mu) {first:.3f} -> {last:.3f}, largest dt gate beta {stiffness:.3f}"
-    ]
+    return [f"integrator: rms(x - mu) {way}, largest dt gate beta {stiffness:.3f}"]
 
 
 def _evaluation_line(record: Record) -> list[str]:

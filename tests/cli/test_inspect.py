@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from inl_jax.cli.inspect import table
 from inl_jax.config_file import to_json
+from inl_jax.watch.integrator_probe import QUANTITIES
 
 
 def test_inspect_prints_a_table_and_writes_a_page(trained, inl, tmp_path):
@@ -17,6 +19,12 @@ def test_inspect_prints_a_table_and_writes_a_page(trained, inl, tmp_path):
     assert len(rows) == 4 and all(len(row) == 12 for row in rows)
     text = page.read_text()
     assert "<h2>the fox" in text and "2 layers of 3 iterations, 16 channels, decay context" in text
+
+
+def test_table_of_a_single_iteration_shows_no_way_to_another():
+    one = {name: [[0.5]] for name in QUANTITIES} | {"cosine": [[None]]}
+    assert "->" not in table(one)
+    assert table({name: [[*row, 0.25]] for name, (row,) in one.items()}).count("0.5000 ->") == 2
 
 
 def test_inspect_refuses_a_run_without_iterations(inl, train_config):

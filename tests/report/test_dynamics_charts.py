@@ -50,6 +50,16 @@ def test_maps_show_the_last_record_layer_by_iteration(records):
     assert [row[0] for row in trace["z"]] == [None, None]  # the cosine of the first iteration
 
 
+def test_a_single_iteration_has_no_direction_and_no_convergence(records):
+    dynamics = records[-1]["dynamics"]
+
+    def titles(num_iterations):
+        some = {name: [row[:num_iterations] for row in rows] for name, rows in dynamics.items()}
+        return {figure.title for figure in dynamics_figures([{"step": 1, "dynamics": some}])}
+
+    assert titles(2) - titles(1) == {"Direction", "Convergence"}
+
+
 def test_charts_over_the_run_need_two_records(records):
     alone, all_of_them = dynamics_figures(records[-1:]), dynamics_figures(records)
     assert [f.title for f in all_of_them[: len(alone)]] == [f.title for f in alone]

@@ -202,6 +202,11 @@ def test_console_lines_are_made_from_the_record():
         r"update 4/10  sample, likeliest: 'a\nb'",
         rf"update 4/10  sample, drawn: 'a\n{'c' * 155}...'",
     ]
+    for rms_error, shown in (([[0.5], [1.5]], "1.000"), ([[2, 7, 1]], "2.000 -> 1.000")):
+        dynamics = {"rms_error": rms_error, "stiffness": [[0.25]]}
+        assert console_lines({"step": 4, "num_steps": 10, "dynamics": dynamics}) == [
+            f"update 4/10  integrator: rms(x - mu) {shown}, largest dt gate beta 0.250"
+        ]
 
 
 def test_perplexity_does_not_overflow():

@@ -48,4 +48,4 @@ def test_gated_scan_stays_close_in_float32_over_a_long_sequence():
         found = jax.jit(gated_scan)(*given)
         exact = jax.jit(loop)(*(a.astype(jnp.float64) for a in given))
         error = jnp.abs(found - exact).max(axis=(0, 1)) / jnp.abs(exact).max(axis=(0, 1))
-    assert found.dtype == jnp.float32 and error.max() < 1e-5, error
+        assert found.dtype == jnp.float32 and error.max() < 1e-5, error
