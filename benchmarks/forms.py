@@ -73,25 +73,8 @@ def _closed_in_every_other(params):
 
 
 def _flops_of_every_other(config: ModelConfig, seq_len: int) -> float:
-    without = _flops_without_integrator(config, seq_len)
-    return (flops_per_token(config, seq_len) + without) / 2
-
-
-# --- controllers that read nothing
-
-
-def _without_output_kernel(params):
-    """Zeros for the integrators' output kernels, in parameters or gradients.
-
-    The controllers are then learned constants of each channel.
-    """
-    blocks, integrator = params["blocks"], params["blocks"]["integrator"]
-    kernel = jnp.zeros_like(integrator["output_kernel"])
-    return params | {"blocks": blocks | {"integrator": integrator | {"output_kernel": kernel}}}
-
-
-def _flops_without_integrator(config: ModelConfig, seq_len: int) -> float:
-    return flops_per_token(dataclasses.replace(config, num_iterations=0), seq_len)
+    without = dataclasses.replace(config, num_iterations=0)
+    return (flops_per_token(config, seq_len) + flops_per_token(without, seq_len)) / 2
 
 
 # --- other scales at the start
@@ -185,11 +168,6 @@ FORMS = {
         tie=_of_integrators(lambda leaf: jnp.broadcast_to(leaf.mean(0)[None], leaf.shape)),
     ),
     "every_other": Form(init=_closed_in_every_other, flops=_flops_of_every_other),
-    "constant": Form(
-        init=_without_output_kernel,
-        tie=_without_output_kernel,
-        flops=_flops_without_integrator,
-    ),
     "weak_pull": Form(init=_weak_pull),
     "small_embedding": Form(init=_small_embedding),
     "small_logits": Form(init=_small_logits),

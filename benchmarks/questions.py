@@ -55,13 +55,17 @@ def runs_of(
     return [Run(one, width, corpus, rate, seed, updates) for seed, corpus, rate, one in every]
 
 
+QUARTER, HALF = {"attention_every": 4}, {"attention_every": 2}
 DECAY, GATED, ATTENTION = (arm(context, 2) for context in ("decay", "gated", "attention"))
-MIXED = arm("gated", 2, attention_every=4)
+MIXED = arm("gated", 2, **QUARTER)
 # Controllers of a sixteenth of the width: one iteration then costs as much as a feed-forward layer
 # that is wider by 3/8 of the width.
 EQUAL = 2 + 3 / 8
 BEST, BEST_256 = arm("gated", 2, T=1, C=8), arm("gated", 2, T=1, C=16)
 TWO = arm("gated", 2, T=2, dt=0.5)
+# Controllers that read nothing cost no products: the feed-forward layer is as wide as without them.
+PULL = arm("gated", EQUAL, T=1, C=0)
+LONG = ("gated", {}), ("gated", QUARTER), ("attention", {})
 
 QUESTIONS = {
     "rate": Question(
@@ -76,26 +80,36 @@ QUESTIONS = {
     ),
     "integrator": Question(
         "What does the integrator add to each mixer at equal FLOPs?",
-        runs_of((GATED, arm("gated", EQUAL), BEST), corpora=CORPORA, seeds=SEEDS)
+        runs_of((GATED, arm("gated", EQUAL), PULL, BEST), corpora=CORPORA, seeds=SEEDS)
         + runs_of((ATTENTION, arm("attention", EQUAL), arm("attention", 2, T=1)), seeds=SEEDS)
         + runs_of((DECAY, arm("decay", EQUAL), arm("decay", 2, T=1)), seeds=SEEDS),
     ),
     "width": Question(
         "Does it hold at twice the width?",
         runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=RATES[:2])
-        + runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=[RATE_256], seeds=SEEDS)
+        + runs_of((arm("gated", EQUAL), PULL, BEST_256), width=256, rates=[RATE_256], seeds=SEEDS)
         + runs_of((GATED, DECAY, ATTENTION), width=256, rates=[RATE_256]),
     ),
     "longer": Question(
-        "Does it hold with six times the text?",
+        "Does it hold with three and six times the text?",
         runs_of(
             [
-                *(arm("gated", EQUAL), BEST),
-                *(arm("gated", EQUAL, attention_every=4), arm("gated", 2, T=1, attention_every=4)),
-                *(arm("attention", EQUAL), arm("attention", 2, T=1)),
+                *(arm(mixer, EQUAL, **every) for mixer, every in LONG),
+                *(arm(mixer, 2, T=1, **every) for mixer, every in LONG),
+                arm("gated", EQUAL, T=1, C=0, **QUARTER),
+                arm("gated", 2, T=1, **HALF),
             ],
             updates=6 * UPDATES,
             seeds=SEEDS,
+        )
+        + runs_of(
+            [
+                *(ATTENTION, arm("attention", 2, T=1)),
+                arm("attention", 2, T=1, form="weak_pull"),
+                *(arm("gated", EQUAL), BEST),
+                *(MIXED, arm("gated", 2, T=1, **QUARTER)),
+            ],
+            updates=3 * UPDATES,
         ),
     ),
     "cost": Question(
@@ -103,7 +117,7 @@ QUESTIONS = {
         runs_of(
             [
                 *(arm("gated", F) for F in (2, EQUAL, 4)),
-                *(arm("gated", 2, T=1, C=C) for C in (1, 4, 8, 16, 32, 64)),
+                *(arm("gated", 2, T=1, C=C) for C in (0, 1, 4, 8, 16, 32, 64)),
                 *(arm("gated", 2, T=1, dt=dt) for dt in (0.1, 0.3, 2)),
                 *(arm("gated", 2, T=T, dt=round(1 / T, 2)) for T in (2, 3)),
                 *(arm("gated", 2, T=T, dt=0.2) for T in (3, 5)),
@@ -112,13 +126,16 @@ QUESTIONS = {
         ),
     ),
     "pull": Question(
-        "Do many steps lose because they pull too much of the stream to mu at the start?",
+        "Is it what the controllers read, or the pull to mu?",
         runs_of(
             [
-                *(arm("gated", F) for F in (EQUAL, 4, 8)),
-                *(BEST, arm("gated", 2, T=1, form="weak_pull")),
-                *(arm("gated", 2, T=3, dt=0.33, form=f) for f in ("", "weak_pull")),
-                *(arm("gated", 2, T=15, dt=0.1, form=f) for f in ("", "weak_pull")),
+                *(arm("gated", F) for F in (2, EQUAL, 4, 8)),
+                *(arm("gated", EQUAL, form=form) for form in ("small_logits", "small_embedding")),
+                *(BEST, PULL),
+                *(arm("gated", 2, T=1, form=f) for f in ("small_logits", "small_embedding")),
+                arm("gated", 2, T=1, form="weak_pull"),
+                *(arm("gated", 2, T=3, dt=0.33, form=form) for form in ("", "weak_pull")),
+                *(arm("gated", 2, T=15, dt=0.1, form=form) for form in ("", "weak_pull")),
                 arm("gated", 2, T=15, dt=0.03),
             ]
         ),
