@@ -5,7 +5,6 @@ earns its cost gets a field; until then it stands here, so that its result can b
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,6 @@ from inl_jax.model.layers import compute_dtype
 from inl_jax.planning.cost import flops_per_token
 
 CLOSED = -1e9  # a gate's bias whose sigmoid and slope are 0
-WEAK_BETA = 0.02  # in place of 0.5
 SMALL = 0.2
 
 
@@ -88,14 +86,6 @@ def _small_embedding(params):
 def _small_logits(params):
     """Lets the logits start at SMALL of their scale: a token's own, sqrt(D), is then about 2."""
     return params | {"final_norm_scale": SMALL * params["final_norm_scale"]}
-
-
-def _weak_pull(params):
-    """Lets beta start at WEAK_BETA."""
-    blocks, integrator = params["blocks"], params["blocks"]["integrator"]
-    bias = math.log(math.expm1(WEAK_BETA))
-    bias_LQD = integrator["output_bias"].at[:, CONTROLLERS.index("beta")].set(bias)
-    return params | {"blocks": blocks | {"integrator": integrator | {"output_bias": bias_LQD}}}
 
 
 # --- the published regularisers
@@ -168,7 +158,6 @@ FORMS = {
         tie=_of_integrators(lambda leaf: jnp.broadcast_to(leaf.mean(0)[None], leaf.shape)),
     ),
     "every_other": Form(init=_closed_in_every_other, flops=_flops_of_every_other),
-    "weak_pull": Form(init=_weak_pull),
     "small_embedding": Form(init=_small_embedding),
     "small_logits": Form(init=_small_logits),
     "mean": Form(penalty=_regularised(0.1, 0, 0)),

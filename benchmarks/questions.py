@@ -65,6 +65,7 @@ BEST, BEST_256 = arm("gated", 2, T=1, C=8), arm("gated", 2, T=1, C=16)
 TWO = arm("gated", 2, T=2, dt=0.5)
 # Controllers that read nothing cost no products: the feed-forward layer is as wide as without them.
 PULL = arm("gated", EQUAL, T=1, C=0)
+WEAK = {"initial_beta": 0.02}
 LONG = ("gated", {}), ("gated", QUARTER), ("attention", {})
 
 QUESTIONS = {
@@ -105,7 +106,7 @@ QUESTIONS = {
         + runs_of(
             [
                 *(ATTENTION, arm("attention", 2, T=1)),
-                arm("attention", 2, T=1, form="weak_pull"),
+                arm("attention", 2, T=1, **WEAK),
                 *(arm("gated", EQUAL), BEST),
                 *(MIXED, arm("gated", 2, T=1, **QUARTER)),
             ],
@@ -133,10 +134,11 @@ QUESTIONS = {
                 *(arm("gated", EQUAL, form=form) for form in ("small_logits", "small_embedding")),
                 *(BEST, PULL),
                 *(arm("gated", 2, T=1, form=f) for f in ("small_logits", "small_embedding")),
-                arm("gated", 2, T=1, form="weak_pull"),
-                *(arm("gated", 2, T=3, dt=0.33, form=form) for form in ("", "weak_pull")),
-                *(arm("gated", 2, T=15, dt=0.1, form=form) for form in ("", "weak_pull")),
+                arm("gated", 2, T=1, **WEAK),
+                *(arm("gated", 2, T=3, dt=0.33, **start) for start in ({}, WEAK)),
+                *(arm("gated", 2, T=15, dt=0.1, **start) for start in ({}, WEAK)),
                 arm("gated", 2, T=15, dt=0.03),
+                *(arm("decay", 2, T=15, dt=0.1, **start) for start in ({}, WEAK)),
             ]
         ),
     ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import tempfile
 import time
@@ -264,4 +265,26 @@ def _check_evaluation(config: TrainConfig) -> Finding:
     return f"every {config.eval_every} updates", "", "ok"
 
 
-CHOICES = {"checkpoints": _check_saves, "evaluation": _check_evaluation}
+def _check_pull(config: TrainConfig) -> Finding:
+    """How much of the normalised stream a block's iterations take away when training begins."""
+    c = config.model
+    if c.num_iterations == 0 or c.context == "mean":
+        return "none", "", "ok"
+    x, v, gate = 1.0, 0.0, 0.5  # as `Integrator` starts: the mean of tokens, far from mu
+    for _ in range(c.num_iterations):
+        alpha = 0.8 * -math.expm1(-c.kappa * abs(x))
+        v = alpha * v - min(c.initial_beta, 2 / c.dt) * x
+        x += c.dt * gate * v
+    most = 0.1 if c.context == "attention" else 0.3
+    text = f"takes {1 - x:.0%} of the stream in a block, at the start"
+    if 1 - x <= most:
+        return text, "", "ok"
+    advice = f"{most:.0%} at most: --model.initial_beta 0.02 (docs/learning.md)"
+    return text, advice, "warning"
+
+
+CHOICES = {
+    "checkpoints": _check_saves,
+    "evaluation": _check_evaluation,
+    "pull to mu": _check_pull,
+}

@@ -31,7 +31,7 @@ from inl_jax.tokens.tokenizer import load as load_tokenizer
 # Fields in which a run may differ from the weights it starts from, and that change what they
 # compute: a line says so.
 _TOLD = ("model.num_iterations", "model.max_seq_len", "model.dropout")
-_FREE = (*FREE_FIELDS, "model.param_dtype", "model.compute_dtype")
+_FREE = (*FREE_FIELDS, "model.param_dtype", "model.compute_dtype", "model.initial_beta")
 _OF_ATTENTION = ("model.num_heads", "model.num_kv_heads")
 _OF_INTEGRATOR = (
     *("model.controller_width", "model.dt"),

@@ -50,6 +50,9 @@ class ModelConfig:
     dt: float = 0.1
     """Time step of the integrator, in the units of its own time. 0.1 is published; one iteration
     learned more with 1, two with 0.5 (docs/learning.md)."""
+    initial_beta: float = 0.5
+    """beta when training begins: how strongly a step pulls the state to the equilibrium. 0.5 is
+    published; 15 steps of 0.1 learned more with 0.02 (docs/learning.md)."""
     excitation_amplitude: float = 0.03
     """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0
@@ -98,8 +101,8 @@ class ModelConfig:
         require_positive(
             self,
             "model.",
-            "vocab_size d_model num_layers d_ff max_seq_len num_heads num_kv_heads dt kappa "
-            "integrator_segment",
+            "vocab_size d_model num_layers d_ff max_seq_len num_heads num_kv_heads dt "
+            "initial_beta kappa integrator_segment",
         )
         require_not_negative(
             self,
@@ -110,6 +113,7 @@ class ModelConfig:
         require_at_most(self, "model.", 10**8, "vocab_size max_seq_len integrator_chunk")
         require_at_most(self, "model.", 10**6, "d_model d_ff controller_width integrator_segment")
         require_at_most(self, "model.", 10**4, "num_layers num_iterations num_heads num_kv_heads")
+        require_at_most(self, "model.", 100, "initial_beta")
         require_at_most(self, "model.", 1e30, "dt excitation_amplitude tol")
         require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be at least 0, below 1")
         require(

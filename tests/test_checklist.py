@@ -2,17 +2,22 @@ import contextlib
 import importlib.util
 import json
 import math
+import re
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from integrator_cases import layer_params
 
 from inl_jax import checklist as the_list
 from inl_jax.checklist import as_table, check_setup, checklist
 from inl_jax.config import InputError, MeshConfig, Phase
 from inl_jax.curriculum import make_curriculum, note_read
 from inl_jax.data.corpus import prepare
+from inl_jax.model.dynamics import Dynamics
+from inl_jax.model.integrator import integrate
 from inl_jax.planning import preflight
 from inl_jax.storage.checkpoint import Checkpoints
 from inl_jax.storage.run_dir import record_run
@@ -188,6 +193,38 @@ def test_check_setup_raises_if_the_run_cannot_be_written_or_tracked(train_config
 def test_choices_that_lose_work_are_warned_of(train_config):
     rows = verdicts(train_config(save_every=0, eval_every=0), skip_data=True)
     assert rows["checkpoints"] == rows["evaluation"] == "warning"
+
+
+@pytest.mark.parametrize(
+    "verdict, fields",
+    [
+        ("ok", {"num_iterations": 0}),
+        ("ok", {"num_iterations": 15, "context": "mean"}),
+        ("ok", {"num_iterations": 1, "dt": 1.0, "context": "gated"}),
+        ("warning", {"num_iterations": 1, "dt": 1.0, "context": "attention"}),
+        ("warning", {"num_iterations": 15, "dt": 0.1}),
+        ("ok", {"num_iterations": 15, "dt": 0.1, "initial_beta": 0.02}),
+        ("ok", {"num_iterations": 1, "dt": 1.0, "context": "attention", "initial_beta": 0.02}),
+    ],
+)
+def test_a_strong_pull_at_the_start_is_warned_of(train_config, verdict, fields):
+    found, wanted, got = the_list.CHOICES["pull to mu"](train_config(model=fields))
+    assert got == verdict and ("initial_beta 0.02" in wanted) == (verdict == "warning")
+
+
+def test_pull_is_what_fresh_integrators_take_away(train_config):
+    config = train_config(model={"num_iterations": 4, "dt": 0.3, "controller_width": 0})
+    x_BSD = jax.random.normal(jax.random.key(0), (1, 64, config.model.d_model))
+    last_BSD = integrate(
+        *(layer_params(config.model), x_BSD, x_BSD),
+        amplitude=0.0,
+        num_iterations=4,
+        dynamics=Dynamics(0.3, 1.0, x_BSD.dtype),
+    )
+    left = float((x_BSD * last_BSD).sum() / (x_BSD * x_BSD).sum())
+    found, _, _ = the_list.CHOICES["pull to mu"](config)
+    (percent,) = re.findall(r"(\d+)%", found)
+    assert abs(int(percent) / 100 - (1 - left)) < 0.02
 
 
 def test_preflight_prints_a_line_for_each_check_and_ends_with_0_or_2(tiny_run, inl):

@@ -15,9 +15,9 @@ MODEL_TYPE = "inl"
 # Fields that decide what a trained model computes.
 FUNCTION = """vocab_size d_model num_layers num_iterations d_ff max_seq_len controller_width context
 attention_every num_heads num_kv_heads dt excitation_amplitude kappa dropout""".split()
-# Fields that say how it is computed here; transformers chooses anew.
-COMPUTATION = """compute_dtype attention_kernel remat integrator_gradient integrator_segment
-integrator_kernel integrator_chunk trajectory_dtype unroll""".split()
+# Fields that say how it is computed here, or how it began; transformers chooses anew.
+COMPUTATION = """initial_beta compute_dtype attention_kernel remat integrator_gradient
+integrator_segment integrator_kernel integrator_chunk trajectory_dtype unroll""".split()
 # Fields that decide what is computed and are not in config.json; they must have their defaults.
 REFUSED = ["tol"]
 

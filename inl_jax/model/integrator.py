@@ -179,7 +179,7 @@ class Integrator(nn.Module):
             "state_kernel": (hidden_init, (2, D, Q, C), (None, "state", None, None)),
             "hidden_bias": (init.zeros, (Q, C), (None, None)),
             "output_kernel": (init.normal(0.01), (Q, C, D), (None, None, "state")),
-            "output_bias": (_output_bias_init, (Q, D), (None, "channels")),
+            "output_bias": (_output_bias_init(c), (Q, D), (None, "channels")),
         }
         params = {
             name: declare(self, name, *declaration, param_dtype=c.param_dtype)
@@ -212,8 +212,7 @@ class Integrator(nn.Module):
         )
 
 
-def _output_bias_init(key, shape, dtype):
-    """Biases that make alpha0 = 0.8, beta = 0.5, gate = 0.5 and c = 0 at the start."""
-    del key
-    start = (math.log(0.8 / 0.2), math.log(math.expm1(0.5)), 0.0, 0.0)
-    return jnp.broadcast_to(jnp.array(start, dtype)[:, None], shape)
+def _output_bias_init(config: ModelConfig):
+    """Biases that make alpha0 = 0.8, beta = initial_beta, gate = 0.5 and c = 0 at the start."""
+    start = (math.log(0.8 / 0.2), math.log(math.expm1(config.initial_beta)), 0.0, 0.0)
+    return lambda key, shape, dtype: jnp.broadcast_to(jnp.array(start, dtype)[:, None], shape)

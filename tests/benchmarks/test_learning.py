@@ -111,6 +111,16 @@ def test_shared_integrators_stay_equal_in_all_layers(study, small, tmp_path):
 
 
 @pytest.mark.slow
+def test_other_scales_change_what_they_name(study, small, tmp_path):
+    forms = study("forms")
+    _, _, params = fresh(study, small(study("questions").GATED), tmp_path)
+    for name, leaf in (("small_embedding", "embedding"), ("small_logits", "final_norm_scale")):
+        changed = forms.FORMS[name].init(params)
+        np.testing.assert_allclose(changed[leaf], forms.SMALL * params[leaf], rtol=1e-6)
+        assert all(changed[other] is params[other] for other in params if other != leaf)
+
+
+@pytest.mark.slow
 def test_closed_integrators_neither_move_nor_learn(study, small, tmp_path):
     forms = study("forms")
     run = small(study("questions").arm("gated", 2, T=2, form="every_other"))
@@ -124,17 +134,6 @@ def test_closed_integrators_neither_move_nor_learn(study, small, tmp_path):
     without = dataclasses.replace(config.model, num_iterations=0)
     both = [forms.flops_per_token(model, 16) for model in (config.model, without)]
     assert form.flops(config.model, 16) == sum(both) / 2
-
-
-def test_a_weak_pull_starts_with_a_small_beta(study, small, tmp_path):
-    forms = study("forms")
-    _, form, params = fresh(
-        study, small(study("questions").arm("gated", 2, T=1, form="weak_pull")), tmp_path
-    )
-    before, after = (p["blocks"]["integrator"]["output_bias"] for p in (params, form.init(params)))
-    betas = jax.nn.softplus(jnp.stack([before[:, 1], after[:, 1]]))
-    np.testing.assert_allclose(betas, [[[0.5] * 16] * 2, [[forms.WEAK_BETA] * 16] * 2], rtol=1e-5)
-    np.testing.assert_array_equal(before[:, 2:], after[:, 2:])
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,15 @@ def test_integrate_keeps_a_float32_state_with_bfloat16_products(config):
     bfloat16 = Dynamics(0.1, 1.0, jnp.dtype("bfloat16"))
     out = compiled(params, x, x, amplitude=0.03, num_iterations=1, dynamics=bfloat16)
     np.testing.assert_allclose(out, 1 + 0.1 * 0.5 * 0.03, rtol=1e-5)
+
+
+def test_beta_starts_where_the_config_says(config):
+    started = layer_params(dataclasses.replace(config, initial_beta=0.02))
+    np.testing.assert_allclose(jax.nn.softplus(started["output_bias"][1]), 0.02, rtol=1e-5)
+    np.testing.assert_array_equal(
+        np.delete(started["output_bias"], 1, 0),
+        np.delete(layer_params(config)["output_bias"], 1, 0),
+    )
 
 
 def test_controllers_of_width_0_are_constants(model_config, config):
