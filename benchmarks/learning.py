@@ -34,6 +34,7 @@ COLOURS = {
     "gated+attention/4": "tab:purple",
     "attention": "tab:green",
 }
+LOOKS = {"without integrator": "o-", "the pull alone": "s", "one iteration": "^"}
 
 
 class Found(NamedTuple):
@@ -47,7 +48,6 @@ class Found(NamedTuple):
     bits: list[float]  # per byte, by seed
     parameters: int
     flops: float  # of the training
-    seconds: float  # of the training, the median
     losses: list[float]  # of the training of the first seed, over 20ths of the run
     by_depth: dict[str, float]  # bits per byte of the first seed, by iterations at evaluation
 
@@ -91,9 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n### {name}: {question.text}\n")
         rows = table_rows(find(question.runs, flags.runs_dir), everything)
         print(markdown(rows) if rows else "No run of it has ended.")
-    several = [one for one in everything if len(one.bits) > 1 and one.mixer in COLOURS]
-    if several:
-        draw(several, Path(flags.out))
+    if everything:
+        draw(everything, Path(flags.out))
 
 
 def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
@@ -107,7 +106,6 @@ def find(runs: Iterable[Run], runs_dir: str) -> list[Found]:
             *(run.arm.name, run.width, run.corpus, run.learning_rate, run.updates),
             [result.bits_per_byte for result in results],
             *(results[0].parameters, results[0].flops),
-            statistics.median(result.seconds for result in results),
             *(results[0].losses, results[0].by_depth),
         )
         for run, results in grouped.items()
@@ -161,7 +159,6 @@ def _head(one: Found) -> dict[str, str]:
         "updates": f"{one.updates:,}",
         "parameters": f"{one.parameters:,}",
         "TFLOP": f"{one.flops / 1e12:.2f}",
-        "seconds": f"{one.seconds:.0f}",
         "seeds": str(len(one.bits)),
     }
 
@@ -173,11 +170,12 @@ def _columns(found: Sequence[Found], depths: Sequence[int]) -> list[str]:
     return [*corpora, *beside, *(f"{t} iterations" for t in depths)]
 
 
-def draw(several: Sequence[Found], path: Path) -> None:
+def draw(everything: Sequence[Found], path: Path) -> None:
     """Draws bits per byte against training FLOPs for each corpus, and the longest runs' losses.
 
     Args:
-      several: models with several seeds; those of the least width are drawn.
+      everything: models; those of the least width are drawn, and of the shortest runs those with
+        several seeds.
       path: of the picture.
     """
     import matplotlib
@@ -185,34 +183,33 @@ def draw(several: Sequence[Found], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    width = min(one.width for one in several)
-    several = [one for one in several if one.width == width]
-    shortest, longest = (f(one.updates for one in several) for f in (min, max))
+    width = min(one.width for one in everything)
+    drawn = [one for one in everything if one.width == width and one.mixer in COLOURS]
+    shortest, longest = (f(one.updates for one in drawn) for f in (min, max))
     figure, axes = plt.subplots(1, len(CORPORA) + 1, figsize=(17, 4.4))
     for corpus, axis in zip(CORPORA, axes[:-1], strict=True):
-        shown = [one for one in several if (one.updates, one.corpus) == (shortest, corpus)]
-        for mixer, colour in COLOURS.items():
-            of_mixer = sorted((o for o in shown if o.mixer == mixer), key=lambda o: o.flops)
-            for with_integrator, style in ((False, "o-"), (True, "^:")):
-                points = [o for o in of_mixer if o.has_integrator == with_integrator]
-                if points:
-                    axis.errorbar(
-                        [o.flops / 1e12 for o in points],
-                        [o.mean for o in points],
-                        yerr=[o.spread for o in points],
-                        fmt=style,
-                        color=colour,
-                        capsize=3,
-                        label=f"{mixer}, {'with' if with_integrator else 'without'} integrator",
-                    )
-        axis.set(title=corpus, xlabel="training TFLOP")
+        for (mixer, look), points in _by_look(
+            one
+            for one in drawn
+            if (one.updates, one.corpus) == (shortest, corpus) and len(one.bits) > 1
+        ).items():
+            axis.errorbar(
+                [one.flops / 1e12 for one in points],
+                [one.mean for one in points],
+                yerr=[one.spread for one in points],
+                fmt=LOOKS[look],
+                color=COLOURS[mixer],
+                capsize=3,
+                label=f"{mixer}, {look}",
+            )
+        axis.set(title=f"{corpus}, {_tokens(shortest):.0f}M tokens", xlabel="training TFLOP")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
     axes[0].legend(fontsize=7)
-    for one in several:
+    for one in drawn:
         if (one.updates, one.corpus) == (longest, "code"):
             parts = len(one.losses)
-            tokens = [longest * ROWS * SEQ_LEN / 1e6 * (i + 0.5) / parts for i in range(parts)]
+            tokens = [_tokens(longest) * (i + 0.5) / parts for i in range(parts)]
             style = ":" if one.has_integrator else "-"
             axes[-1].plot(tokens, one.losses, style, color=COLOURS[one.mixer], label=one.name)
     axes[-1].set(title="code, in training", xlabel="million tokens", ylabel="loss, nats per token")
@@ -221,6 +218,21 @@ def draw(several: Sequence[Found], path: Path) -> None:
     axes[-1].grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _by_look(found: Iterable[Found]) -> dict[tuple[str, str], list[Found]]:
+    """Models by their mixer and their key in `LOOKS`, by FLOPs."""
+    grouped: dict[tuple[str, str], list[Found]] = {}
+    for one in sorted(found, key=lambda one: one.flops):
+        controlled = "the pull alone" if " C0 " in one.name else "one iteration"
+        look = controlled if one.has_integrator else "without integrator"
+        grouped.setdefault((one.mixer, look), []).append(one)
+    return grouped
+
+
+def _tokens(updates: int) -> float:
+    """Millions of tokens that so many updates read."""
+    return updates * ROWS * SEQ_LEN / 1e6
 
 
 if __name__ == "__main__":
