@@ -75,6 +75,18 @@ def _flops_of_every_other(config: ModelConfig, seq_len: int) -> float:
     return (flops_per_token(config, seq_len) + flops_per_token(without, seq_len)) / 2
 
 
+# --- a scale in place of the integrator
+
+
+def _of_the_scale(grads):
+    """Leaves beta and the gate alone to learn, so that C 0 without excitation is `n (1 - s)`."""
+    blocks, integrator = grads["blocks"], grads["blocks"]["integrator"]
+    learns = [CONTROLLERS.index(name) for name in ("beta", "gate")]
+    zeros = jax.tree.map(jnp.zeros_like, integrator)
+    bias_LQD = zeros["output_bias"].at[:, learns].set(integrator["output_bias"][:, learns])
+    return grads | {"blocks": blocks | {"integrator": zeros | {"output_bias": bias_LQD}}}
+
+
 # --- other scales at the start
 
 
@@ -158,6 +170,7 @@ FORMS = {
         tie=_of_integrators(lambda leaf: jnp.broadcast_to(leaf.mean(0)[None], leaf.shape)),
     ),
     "every_other": Form(init=_closed_in_every_other, flops=_flops_of_every_other),
+    "scale": Form(tie=_of_the_scale),
     "small_embedding": Form(init=_small_embedding),
     "small_logits": Form(init=_small_logits),
     "mean": Form(penalty=_regularised(0.1, 0, 0)),

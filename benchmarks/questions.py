@@ -134,6 +134,8 @@ QUESTIONS = {
                 *(arm("gated", EQUAL, form=form) for form in ("small_logits", "small_embedding")),
                 *(BEST, PULL),
                 *(arm("gated", 2, T=1, form=f) for f in ("small_logits", "small_embedding")),
+                arm("gated", EQUAL, T=1, C=0, excitation_amplitude=0.0, form="scale"),
+                arm("gated", EQUAL, T=1, C=0, **WEAK),
                 arm("gated", 2, T=1, **WEAK),
                 *(arm("gated", 2, T=3, dt=0.33, **start) for start in ({}, WEAK)),
                 *(arm("gated", 2, T=15, dt=0.1, **start) for start in ({}, WEAK)),

@@ -275,7 +275,7 @@ def _check_pull(config: TrainConfig) -> Finding:
         alpha = 0.8 * -math.expm1(-c.kappa * abs(x))
         v = alpha * v - min(c.initial_beta, 2 / c.dt) * x
         x += c.dt * gate * v
-    most = 0.1 if c.context == "attention" else 0.3
+    most = 0.2 if c.context == "attention" else 0.3
     text = f"takes {1 - x:.0%} of the stream in a block, at the start"
     if 1 - x <= most:
         return text, "", "ok"

@@ -111,6 +111,18 @@ def test_shared_integrators_stay_equal_in_all_layers(study, small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_scale_learns_beta_and_the_gate_alone(study, small, tmp_path):
+    run = small(study("questions").arm("gated", 2, T=1, C=0, form="scale"))
+    _, form, params = fresh(study, run, tmp_path)
+    ones = jax.tree.map(jnp.ones_like, params)
+    integrator = form.tie(ones)["blocks"]["integrator"]
+    learns = integrator.pop("output_bias")
+    np.testing.assert_array_equal(learns[:, [0, 3]], 0)
+    np.testing.assert_array_equal(learns[:, [1, 2]], 1)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(integrator))
+
+
+@pytest.mark.slow
 def test_other_scales_change_what_they_name(study, small, tmp_path):
     forms = study("forms")
     _, _, params = fresh(study, small(study("questions").GATED), tmp_path)
