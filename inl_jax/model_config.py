@@ -51,8 +51,8 @@ class ModelConfig:
     """Time step of the integrator, in the units of its own time. 0.1 is published; with gated, one
     iteration learned more with 1 (docs/learning.md)."""
     initial_beta: float = 0.5
-    """beta when training begins: how strongly a step pulls the state to the equilibrium. 0.5 is
-    published; with gated, 15 steps of 0.1 learned more with 0.02 (docs/learning.md)."""
+    """beta when training begins: how strongly a step pulls the state to its equilibrium. With
+    gated, 15 steps of 0.1 learned more from 0.02 than from 0.5 (docs/learning.md)."""
     excitation_amplitude: float = 0.03
     """Amplitude A of the harmonic that excites the integrator, in units of velocity."""
     kappa: float = 1.0

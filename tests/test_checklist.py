@@ -202,8 +202,9 @@ def test_choices_that_lose_work_are_warned_of(train_config):
         ("ok", {"num_iterations": 15, "context": "mean"}),
         ("ok", {"num_iterations": 1, "dt": 1.0, "context": "gated"}),
         ("warning", {"num_iterations": 1, "dt": 1.0, "context": "attention"}),
-        ("warning", {"num_iterations": 15, "dt": 0.1}),
-        ("ok", {"num_iterations": 15, "dt": 0.1, "initial_beta": 0.02}),
+        ("ok", {"num_iterations": 15, "dt": 0.1, "context": "decay"}),
+        ("warning", {"num_iterations": 15, "dt": 0.1, "context": "gated"}),
+        ("ok", {"num_iterations": 15, "dt": 0.1, "context": "gated", "initial_beta": 0.02}),
         ("ok", {"num_iterations": 1, "dt": 1.0, "context": "attention", "initial_beta": 0.02}),
     ],
 )

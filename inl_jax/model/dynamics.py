@@ -61,7 +61,7 @@ def excitation(gamma_D, phi_D, *, amplitude, num_iterations: int) -> jax.Array:
 
 
 def complete(params):
-    """Adds kernels of width 0 if there are none: no file takes an empty array (Orbax 0.11)."""
+    """Adds kernels of width 0 if there are none: Orbax saves no empty array (0.12)."""
     if "output_kernel" in params:
         return params
     Q, D = params["output_bias"].shape
