@@ -34,7 +34,7 @@ COLOURS = {
     "gated+attention/4": "tab:purple",
     "attention": "tab:green",
 }
-LOOKS = {"without integrator": "o-", "the pull alone": "s", "one iteration": "^"}
+LOOKS = {"without integrator": "o-", "controllers that read nothing": "s", "one iteration": "^"}
 
 
 class Found(NamedTuple):
@@ -224,7 +224,7 @@ def _by_look(found: Iterable[Found]) -> dict[tuple[str, str], list[Found]]:
     """Models by their mixer and their key in `LOOKS`, by FLOPs."""
     grouped: dict[tuple[str, str], list[Found]] = {}
     for one in sorted(found, key=lambda one: one.flops):
-        controlled = "the pull alone" if " C0 " in one.name else "one iteration"
+        controlled = "controllers that read nothing" if " C0 " in one.name else "one iteration"
         look = controlled if one.has_integrator else "without integrator"
         grouped.setdefault((one.mixer, look), []).append(one)
     return grouped
