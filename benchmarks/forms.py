@@ -18,7 +18,7 @@ from inl_jax.model.layers import compute_dtype
 from inl_jax.planning.cost import flops_per_token
 
 CLOSED = -1e9  # a gate's bias whose sigmoid and slope are 0
-SMALL = 0.2
+SMALL = 0.2  # in place of 1
 
 
 def _unchanged(tree: Any) -> Any:

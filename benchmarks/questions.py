@@ -64,7 +64,7 @@ EQUAL = 2 + 3 / 8
 BEST, BEST_256 = arm("gated", 2, T=1, C=8), arm("gated", 2, T=1, C=16)
 TWO = arm("gated", 2, T=2, dt=0.5)
 # Controllers that read nothing cost no products: the feed-forward layer is as wide as without them.
-PULL = arm("gated", EQUAL, T=1, C=0)
+CONSTANT = arm("gated", EQUAL, T=1, C=0)
 WEAK = {"initial_beta": 0.02}
 LONG = ("gated", {}), ("gated", QUARTER), ("attention", {})
 
@@ -81,14 +81,16 @@ QUESTIONS = {
     ),
     "integrator": Question(
         "What does the integrator add to each mixer at equal FLOPs?",
-        runs_of((GATED, arm("gated", EQUAL), PULL, BEST), corpora=CORPORA, seeds=SEEDS)
+        runs_of((GATED, arm("gated", EQUAL), CONSTANT, BEST), corpora=CORPORA, seeds=SEEDS)
         + runs_of((ATTENTION, arm("attention", EQUAL), arm("attention", 2, T=1)), seeds=SEEDS)
         + runs_of((DECAY, arm("decay", EQUAL), arm("decay", 2, T=1)), seeds=SEEDS),
     ),
     "width": Question(
         "Does it hold at twice the width?",
         runs_of((arm("gated", EQUAL), BEST_256), width=256, rates=RATES[:2])
-        + runs_of((arm("gated", EQUAL), PULL, BEST_256), width=256, rates=[RATE_256], seeds=SEEDS)
+        + runs_of(
+            (arm("gated", EQUAL), CONSTANT, BEST_256), width=256, rates=[RATE_256], seeds=SEEDS
+        )
         + runs_of((GATED, DECAY, ATTENTION), width=256, rates=[RATE_256]),
     ),
     "longer": Question(
@@ -132,7 +134,7 @@ QUESTIONS = {
             [
                 *(arm("gated", F) for F in (2, EQUAL, 4, 8)),
                 *(arm("gated", EQUAL, form=form) for form in ("small_logits", "small_embedding")),
-                *(BEST, PULL),
+                *(BEST, CONSTANT),
                 *(arm("gated", 2, T=1, form=f) for f in ("small_logits", "small_embedding")),
                 arm("gated", EQUAL, T=1, C=0, excitation_amplitude=0.0, form="scale"),
                 arm("gated", EQUAL, T=1, C=0, **WEAK),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from inl_jax.config import ModelConfig
+from inl_jax.config_file import load_config
 from inl_jax.model import language_model as model
 from inl_jax.parallel.sharding import make_mesh
 from inl_jax.planning.cost import flops_per_token, utilization
@@ -60,15 +60,7 @@ def test_flops_per_token_counts_the_products_of_the_forward_pass(
 
 
 def test_flops_per_token_of_the_3b():
-    config = ModelConfig(
-        d_model=2048,
-        num_layers=40,
-        num_iterations=15,
-        d_ff=8192,
-        max_seq_len=4096,
-        context="decay",
-    )
-    assert 3 * flops_per_token(config, 4096) == pytest.approx(15.3e9, rel=0.01)
+    assert 3 * flops_per_token(load_config("3b").model, 4096) == pytest.approx(15.3e9, rel=0.01)
 
 
 def test_utilization_is_the_share_of_the_peak_of_all_devices(train_config):
